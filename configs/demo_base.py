@@ -1,0 +1,75 @@
+"""The demo's base: a LLaMA of 0.9 M parameters, pretrained from scratch in mode "full" on text that a script makes.
+
+    python configs/demo/make_data.py --to=runs/demo_data
+    python -m lowrank.train --config=configs/demo_base.py --workdir=runs/demo_base
+    python -m lowrank.export --workdir=runs/demo_base --format=merged --to=runs/demo_base_export
+
+The last folder is what lies in configs/demo/base. WORKSPACE.md says how long it took and where its loss ended.
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.base = None
+    config.architecture = "demo"  # model/architecture.py: 4 layers, embed 128, heads 4/2, vocab 1024, tied head
+    config.tokenizer = "runs/demo_data"
+    config.init_adapter = None
+
+    config.data = ml_collections.ConfigDict()
+    config.data.train = "runs/demo_data/pretrain.jsonl"
+    config.data.eval = "runs/demo_data/heldout.jsonl"
+    config.data.eval_examples = 0
+    config.data.format = "text"
+    config.data.max_length = 256
+    config.data.packing = True
+    config.data.shuffle = True
+    config.data.seed = None
+    config.data.train_on_prompt = False
+
+    config.train = ml_collections.ConfigDict()
+    config.train.mode = "full"
+    config.train.steps = 1500
+    config.train.epochs = None
+    config.train.batch_size = 24
+    config.train.microbatches = 1
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.learning_rate = 3e-3
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 50
+    config.optim.weight_decay = 0.1
+    config.optim.clip_norm = 1.0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.95
+    config.optim.eps = 1e-8
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.dtype = "float32"
+    config.param_dtype = "float32"
+    config.remat = "none"
+    config.seed = 0
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.every = 100
+    config.eval.answers = 0
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = 100
+    config.checkpoint.keep = 1
+
+    config.log = ml_collections.ConfigDict()
+    config.log.every = 10
+    config.log.tensorboard = False
+    config.log.wandb = None
+
+    config.sample = ml_collections.ConfigDict()
+    config.sample.every = 500
+    config.sample.prompts = ("Once Mia and Tom met at the fair.",)
+    config.sample.max_new_tokens = 100
+    return config

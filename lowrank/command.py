@@ -1,0 +1,66 @@
+"""How every command runs: absl's flags, one line for a user's mistake, and the compile cache."""
+
+import os
+import pathlib
+import sys
+import typing
+
+import jax
+from absl import app, flags, logging
+
+from lowrank.errors import UserError
+
+
+def run(main: typing.Callable[[list[str]], int | None]):
+    """Run a command: `main(arguments that are no absl flag)`, whose result is the exit code (None: 0).
+
+    A UserError, in the flags or later, ends the command with one line on stderr and exit code 1.
+    """
+
+    def parse_flags(argv):
+        try:
+            rest = flags.FLAGS(argv, known_only=True)
+            if flags.FLAGS["verbosity"].using_default_value:
+                flags.FLAGS.verbosity = logging.WARNING  # what libraries say of themselves would drown the run's lines
+            return rest
+        except flags.Error as error:
+            return _fail(f"{str(error).splitlines()[0]}; see --help")
+
+    def guarded(argv):
+        use_compile_cache()
+        try:
+            return main(argv[1:])
+        except UserError as error:
+            return _fail(str(error))
+        except BrokenPipeError:  # `... | head` is no mistake
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def refuse_unknown(arguments: list[str]):
+    """For a command without a config: whatever is left after absl's flags is a mistake."""
+    if arguments:
+        raise UserError(f"unknown argument{'s' * (len(arguments) > 1)} {' '.join(arguments)}; see --help")
+
+
+def use_compile_cache():
+    """Keep compiled programs between runs, in the user's own cache folder unless JAX_COMPILATION_CACHE_DIR says where.
+
+    Nobody else may write there: a compiled program that others can replace is code that others can run.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        folder = home / "lowrank" / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.chmod(folder, 0o700)
+        except OSError:
+            return  # a home that cannot be written to costs compile time, nothing else
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _fail(message: str):
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,343 @@
+"""The typed config: frozen dataclasses that check every value, filled from an ml_collections file and the command line.
+
+A config file is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`; what it leaves out has
+the defaults below. `--config.lora.rank=16` overrides any key, whether the file spells it out or not. Overrides are
+read here and not by `ml_collections.config_flags`, which answers a mistyped key with a traceback, refuses keys that
+the file leaves out, and turns `--config.lora.targets=q_proj,v_proj` into one target of that name.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import pathlib
+import types
+import typing
+
+import ml_collections
+
+from lowrank.errors import UserError
+from lowrank.model.decoder import REMAT
+from lowrank.model.lora import TARGETS, LoraConfig
+from lowrank.parallel.mesh import MeshConfig
+from lowrank.training.optimizer import SCHEDULES, OptimConfig
+
+FORMATS = ("alpaca", "chat", "completion", "text")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is learnt from. `max_length` counts inputs; `eval_examples` are taken off the end of `train`."""
+
+    train: str | None = None
+    eval: str | None = None
+    eval_examples: int = 0
+    format: str = "alpaca"
+    max_length: int = 512
+    packing: bool = True
+    shuffle: bool = True
+    seed: int | None = None
+    train_on_prompt: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long: `steps`, or `epochs` where no steps are given; `batch_size` is rows a step over all devices."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    microbatches: int = 1
+    mode: str = "lora"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`every` steps (and at the end); `answers`: so many evaluation examples are also answered, and counted if equal."""
+
+    every: int = 0
+    answers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Saved `every` steps and at the end; the `keep` newest stay, and the best by evaluation loss."""
+
+    every: int = 0
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """A line of metrics `every` steps; `tensorboard` and `wandb` (a project's name) write them there too."""
+
+    every: int = 10
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """What the model says to `prompts`, `every` steps (and before the first one and at the end)."""
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `architecture` names a model to train from scratch in mode "full", where others name a `base`."""
+
+    base: str | None = None
+    architecture: str | None = None
+    tokenizer: str | None = None
+    init_adapter: str | None = None
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    remat: str = "none"
+    seed: int = 0
+
+    @property
+    def adapted(self) -> LoraConfig | None:
+        """The adapter to put on the model: none in full fine-tuning."""
+        return self.lora if self.train.mode == "lora" else None
+
+
+def read(path: str | None, overrides: list[str]) -> Config:
+    """`FILE[:ARG]` and the arguments left on the command line -> the checked config. Raises UserError with all offenders."""
+    if not path:
+        raise UserError("--config is missing; say --config=configs/alpaca.py or a config file of your own")
+    values = _plain(_call_get_config(path))
+    sweep = values.pop("sweep", None)
+    for key, text in _override_pairs(overrides):
+        node = values
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"config.{key} is no key: config.{parent} holds a value, not keys")
+        node[leaf] = _Text(text)
+    if sweep or values.pop("sweep", None):
+        raise UserError("config.sweep is set, but this command runs one member only; remove it")
+    errors: list[str] = []
+    config = _build(Config, values, "", errors)
+    errors = errors or _check(config)
+    if errors:
+        raise UserError("; ".join(errors))
+    return config
+
+
+class _Text(str):
+    """A value from the command line: its type is still to be read from the key's."""
+
+
+def _call_get_config(path: str) -> ml_collections.ConfigDict:
+    file, _, argument = path.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"config file {file} is not there; --config takes FILE or FILE:ARGUMENT")
+    module_spec = importlib.util.spec_from_file_location(f"lowrank_config_{pathlib.Path(file).stem}", file)
+    if module_spec is None:
+        raise UserError(f"config file {file} is no Python file (.py)")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except Exception as error:
+        line = next((f.tb_lineno for f in _frames(error.__traceback__) if f.tb_frame.f_code.co_filename == file), "?")
+        raise UserError(f"config file {file}, line {line}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"config file {file}: get_config() must return an ml_collections.ConfigDict, not {type(config)}"
+        )
+    return config
+
+
+def _frames(traceback):
+    """Innermost first."""
+    frames = []
+    while traceback is not None:
+        frames.append(traceback)
+        traceback = traceback.tb_next
+    return reversed(frames)
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict:
+    values = {key: config[key] for key in config}  # `to_dict` would turn tuples of a sweep into lists
+    return {
+        key: _plain(value) if isinstance(value, ml_collections.ConfigDict) else value for key, value in values.items()
+    }
+
+
+def _override_pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(arguments)
+    unknown = []
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or not name.startswith("config."):
+            unknown.append(argument)
+        elif equals:
+            pairs.append((name.removeprefix("config."), value))
+        elif rest and not rest[0].startswith("--"):
+            pairs.append((name.removeprefix("config."), rest.pop(0)))
+        else:
+            raise UserError(f"{argument} has no value; write {argument}=VALUE")
+    if unknown:
+        raise UserError(f"unknown argument{'s' * (len(unknown) > 1)} {' '.join(unknown)}; see --help")
+    return pairs
+
+
+def _build(cls, values: dict, prefix: str, errors: list[str]):
+    """A dataclass from a dict, its nested ones too; every unknown key and every value of the wrong type is listed."""
+    hints = typing.get_type_hints(cls)
+    fields = {}
+    for key, value in values.items():
+        name = f"config.{prefix}{key}"
+        if key not in hints:
+            errors.append(f"{name} is no config key{_did_you_mean(prefix + key)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, dict):
+                fields[key] = _build(hints[key], value, f"{prefix}{key}.", errors)
+            else:
+                errors.append(f"{name} holds keys, not a value: write {name}.KEY=VALUE")
+        else:
+            try:
+                fields[key] = _convert(value, hints[key])
+            except ValueError as error:
+                errors.append(f"{name}={value!s} is not {error}")
+    return cls(**fields)
+
+
+def _convert(value, hint):
+    """`value` as the annotated type, or a ValueError that says what it should be."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in options and (value is None or (isinstance(value, _Text) and value in ("None", "none", ""))):
+        return None
+    (kind,) = [option for option in options if option is not types.NoneType]
+    if kind is str:
+        if isinstance(value, str):
+            return str(value)
+        raise ValueError("a string")
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, _Text):
+            value = _literal(value) if value.strip().startswith(("(", "[")) else value
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(",")) if value else ()
+        if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ValueError("a list of strings such as ('q_proj','v_proj')")
+    if isinstance(value, _Text):
+        value = {"true": True, "false": False}.get(value.lower()) if kind is bool else _literal(value)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise ValueError({int: "a whole number", float: "a number", bool: "True or False"}[kind])
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _keys(cls=Config, prefix="") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys += _keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return keys
+
+
+def _did_you_mean(key: str) -> str:
+    """By the whole key, or by its last part under another parent (`config.rank` for `config.lora.rank`)."""
+    keys = _keys()
+    same_leaf = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
+    close = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not close:
+        by_leaf = {other.split(".")[-1]: other for other in keys}
+        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1, cutoff=0.6)]
+    return f"; did you mean {' or '.join(f'config.{other}' for other in close)}?" if close else ""
+
+
+def _check(c: Config) -> list[str]:
+    """All that is wrong with the values themselves, as lines; what needs the base or the data is checked with them."""
+    errors = []
+
+    def get(key: str):
+        return functools.reduce(getattr, key.split("."), c)
+
+    def must(ok: bool, key: str, should: str):
+        if not ok:
+            errors.append(f"config.{key}={get(key)!s} must be {should}")
+
+    def one_of(key: str, choices):
+        close = difflib.get_close_matches(get(key), choices, n=1)
+        must(
+            get(key) in choices, key, f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
+        )
+
+    one_of("data.format", FORMATS)
+    one_of("lora.scaling", ("standard", "rslora"))
+    one_of("train.mode", ("lora", "full"))
+    one_of("optim.schedule", SCHEDULES)
+    one_of("dtype", DTYPES)
+    one_of("param_dtype", DTYPES)
+    one_of("remat", REMAT)
+    unknown = [target for target in c.lora.targets if target not in TARGETS]
+    must(not unknown, "lora.targets", f"a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)")
+    must(len(c.lora.targets) > 0, "lora.targets", "at least one target")
+    must(len(set(c.lora.targets)) == len(c.lora.targets), "lora.targets", "without repetition")
+    for key in ("lora.rank", "train.batch_size", "train.microbatches", "checkpoint.keep", "sample.max_new_tokens"):
+        must(get(key) >= 1, key, "at least 1")
+    for key in ("data.eval_examples", "optim.learning_rate", "optim.warmup_steps", "optim.weight_decay", "seed"):
+        must(get(key) >= 0, key, "0 or more")
+    for key in ("eval.every", "eval.answers", "checkpoint.every", "log.every", "sample.every", "optim.clip_norm"):
+        must(get(key) >= 0, key, "0 (off) or more")
+    must(c.lora.alpha > 0, "lora.alpha", "more than 0")
+    must(0 <= c.lora.dropout < 1, "lora.dropout", "from 0 up to, not including, 1")
+    must(0 <= c.optim.b1 < 1, "optim.b1", "from 0 up to, not including, 1")
+    must(0 <= c.optim.b2 < 1, "optim.b2", "from 0 up to, not including, 1")
+    must(c.optim.eps > 0, "optim.eps", "more than 0")
+    must(c.data.max_length >= 2, "data.max_length", "at least 2 (a BOS and a token)")
+    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        must(get(key) == -1 or get(key) >= 1, key, "-1 (the rest) or at least 1")
+    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
+        errors.append("only one of config.mesh.data, config.mesh.fsdp and config.mesh.tensor can be -1 (the rest)")
+    must(c.train.steps is None or c.train.steps >= 1, "train.steps", "at least 1")
+    must(c.train.epochs is None or c.train.epochs > 0, "train.epochs", "more than 0")
+    if c.train.steps is None and c.train.epochs is None:
+        errors.append("config.train.steps or config.train.epochs must be set")
+    must(
+        c.train.batch_size % c.train.microbatches == 0,
+        "train.batch_size",
+        f"divisible by microbatches={c.train.microbatches}",
+    )
+    must(not (c.data.eval and c.data.eval_examples), "data.eval_examples", "0 where config.data.eval names a file")
+    return errors
+
+
+def to_dict(config: Config) -> dict:
+    """As plain JSON-able values, for `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict) -> Config:
+    """The inverse of `to_dict`, for a workdir's config."""
+    errors: list[str] = []
+    config = _build(Config, values, "", errors)
+    if errors:
+        raise UserError("; ".join(errors))
+    return config

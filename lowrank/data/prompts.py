@@ -1,0 +1,202 @@
+"""How a record becomes text: the four formats, and which part of the text the model is to learn.
+
+One idea: every format is a list of `Segment`s, text that is trained on or not, and a prompt for generation is
+made by the same lines, so that a model is asked in exactly the words it was trained with.
+
+    alpaca      {"instruction", "input" (optional), "output"}    the prompt of alpaca-lora, line for line
+    completion  {"prompt", "completion"}                         joined as they are: mind the space between them
+    chat        {"messages": [{"role", "content"}, ...]}         the model's own chat template, or the one below
+    text        {"text"}, or a .txt file                         all of it is learnt
+
+In a chat the assistant's turns are trained, each with the token that ends it. A template says where they are by its
+`{% generation %}` tag; without the tag they are found by rendering the chat turn by turn. Left out: tools and images.
+"""
+
+import datetime
+import functools
+import json
+import re
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from lowrank.data.tokenizer import Tokenizer
+from lowrank.errors import UserError
+
+FORMATS = ("alpaca", "chat", "completion", "text")
+
+ALPACA = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
+
+ALPACA_WITH_INPUT = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+"""
+
+# For a base without a template: headings any tokenizer can spell, and EOS after each of the assistant's turns.
+DEFAULT_CHAT_TEMPLATE = """\
+{% for message in messages %}
+### {{ message.role | capitalize }}:
+{% if message.role == "assistant" %}
+{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{{ "\n\n" }}
+{%- else %}
+{{ message.content }}{{ "\n\n" }}
+{%- endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+### Assistant:
+{% endif %}
+"""
+
+# Unicode keeps these two for a program's own use: they frame what `{% generation %}` holds until it is cut out again.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+
+# Llama 3's templates write today's date into the prompt. A run that resumes after midnight must see the same examples,
+# and generation the prompt that was trained, so the day is always the one those templates fall back to.
+TODAY = datetime.datetime(2024, 7, 26)
+
+
+class Segment(NamedTuple):
+    """A stretch of an example's text, and whether the model learns to write it."""
+
+    text: str
+    trained: bool
+
+
+def segments(fields: dict, format: str, tokenizer: Tokenizer) -> list[Segment]:
+    """A record's text, in order. BOS and a last EOS are not in it, unless a chat template writes them itself."""
+    if format == "alpaca":
+        prompt = format_prompt("alpaca", fields["instruction"], fields.get("input") or "")
+        return [Segment(prompt, False), Segment(fields["output"], True)]
+    if format == "completion":
+        return [Segment(fields["prompt"], False), Segment(fields["completion"], True)]
+    if format == "text":
+        return [Segment(fields["text"], True)]
+    return chat_segments(fields["messages"], tokenizer)
+
+
+def format_prompt(format: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None) -> str:
+    """The text of a prompt for generation; `chat` needs the tokenizer, whose template it uses."""
+    if format == "alpaca":
+        return (ALPACA_WITH_INPUT if input else ALPACA).format(instruction=instruction, input=input)
+    question = f"{instruction}\n\n{input}" if input else instruction
+    return format_chat([{"role": "user", "content": question}], tokenizer) if format == "chat" else question
+
+
+def format_chat(messages: list[dict], tokenizer: Tokenizer) -> str:
+    """A conversation as the model sees it when the next turn is its own."""
+    return _strip_frames(_render(messages, tokenizer, add_generation_prompt=True))
+
+
+def chat_segments(messages: list[dict], tokenizer: Tokenizer) -> list[Segment]:
+    """A conversation cut into the assistant's turns, with their end tokens, and everything else."""
+    text = _render(messages, tokenizer)
+    if _frames_generation(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE):
+        turn = f"({OPEN}.*?{CLOSE}(?:{re.escape(tokenizer.eos_token)})?)"  # some templates leave the end token outside
+        parts = re.split(turn, text, flags=re.DOTALL)
+        return _stopped([Segment(_strip_frames(part), part.startswith(OPEN)) for part in parts if part], tokenizer)
+
+    found, at = [], 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        after = _render(messages[: i + 1], tokenizer)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"the chat template rewrites earlier turns, so turn {i + 1} cannot be found in what it renders: "
+                "put {% generation %}...{% endgeneration %} around the assistant's text in the template"
+            )
+        turn = after[len(before) :]
+        if _has_end(turn, tokenizer):
+            turn = turn.rstrip()  # without the line break that ChatML and others put after the end token
+        found += [Segment(text[at : len(before)], False), Segment(turn, True)]
+        at = len(before) + len(turn)
+    return _stopped([*found, Segment(text[at:], False)], tokenizer)
+
+
+def _has_end(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a special token ends this text: what tells the model to stop."""
+    return text.rstrip().endswith(tuple(tokenizer.markers))
+
+
+def _stopped(parts: list[Segment], tokenizer: Tokenizer) -> list[Segment]:
+    """The same, with EOS after a last turn of the assistant's that the template leaves without an end token."""
+    last = max((i for i, part in enumerate(parts) if part.trained), default=None)
+    if last is None or _has_end(parts[last].text, tokenizer) or any(part.text.strip() for part in parts[last + 1 :]):
+        return parts
+    return [*parts[: last + 1], Segment(tokenizer.eos_token, True)]
+
+
+def _render(messages: list[dict], tokenizer: Tokenizer, add_generation_prompt: bool = False) -> str:
+    try:
+        return _compile(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE).render(
+            messages=messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,  # templates ask `tools is not none`, and a name that is not there is not none
+            documents=None,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"the chat template does not take these messages: {error}") from None
+
+
+@functools.cache
+def _compile(template: str) -> jinja2.Template:
+    """A template in the sandbox and with the extras that Hugging Face gives it: it comes with weights from anywhere."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": TODAY.strftime}
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template cannot be read ({error}): mend it in the base's folder") from None
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}` ... `{% endgeneration %}`: frames its content in OPEN and CLOSE."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_frame"), [], [], body).set_lineno(line)
+
+    def _frame(self, caller):
+        return f"{OPEN}{caller()}{CLOSE}"
+
+
+def _frames_generation(template: str) -> bool:
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+
+
+def _strip_frames(text: str) -> str:
+    return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def _raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own filter escapes <, > and & for the web; a model is to read them."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

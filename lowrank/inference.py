@@ -1,0 +1,205 @@
+"""A base with or without an adapter, ready to use from Python: `load(base, adapter)` -> logits and text."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.data import examples, prompts
+from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from lowrank.errors import UserError
+from lowrank.model import decoder
+from lowrank.model.decoder import Decoder
+from lowrank.model.generation import Sampling, generate_ids
+from lowrank.model.lora import LoraConfig, dot
+from lowrank.training import partition, workdir
+from lowrank.training.checkpoint import Checkpoints
+from lowrank.weights.base import load_params, read_base
+from lowrank.weights.peft import read_peft
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its variables and its tokenizer."""
+
+    model: Decoder
+    variables: dict
+    tokenizer: Tokenizer
+
+    def logits(self, ids) -> jax.Array:
+        """int [batch, length] -> float32 [batch, length, vocab]; each row is one text, its first token at position 0."""
+        return _logits(self.model, self.variables, jnp.asarray(ids, jnp.int32))
+
+    def encode(self, prompt: str) -> list[int]:
+        """BOS + prompt, as in training."""
+        return encode_prompt(prompt, "", "text", self.tokenizer)
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling
+    ) -> list[str]:
+        """The continuation of each prompt, up to EOS, a string of `stop` (left out), or `max_new_tokens`.
+
+        `sampling`: temperature (0: greedy), top_k, top_p, seed.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        texts = [""] * len(prompts)
+        for row, piece in self.stream(prompts, max_new_tokens=max_new_tokens, stop=stop, **sampling):
+            texts[row] += piece
+        return texts
+
+    def stream(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling
+    ) -> Iterator[tuple[int, str]]:
+        """The same, as it comes: (row, piece of text)."""
+        rows = [self.encode(prompt) for prompt in prompts]
+        yield from stream_text(
+            self.model, self.variables, self.tokenizer, rows, max_new_tokens, stop, Sampling(**sampling)
+        )
+
+
+def encode_prompt(prompt: str, given: str, format: str, tokenizer: Tokenizer) -> list[int]:
+    """A prompt (and, in the alpaca format, its `input`) -> the ids that generation starts from, as in training."""
+    return examples.encode_prompt(prompts.format_prompt(format, prompt, given, tokenizer), format, tokenizer)
+
+
+def complete(model: Decoder, variables: dict, tokenizer: Tokenizer, rows, max_new_tokens: int) -> list[str]:
+    """The greedy continuation of each row of ids."""
+    texts = [""] * len(rows)
+    for row, piece in stream_text(model, variables, tokenizer, rows, max_new_tokens, (), Sampling()):
+        texts[row] += piece
+    return texts
+
+
+def stream_text(
+    model: Decoder,
+    variables: dict,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    sampling: Sampling,
+) -> Iterator[tuple[int, str]]:
+    """Continue each row of ids; yield (row, piece of text) until each has met EOS, a stop string or its length."""
+    if not rows:
+        return
+    limit = model.config.max_length
+    longest = max(len(prompt) for prompt in rows)
+    if longest >= limit:
+        raise UserError(f"a prompt of {longest} tokens leaves no room: the model reads {limit}; shorten it")
+    if min(len(prompt) for prompt in rows) == 0:
+        raise UserError("an empty prompt needs a tokenizer with a BOS token; this one has none: write some text")
+    ends = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
+    ids: list[list[int]] = [[] for _ in rows]
+    sent = [""] * len(rows)
+    running = set(range(len(rows)))
+
+    def decode(row: int) -> str:
+        return tokenizer.decode(ids[row], continues=len(rows[row]) > 1)  # after BOS alone a text begins
+
+    for tokens in generate_ids(model, variables, rows, max_new_tokens, sampling):
+        for row in sorted(running):
+            token = int(tokens[row])
+            ended = token in ends
+            if not ended:
+                ids[row].append(token)
+                ended = len(rows[row]) + len(ids[row]) >= limit
+            text = decode(row)
+            met = [at for at in (text.find(string) for string in stop) if at >= 0]
+            if met:
+                text, ended = text[: min(met)], True
+            if not ended:
+                text = text[: len(text) - _withheld(text, stop)]
+            if len(text) > len(sent[row]):
+                yield row, text[len(sent[row]) :]
+                sent[row] = text
+            if ended:
+                running.remove(row)
+        if not running:
+            return
+    for row in sorted(running):  # out of tokens: what was withheld comes now
+        text = decode(row)
+        if len(text) > len(sent[row]):
+            yield row, text[len(sent[row]) :]
+
+
+def _withheld(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that may change yet: half of a character's bytes, or the beginning of a stop string."""
+    broken = len(text) - len(text.rstrip("\ufffd"))
+    starts = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
+    return max([broken, *starts])
+
+
+def load(base, adapter=None, *, dtype: str | None = None) -> Model:
+    """Load a base (a checkpoint's folder) and, on top of it, an adapter (a workdir: its latest step; or a PEFT folder).
+
+    `dtype`: "float32" or "bfloat16", held and computed in; None is as the checkpoint says. Raises UserError.
+    """
+    source = read_base(base)
+    dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
+    tokenizer = load_tokenizer(source.folder)
+    check_vocab(tokenizer, source.config.vocab, source.folder)
+    adapted = None if adapter is None else read_adapter(adapter)
+    model = Decoder(source.config, None if adapted is None else adapted.lora, dtype, dtype)
+    shapes, _ = decoder.abstract(model)
+    if adapted is None:
+        variables = {"params": load_params(source, shapes["params"])}
+    elif adapted.lora is None:  # the workdir of a full fine-tuning holds the whole model
+        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), adapted.restore(shapes))
+    else:
+        lora = adapted.restore({"lora": shapes["lora"]})["lora"]
+        variables = {"params": load_params(source, shapes["params"]), "lora": lora}
+    return Model(model, variables, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What was trained, still on the disk. `lora` is None where it is a whole model, of a full fine-tuning."""
+
+    folder: pathlib.Path
+    lora: LoraConfig | None
+    format: str | None  # of the prompts it was trained on, if that is known
+    restore: Callable[[dict], dict]  # the trained leaves, laid out as the given ones; UserError if they do not fit
+
+
+def read_adapter(folder, step: int | None = None) -> Adapter:
+    """Open the adapter in a workdir (its latest step, or `step`) or in a PEFT folder."""
+    folder = pathlib.Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        tree, lora, _ = read_peft(folder)
+        return Adapter(folder, lora, None, lambda wanted: _fitted({"lora": tree}, wanted, folder))
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
+            "name the --workdir of a training run"
+        )
+    run = workdir.read_config(folder)
+    return Adapter(folder, run.adapted, run.data.format, lambda wanted: _restored(folder, wanted, step))
+
+
+def _fitted(found: dict, wanted: dict, folder: pathlib.Path) -> dict:
+    misfits = partition.misfits(found, wanted)
+    if misfits:
+        raise UserError(f"adapter {folder} does not fit the model: {'; '.join(misfits)}")
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), found, wanted)
+
+
+def _restored(folder: pathlib.Path, wanted: dict, step: int | None) -> dict:
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        steps = checkpoints.manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+            raise UserError(
+                f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}"
+            )
+        return checkpoints.restore_adapter(max(steps) if step is None else step, wanted)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Decoder, variables: dict, ids: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    hidden, head, _ = model.apply(variables, ids, positions, jnp.ones_like(ids))
+    return dot(hidden, head.astype(hidden.dtype))

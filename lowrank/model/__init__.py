@@ -1,0 +1,1 @@
+"""What is computed: the decoder, its attention and its adapters. The only place that imports Flax."""

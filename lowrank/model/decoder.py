@@ -1,0 +1,157 @@
+"""The LLaMA-style decoder in Flax Linen: embedding, scanned blocks, norm, and a head that is handed out, not applied.
+
+B batch, T query length, S key length, N heads, K kv heads, G = N/K, H head_dim, D embed, F mlp, V vocab, R rank.
+
+The decoder returns the last hidden states and the head's matrix. Whoever calls decides for which tokens logits are
+worth their memory: the objective takes chunks of the trained tokens, generation the last token of a row.
+Left out on purpose: positions other than rotary, windows, mixtures of experts.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lowrank.model.architecture import ModelConfig
+from lowrank.model.attention import Attention, Cache, rotary_frequencies, visible
+from lowrank.model.lora import LoraConfig, project
+from lowrank.parallel.mesh import constrain
+
+REMAT = ("none", "dots", "full")
+
+
+class RMSNorm(nn.Module):
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],), self.param_dtype
+        )
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    lora: LoraConfig | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        gate = project(self, "gate_proj", self.config.mlp, ("embed", "mlp"), x, deterministic)
+        up = project(self, "up_proj", self.config.mlp, ("embed", "mlp"), x, deterministic)
+        inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        std = 0.02 / math.sqrt(2 * self.config.layers)
+        return project(self, "down_proj", self.config.embed, ("mlp", "embed"), inner, deterministic, std)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    lora: LoraConfig | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, cache, slot, angles, mask):
+        parts = (self.config, self.lora, self.dtype, self.param_dtype)
+        norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)  # noqa: E731
+        with jax.named_scope("attention"):
+            y, cache = Attention(*parts, name="self_attn")(
+                norm("input_layernorm")(x), cache, slot, angles, mask, self.deterministic
+            )
+            x = constrain(x + y, "batch", "length", None)
+        with jax.named_scope("mlp"):
+            y = MLP(*parts, name="mlp")(norm("post_attention_layernorm")(x), self.deterministic)
+            x = constrain(x + y, "batch", "length", None)
+        return x, cache
+
+
+class Table(nn.Module):
+    """One matrix under a name of its own: the embedding or the head."""
+
+    leaf: str
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        return self.param(self.leaf, init, self.shape, self.param_dtype)
+
+
+class Decoder(nn.Module):
+    """tokens int32 [B, T] -> (hidden [B, T, D] in `dtype`, head [D, V] in `param_dtype`, cache)."""
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,  # int32 [B, T], what the rotary angles count
+        segment_ids: jax.Array,  # int32 [B, T], 0 for padding
+        cache: Cache | None = None,  # keys and values, each [layers, B, S, K, H]
+        slot: jax.Array | int = 0,  # the cache's slot of this call's first token
+        key_segment_ids: jax.Array | None = None,  # int32 [B, S], of every slot of the cache
+        deterministic: bool = True,
+    ):
+        c = self.config
+        embedding = Table("embedding", (c.vocab, c.embed), ("vocab", "embed"), self.param_dtype, name="embed_tokens")()
+        x = constrain(jnp.take(embedding, tokens, axis=0).astype(self.dtype), "batch", "length", None)
+        angles = positions.astype(jnp.float32)[..., None] * rotary_frequencies(c)
+        key_segments = segment_ids if key_segment_ids is None else key_segment_ids
+        mask = visible(slot + jnp.arange(tokens.shape[1]), segment_ids, key_segments)
+
+        block = Block
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "lora": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.lora, self.dtype, self.param_dtype, deterministic, name="layers")
+        x, cache = layers(x, cache, slot, angles, mask)
+
+        hidden = RMSNorm(c.norm_eps, self.param_dtype, name="norm")(x)
+        if c.tied_head:
+            return hidden, embedding.T, cache
+        return (
+            hidden,
+            Table("kernel", (c.embed, c.vocab), ("embed", "vocab"), self.param_dtype, name="lm_head")(),
+            cache,
+        )
+
+
+def init(model: Decoder, key: jax.Array) -> dict:
+    """Fresh variables, `{"params": …, "lora": …}`, as plain trees. Under jit, what is not used is not computed."""
+    return nn.meta.unbox(_init_boxed(model, key))
+
+
+def abstract(model: Decoder) -> tuple[dict, dict]:
+    """The variables' ShapeDtypeStructs and their logical axes (tuples), without computing anything."""
+    boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
+    axes = jax.tree.map(
+        lambda leaf: tuple(leaf.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    )
+    return nn.meta.unbox(boxed), axes
+
+
+def _init_boxed(model, key):
+    params, lora = jax.random.split(key)
+    token = jnp.zeros((1, 1), jnp.int32)
+    return model.init({"params": params, "lora": lora}, token, token, token)

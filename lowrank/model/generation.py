@@ -1,0 +1,94 @@
+"""Generation with a key-value cache: a prefill over the prompts, then one compiled decode step, token by token.
+
+Prompts of unequal length are padded on the left, so that every row writes its next token into the same slot; the
+padding has segment 0 and nobody attends to it. Lengths are rounded up, so that a chat compiles a handful of shapes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank.model.decoder import Decoder
+from lowrank.model.lora import dot
+
+ROUND = 64  # prompt slots and cache slots are multiples of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 leave nothing out."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def generate_ids(
+    model: Decoder, variables: dict, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
+) -> Iterator[np.ndarray]:
+    """Yield the next token of every row, int [rows], up to `max_new_tokens` times; the caller stops when it has enough.
+
+    A row's tokens do not depend on the rows beside it: each row draws with random numbers of its own.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    width = -(-longest // ROUND) * ROUND
+    slots = -(-(width + max_new_tokens) // ROUND) * ROUND
+    tokens = np.zeros((len(prompts), width), np.int32)
+    segments = np.zeros((len(prompts), slots), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    pads = jnp.asarray([width - len(prompt) for prompt in prompts], jnp.int32)
+    segments = jnp.asarray(segments)
+    settings = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+    key = jax.random.key(sampling.seed)
+
+    token, cache = _prefill(model, variables, jnp.asarray(tokens), segments, pads, key, settings)
+    for slot in range(width, width + max_new_tokens):
+        yield np.asarray(token)
+        if slot < width + max_new_tokens - 1:
+            token, cache = _decode(model, variables, token, jnp.int32(slot), segments, pads, cache, key, settings)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(model: Decoder, variables, tokens, segments, pads, key, settings):
+    c, (rows, width) = model.config, tokens.shape
+    empty = jnp.zeros((c.layers, rows, segments.shape[1], c.kv_heads, c.head_dim), model.dtype)
+    positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
+    hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], (empty, empty), 0, segments)
+    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), jax.random.fold_in(key, width), settings), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
+def _decode(model: Decoder, variables, token, slot, segments, pads, cache, key, settings):
+    positions = (slot - pads)[:, None]
+    hidden, head, cache = model.apply(
+        variables, token[:, None], positions, jnp.ones_like(positions), cache, slot, segments
+    )
+    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), jax.random.fold_in(key, slot + 1), settings), cache
+
+
+def _sample(logits: jax.Array, key: jax.Array, settings) -> jax.Array:
+    """float32 [rows, vocab] -> int32 [rows]. Top-k is taken first, then the smallest set of tokens that holds top_p."""
+    temperature, top_k, top_p = settings
+    rows, vocab = logits.shape
+
+    def draw(logits):
+        logits = logits / temperature
+        descending = jnp.sort(logits, axis=-1)[:, ::-1]
+        ranks = jnp.arange(vocab)
+        descending = jnp.where((top_k == 0) | (ranks < top_k), descending, -jnp.inf)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all likelier tokens
+        kept = jnp.isfinite(descending) & (before < top_p)
+        threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+        return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= threshold, logits, -jnp.inf))
+
+    chosen = jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits)
+    return chosen.astype(jnp.int32)

@@ -1,0 +1,99 @@
+"""The device mesh and the one table from logical axes to mesh axes.
+
+Every array of the program names its logical axes once, where it is declared; everything about placement is
+derived here. There is no catch-all: an axis that the table does not know, or an array whose axes claim one mesh
+axis twice, is an error, because a parameter that is silently replicated costs memory that nobody looks for.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank.errors import UserError
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "rank": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each mesh axis; -1, which one of them may be, takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Lay the devices (all of them, if none are given) out as data x fsdp x tensor."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        rest = sizes.index(-1)
+        sizes[rest] = max(1, len(devices) // math.prod(size for size in sizes if size != -1))
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not use the "
+            f"{len(devices)} devices here exactly; choose sizes whose product is {len(devices)}"
+        )
+    # Auto is said, not left to the default: it changed between versions of JAX.
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Logical axes of one array -> its PartitionSpec."""
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} of {axes} match no rule in parallel/mesh.py")
+    entries = [None if axis is None else RULES[axis] for axis in axes]
+    used = [name for entry in entries if entry for name in ([entry] if isinstance(entry, str) else entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} claim a mesh axis twice: {used}")
+    return PartitionSpec(*entries)
+
+
+def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
+    """A tree of logical axes (tuples) and one of shapes -> a tree of NamedShardings.
+
+    Raises UserError that lists every array with an axis that its mesh axes do not divide.
+    """
+    offenders = []
+
+    def one(path, shape, axes):
+        sharding = NamedSharding(mesh, spec(axes))
+        for size, axis, entry in zip(shape.shape, axes, sharding.spec, strict=True):
+            names = (entry,) if isinstance(entry, str) else entry or ()
+            parts = math.prod(mesh.shape[name] for name in names)
+            if size % parts:
+                name = "/".join(key.key for key in path)
+                offenders.append(f"{name} has {size} along {axis}, not divisible by {'x'.join(names)}={parts}")
+        return sharding
+
+    tree = jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
+    if offenders:
+        raise UserError(f"mesh: the model cannot be cut this way: {'; '.join(offenders)}; choose other mesh sizes")
+    return tree
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation's layout under the current mesh (`jax.set_mesh`); without one, do nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

@@ -1,0 +1,413 @@
+"""Train an adapter (or, with `train.mode = "full"`, the whole model) over a base.
+
+    python -m lowrank.train --config=configs/alpaca.py --workdir=runs/alpaca --config.base=DIR --config.data.train=FILE
+
+The same command again resumes: the metrics and the adapter are then bitwise those of a run that was never stopped.
+SIGTERM and Ctrl-C save first and end with exit code 75; a second Ctrl-C ends at once.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding
+
+from lowrank import command, inference
+from lowrank import config as config_lib
+from lowrank.config import Config
+from lowrank.data import examples as examples_lib
+from lowrank.data import loader, packing
+from lowrank.data.records import read_records
+from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from lowrank.errors import UserError
+from lowrank.model import decoder
+from lowrank.model.architecture import SIZES, ModelConfig
+from lowrank.model.decoder import Decoder
+from lowrank.model.lora import LoraConfig
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.training import metrics as metrics_lib
+from lowrank.training import partition, report
+from lowrank.training import workdir as workdir_lib
+from lowrank.training.checkpoint import Checkpoints
+from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
+from lowrank.training.step import BATCH_KEYS, State, make_eval_step, make_train_step
+from lowrank.weights.base import Base, load_params, read_base
+
+flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
+flags.DEFINE_string("workdir", None, "The folder of this run: made if absent, resumed if it holds the same run.")
+flags.DEFINE_bool("dry_run", False, "Print what would be trained on what, and at what cost; train nothing.")
+FLAGS = flags.FLAGS
+
+STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (sysexits' "temporary failure")
+
+
+def main(arguments: list[str]) -> int | None:
+    config = config_lib.read(FLAGS.config, arguments)
+    if not FLAGS.workdir and not FLAGS.dry_run:
+        raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
+
+    # ---- Base, tokenizer, data: everything a user can get wrong is found before anything heavy begins.
+    base, architecture, tokenizer = find_model(config)
+    train, held_out = read_data(config, tokenizer)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    rows, fill = packing.packed_rows(train, **row_shape(config))
+    steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
+    check_batch(config, mesh)
+
+    # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
+    dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+    if config.train.mode == "full":
+        param_dtype = jnp.dtype("float32")  # what is trained is held in float32: bfloat16 would swallow small updates
+    model = Decoder(architecture, config.adapted, dtype, param_dtype, config.remat)
+    shapes, axes = decoder.abstract(model)
+    shardings = mesh_lib.shardings(mesh, axes, shapes)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    mask = partition.trainable_mask(shapes, config.train.mode)
+    trainable_shapes, frozen_shapes = partition.split(shapes, mask)
+    schedule = learning_rate_schedule(config.optim, steps)
+    optimizer = make_optimizer(config.optim, schedule, mask)
+
+    print(report.describe_model(config, architecture, mesh, trainable_shapes, frozen_shapes, optimizer))
+    print(report.describe_data(config, train, held_out, rows, fill, steps))
+    if FLAGS.dry_run:
+        print(report.describe_leaves(shapes, mask))
+        return None
+
+    # ---- Workdir: a new run, or the same one again.
+    workdir = pathlib.Path(FLAGS.workdir)
+    identity = {
+        "base": base.fingerprint if base else f"from scratch, seed {config.seed}",
+        "architecture": dataclasses.asdict(architecture),
+        "tokenizer": workdir_lib.file_hash(tokenizer.path),
+        "data.train": workdir_lib.file_hash(config.data.train),
+        "data.eval": workdir_lib.file_hash(config.data.eval),
+    }
+    with (
+        workdir_lib.open_workdir(workdir, config, identity, arguments),
+        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+    ):
+        # ---- State: from the last checkpoint, else from the beginning.
+        put = lambda batch: jax.device_put(  # noqa: E731
+            {name: batch[name] for name in BATCH_KEYS}, NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
+        )
+        batches = loader.train_loader(
+            train,
+            batch_size=config.train.batch_size,
+            shuffle=config.data.shuffle,
+            seed=config.seed if config.data.seed is None else config.data.seed,
+            **row_shape(config),
+        )
+        variables = initial_variables(config, model, base, shapes)
+        trainable, frozen = partition.split(variables, mask)
+        del variables
+        opt_state = jax.jit(optimizer.init)(trainable)
+        state = State(jnp.int32(0), trainable, opt_state, jax.random.key(config.seed))
+        tokens = 0
+        first = checkpoints.latest() or 0
+        if first:
+            meta = checkpoints.meta(first)
+            state, position = checkpoints.restore(first, state)
+            batches.set_state(position)
+            tokens = meta["tokens"]
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            metrics_lib.forget_after(workdir / file, first if first else -1)
+        if first >= steps:
+            print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
+            return None
+        if first:
+            print(f"resumed from step {first}")
+
+        # ---- Evaluation and samples.
+        shards = mesh_lib.batch_shards(mesh)
+        train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards)
+        eval_step = make_eval_step(model, shards)
+        eval_batches = []
+        if held_out:
+            eval_rows = -(-config.train.batch_size // config.train.microbatches)
+            eval_batches = list(loader.evaluation_batches(held_out, batch_size=eval_rows, **row_shape(config)))
+        writer = metrics_lib.Metrics(workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb)
+        console = metrics_lib.Console(steps, first)
+
+        def evaluate(step: int) -> float:
+            """Write the evaluation of `step` and return its loss."""
+            total, count = 0.0, 0
+            for batch in eval_batches:
+                with jax.set_mesh(mesh):
+                    loss, trained = eval_step(state.trainable, frozen, put(batch))
+                total, count = total + float(loss), count + int(trained)
+            loss = total / count
+            scalars = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
+            if config.eval.answers:
+                scalars["eval/exact_match"] = answer(step)
+            writer.write(step, scalars)
+            shown = "  ".join(f"{name} {metrics_lib.show(value)}" for name, value in scalars.items())
+            console.say(f"step {step}/{steps}  {shown}")
+            return loss
+
+        def answer(step: int) -> float:
+            """Answer held-out examples greedily; the share of answers equal to the reference. The first ten are kept."""
+            asked = held_out.examples[: config.eval.answers]
+            given = answers(model, partition.merge(state.trainable, frozen), tokenizer, asked)
+            for prompt, text, reference in given[:10]:
+                record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
+                metrics_lib.append_line(workdir / "samples.jsonl", record)
+            return sum(text == reference for _, text, reference in given) / len(given)
+
+        def sample(step: int):
+            rows = [
+                inference.encode_prompt(prompt, "", config.data.format, tokenizer) for prompt in config.sample.prompts
+            ]
+            variables = partition.merge(state.trainable, frozen)
+            texts = inference.complete(model, variables, tokenizer, rows, config.sample.max_new_tokens)
+            for prompt, text in zip(config.sample.prompts, texts, strict=True):
+                metrics_lib.append_line(workdir / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+                console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
+
+        # ---- The loop: step, read the step before, evaluate, sample, save. The order matters: a checkpoint is made
+        # after everything up to its step is written, and only of a state whose loss has been seen to be finite.
+        began = clock = time.monotonic()
+        clock_tokens = tokens
+        pending = None
+        best = best_loss(workdir, config)
+
+        def read_pending():
+            """Wait for the pending step's scalars, refuse what is not finite, and log it if it is due."""
+            nonlocal pending, tokens, clock, clock_tokens
+            if pending is None:
+                return
+            step, scalars, examples = pending
+            pending = None
+            scalars = jax.device_get(scalars)
+            if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"])):
+                raise UserError(not_finite(step, scalars, examples, checkpoints.latest()))
+            tokens += int(scalars["tokens"])
+            if not (step == 1 or due(step, config.log.every, steps)):
+                console.step(step, None)
+                return
+            now = time.monotonic()
+            line = {f"train/{name}": float(scalars[name]) for name in ("loss", "grad_norm", "learning_rate")}
+            line |= {
+                "train/tokens": tokens,
+                "train/tokens_per_second": (tokens - clock_tokens) / max(now - clock, 1e-9),
+            }
+            clock, clock_tokens = now, tokens
+            writer.write(step, line)
+            console.step(step, line)
+
+        with stop_signals() as stop, contextlib.closing(writer), contextlib.closing(console):
+            if first == 0:
+                if eval_batches and config.eval.every:
+                    best = min(best, evaluate(0))
+                if config.sample.every:
+                    sample(0)
+            clock = time.monotonic()
+            for step in range(first + 1, steps + 1):
+                batch = next(batches)
+                with jax.set_mesh(mesh):
+                    state, scalars = train_step(state, frozen, put(batch))
+                read_pending()
+                pending = (step, scalars, batch["examples"])
+
+                eval_loss = None
+                paused = time.monotonic()
+                if eval_batches and due(step, config.eval.every, steps):
+                    read_pending()
+                    eval_loss = evaluate(step)
+                if config.sample.every and due(step, config.sample.every, steps):
+                    read_pending()
+                    sample(step)
+                better = eval_loss is not None and eval_loss < best
+                best = eval_loss if better else best
+                if stop() or better or due(step, config.checkpoint.every, steps):
+                    read_pending()
+                    meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config), "identity": identity}
+                    checkpoints.save(state, batches.get_state(), meta | {"versions": workdir_lib.versions()}, eval_loss)
+                clock += time.monotonic() - paused
+                if stop() and step < steps:
+                    checkpoints.wait()
+                    console.say(
+                        f"stopped by {stop()} after step {step}, which is saved; run the same command again to go on"
+                    )
+                    return STOPPED
+        checkpoints.wait()
+
+    # ---- What came of it.
+    metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
+    print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
+    return None
+
+
+# ---- Before the loop -------------------------------------------------------------------------------------------------
+
+
+def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
+    """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
+    if config.architecture:
+        if config.base or config.train.mode != "full":
+            raise UserError(
+                "config.architecture is trained from scratch: it needs train.mode='full' and no config.base"
+            )
+        if config.architecture not in SIZES:
+            raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
+        if not config.tokenizer:
+            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
+        base, architecture = None, SIZES[config.architecture]
+    elif config.base:
+        base = read_base(pathlib.Path(config.base))
+        architecture = base.config
+    else:
+        raise UserError("config.base is missing; say --config.base=DIR, the folder of a Hugging Face checkpoint")
+    tokenizer = load_tokenizer(pathlib.Path(config.tokenizer or config.base))
+    check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
+    if config.data.max_length > architecture.max_length:
+        raise UserError(
+            f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
+            f"positions); say --config.data.max_length={architecture.max_length} or less"
+        )
+    return base, architecture, tokenizer
+
+
+def read_data(config: Config, tokenizer: Tokenizer):
+    """-> the training examples, and the held-out ones or None."""
+    data = config.data
+    if not data.train:
+        raise UserError(f"config.data.train is missing; say --config.data.train=FILE, in the {data.format} format")
+    if config.eval.answers and (data.format == "text" or data.train_on_prompt):
+        raise UserError(
+            "config.eval.answers needs examples with a prompt and a response: not text, not train_on_prompt"
+        )
+
+    def encode(file):
+        records = read_records(file, data.format)
+        return examples_lib.encode_examples(
+            records, data.format, tokenizer, data.max_length, data.train_on_prompt, path=file
+        )
+
+    train = encode(data.train)
+    if data.eval:
+        return train, encode(data.eval)
+    if data.eval_examples:
+        return examples_lib.split(train, data.eval_examples)
+    if config.eval.every or config.eval.answers:
+        raise UserError(
+            "config.eval is set but there is nothing to evaluate on; set config.data.eval or data.eval_examples"
+        )
+    return train, None
+
+
+def row_shape(config: Config) -> dict:
+    return {"max_length": config.data.max_length, "packing": config.data.packing}
+
+
+def check_batch(config: Config, mesh):
+    shards = mesh_lib.batch_shards(mesh)
+    if config.train.batch_size // config.train.microbatches % shards:
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} in {config.train.microbatches} micro-batches does not "
+            f"divide over {shards} devices (mesh data x fsdp); make it a multiple of {config.train.microbatches * shards}"
+        )
+
+
+def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict) -> dict:
+    """The variables before step 1, each laid out as `shapes` says."""
+    key = jax.random.key(config.seed)
+
+    def fresh(collection):
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes[collection])
+        return jax.jit(lambda key: decoder.init(model, key)[collection], out_shardings=layout)(key)
+
+    variables = {"params": load_params(base, shapes["params"]) if base else fresh("params")}
+    if "lora" in shapes:
+        variables["lora"] = fresh("lora")
+        if config.init_adapter:
+            variables["lora"] = started_from(config.init_adapter, config.lora, shapes["lora"])
+    return variables
+
+
+def started_from(folder: str, lora: LoraConfig, shapes: dict) -> dict:
+    """The adapter to start from; refused if it means something else under this config's settings."""
+    adapter = inference.read_adapter(folder)
+    if adapter.lora is None:
+        raise UserError(f"config.init_adapter={folder} is a full fine-tuning: it holds no adapter")
+    differing = [
+        f"lora.{name} is {getattr(adapter.lora, name)} there and {getattr(lora, name)} here"
+        for name in ("rank", "alpha", "scaling")
+        if getattr(adapter.lora, name) != getattr(lora, name)
+    ]
+    if set(adapter.lora.targets) != set(lora.targets):
+        differing.append(f"lora.targets is {adapter.lora.targets} there and {lora.targets} here")
+    if differing:
+        raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}")
+    return adapter.restore({"lora": shapes})["lora"]
+
+
+# ---- In the loop -----------------------------------------------------------------------------------------------------
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """At every multiple of `every` (0: at none), and at the last step."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a function that gives the name of the signal that asked to stop, or None."""
+    received: list[str] = []
+
+    def handle(number, _):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def not_finite(step: int, scalars: dict, examples: np.ndarray, last: int | None) -> str:
+    ids = sorted(set(examples[examples >= 0].tolist()))
+    safe = f"the checkpoint of step {last} is intact" if last else "no checkpoint was written yet"
+    return (
+        f"step {step}: the loss is {scalars['loss']} and the gradient's norm {scalars['grad_norm']}; its examples are "
+        f"{', '.join(map(str, ids))} (counted from 0 in the training file); {safe}; lower config.optim.learning_rate "
+        "or look at these examples"
+    )
+
+
+def best_loss(workdir: pathlib.Path, config: Config) -> float:
+    """The best evaluation so far, from the metrics that are left after resuming."""
+    losses = [line["eval/loss"] for line in metrics_lib.read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
+    return min(losses, default=math.inf)
+
+
+def question_and_answer(example) -> tuple[list[int], list[int]]:
+    """The ids of an example up to its last response, and of that response."""
+    untrained = np.flatnonzero(~example.loss_mask)
+    start = 1 + (int(untrained[-1]) + 1 if len(untrained) else 0)  # the mask is over ids[1:]
+    return example.ids[:start].tolist(), example.ids[start:].tolist()
+
+
+def answers(model: Decoder, variables: dict, tokenizer: Tokenizer, examples: list) -> list[tuple[str, str, str]]:
+    """(prompt, answer, reference) of each example, answered greedily."""
+    given = []
+    for start in range(0, len(examples), 64):
+        asked, references = zip(*map(question_and_answer, examples[start : start + 64]), strict=True)
+        longest = max(len(reference) for reference in references)  # a longer answer cannot be equal
+        texts = inference.complete(model, variables, tokenizer, asked, longest)
+        for prompt, text, reference in zip(asked, texts, references, strict=True):
+            given.append((tokenizer.decode(prompt), text.strip(), tokenizer.decode(reference).strip()))
+    return given
+
+
+if __name__ == "__main__":
+    command.run(main)

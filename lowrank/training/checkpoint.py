@@ -1,0 +1,147 @@
+"""Checkpoints of a run, through Orbax and nowhere else: what is trained, the optimizer's state, the place in the data.
+
+A checkpoint is a folder `checkpoints/STEP/` of four items: `adapter` (the trainable leaves under their paths),
+`opt_state`, `data` (the loader's position) and `meta`. The trees that come in have holes where the base is, so no
+leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets its name when it is whole.
+"""
+
+import contextlib
+import errno
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint as ocp
+
+from lowrank.errors import UserError
+from lowrank.training import partition
+from lowrank.training.step import State
+
+EVAL_LOSS = "eval/loss"
+
+
+def nested(tree) -> dict:
+    """Any tree -> nested dicts of its leaves by their paths' names, without the holes: what Orbax is given."""
+    result: dict = {}
+    for name, leaf in partition.named_leaves(tree).items():
+        *parents, last = name.split("/")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return result
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. A context manager: leaving it waits for the last save to be on disk."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 1, read_only: bool = False):
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[EVAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        self.folder = (workdir / "checkpoints").absolute()
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                save_decision_policy=policies.FixedIntervalPolicy(1),  # when to save is the loop's decision
+                # What a killed run left half written goes; but a reader must not take a running save for that.
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            ),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    def wait(self):
+        """Until the last save is on the disk; its failure is raised here."""
+        with self._disk_errors():
+            self.manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, state: State, data: dict, meta: dict, eval_loss: float | None = None):
+        """Start saving; a failure of the save before this one is raised here."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        with self._disk_errors():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    adapter=ocp.args.StandardSave(nested(state.trainable)),
+                    opt_state=ocp.args.StandardSave(nested(state.opt_state)),
+                    data=ocp.args.JsonSave(data),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if eval_loss is None else {EVAL_LOSS: eval_loss},
+            )
+
+    def meta(self, step: int) -> dict:
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, step: int, state: State) -> tuple[State, dict]:
+        """-> the state saved at `step`, laid out as `state` (arrays or ShapeDtypeStructs) is, and the data's position."""
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                adapter=ocp.args.StandardRestore(nested(_abstract(state.trainable))),
+                opt_state=ocp.args.StandardRestore(nested(_abstract(state.opt_state))),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        trainable = _fill(state.trainable, restored.adapter)
+        opt_state = _fill(state.opt_state, restored.opt_state)
+        return State(jax.numpy.int32(step), trainable, opt_state, state.key), restored.data
+
+    def restore_adapter(self, step: int, trainable: dict) -> dict:
+        """-> the trainable tree saved at `step`, laid out as the given one; UserError if their leaves differ."""
+        misfits = partition.misfits(dict(self.manager.item_metadata(step).adapter), nested(trainable))
+        if misfits:
+            raise UserError(f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}")
+        restored = self.manager.restore(
+            step, args=ocp.args.Composite(adapter=ocp.args.StandardRestore(nested(_abstract(trainable))))
+        )
+        return _fill(trainable, restored.adapter)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A disk that is full or read-only is the user's to mend: one line, and what is safe."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{error} {error.__cause__ or ''}"
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) or any(
+                sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "Permission denied")
+            ):
+                last = self.latest()
+                kept = (
+                    f"the checkpoint of step {last} is whole"
+                    if last is not None
+                    else "no checkpoint was written before"
+                )
+                reason = str(error).splitlines()[0][:200]
+                raise UserError(
+                    f"checkpoint in {self.folder} could not be written ({reason}); {kept}; make room and run again"
+                ) from error
+            raise
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def _fill(tree, values: dict):
+    """`tree` with its leaves replaced by those of the nested dicts, by path."""
+    by_name = partition.named_leaves(values)
+    return jax.tree_util.tree_map_with_path(lambda path, _: by_name[partition.path_name(path)], tree)

@@ -1,0 +1,161 @@
+"""What a run tells: `metrics.jsonl` always, the console, and TensorBoard or W&B if asked for.
+
+The step's scalars stay on the device; the loop hands them over one step late, so that reading them never keeps the
+next step from being dispatched.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+
+import rich.console
+import rich.progress
+
+from lowrank.errors import UserError
+
+
+def append_line(file: pathlib.Path, record: dict):
+    """Append one JSON object and have it on the disk before going on."""
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_lines(file: pathlib.Path) -> list[dict]:
+    """The whole lines of a JSON-lines file; a last line that was cut short by a kill is left out."""
+    if not file.exists():
+        return []
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in whole]
+
+
+def forget_after(file: pathlib.Path, step: int):
+    """Drop the lines of steps after `step`, which a resumed run is about to write again. Atomic."""
+    if file.exists():
+        kept = [record for record in read_lines(file) if record["step"] <= step]
+        fresh = file.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        fresh.replace(file)
+
+
+class Metrics:
+    """Writes the scalars of a step to every place that was asked for."""
+
+    def __init__(self, workdir: pathlib.Path, config: dict, tensorboard: bool, wandb: str | None):
+        self.file = workdir / "metrics.jsonl"
+        self.tensorboard = self.wandb = None
+        if tensorboard:
+            try:
+                import tensorboardX
+            except ImportError:
+                raise UserError("config.log.tensorboard needs tensorboardX; pip install 'lowrank[logging]'") from None
+            self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        if wandb:
+            try:
+                import wandb as wandb_library
+            except ImportError:
+                raise UserError("config.log.wandb needs wandb; pip install 'lowrank[logging]'") from None
+            run_id = workdir.absolute().name  # the same workdir goes on in the same run
+            self.wandb = wandb_library.init(project=wandb, id=run_id, resume="allow", config=config, dir=str(workdir))
+
+    def write(self, step: int, scalars: dict[str, float]):
+        append_line(self.file, {"step": step, **scalars})
+        if self.tensorboard:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def close(self):
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Console:
+    """A progress bar on a terminal; plain lines elsewhere, one for each line of metrics."""
+
+    def __init__(self, steps: int, first: int):
+        self.steps = steps
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed}/{task.total}"),
+                rich.progress.BarColumn(),
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TimeRemainingColumn(),
+                console=rich.console.Console(highlight=False),
+            )
+            self.task = self.bar.add_task("starting", total=steps, completed=first)
+            self.bar.start()
+
+    def say(self, text: str):
+        if self.bar:
+            self.bar.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, step: int, scalars: dict[str, float] | None):
+        """Show that `step` is done; `scalars` are given when they are due."""
+        text = None if scalars is None else "  ".join(f"{name.split('/')[1]} {show(x)}" for name, x in scalars.items())
+        if self.bar:
+            self.bar.update(self.task, completed=step, **({} if text is None else {"description": text}))
+        elif text is not None:
+            print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.stop()
+
+
+def show(x: float) -> str:
+    """A number for people: thousands grouped, small ones with four digits that mean something."""
+    if isinstance(x, int) or (abs(x) >= 1000 and math.isfinite(x)):
+        return f"{x:,.0f}"
+    return f"{x:.4g}"
+
+
+def human_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def plot_curves(metrics_file: pathlib.Path, picture: pathlib.Path, title: str):
+    """Training and evaluation loss over steps, and beneath them the learning rate and the gradient's norm."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no display is needed, nor looked for
+    from matplotlib import pyplot as plt
+
+    records = read_lines(metrics_file)
+
+    def series(name):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        return list(zip(*points, strict=True)) if points else None
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    for name, style in (("train/loss", {"alpha": 0.7}), ("eval/loss", {"marker": "o"})):
+        if points := series(name):
+            top.plot(*points, label=name, **style)
+    top.set(ylabel="loss (nats per token)", title=title)
+    top.grid(alpha=0.3)
+    if top.get_legend_handles_labels()[0]:
+        top.legend()
+    if points := series("train/learning_rate"):
+        bottom.plot(*points, color="tab:green", label="learning rate")
+        bottom.set(xlabel="step", ylabel="learning rate")
+    if points := series("train/grad_norm"):
+        right = bottom.twinx()
+        right.plot(*points, color="tab:gray", alpha=0.6)
+        right.set(ylabel="gradient norm")
+    bottom.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

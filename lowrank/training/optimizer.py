@@ -1,0 +1,55 @@
+"""AdamW over what the mask lets train: `optax.partition` by the mask's labels, and the learning-rate schedule."""
+
+import dataclasses
+
+import optax
+
+from lowrank.training.partition import optimizer_labels
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW's constants. `clip_norm` bounds the norm of the trainable gradient; 0 turns it off."""
+
+    learning_rate: float = 2e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Step (0-based) -> learning rate: warm-up in a line from 0, then the schedule, down to 0 at `steps`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    remaining = max(1, steps - warmup)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, remaining),
+        "cosine": optax.cosine_decay_schedule(peak, remaining),
+    }[config.schedule]
+    if not warmup:
+        return after
+    # The first step already moves: a warm-up that starts at 0 wastes a step and looks like a run that does not learn.
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1), after], [warmup])
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule, mask: dict) -> optax.GradientTransformation:
+    """The transformation of the trainable gradient (a tree with holes where the mask is off).
+
+    The labels come from the mask, so a frozen leaf has no moments and is not decayed even if somebody hands in a tree
+    without holes. `optax.masked` alone would let such a leaf's raw gradient through; `chain(freeze, adamw)` would
+    still decay it. The clip sees the trainable gradient only: a norm over the whole tree would bring back the
+    gradients of the base, which is where the time and the memory go, and clip wrongly.
+    """
+
+    def adamw(weight_decay):
+        return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=weight_decay)
+
+    groups = {"decayed": adamw(config.weight_decay), "undecayed": adamw(0.0), "frozen": optax.set_to_zero()}
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    return optax.chain(clip, optax.partition(groups, optimizer_labels(mask)))

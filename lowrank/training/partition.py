@@ -1,0 +1,71 @@
+"""One mask decides what is trained; two trees with holes are what the program carries.
+
+The mask is a tree of booleans over all variables (`params` and `lora`). `split` cuts the variables by it into
+`trainable` and `frozen`: two trees of the same shape, each with `None` where the other has the array. JAX sees a
+`None` as no leaf at all, so a gradient, an optimizer state, a checkpoint or a norm taken over `trainable` has
+nothing in it that stands for the base: freezing is not a rule that could be forgotten, it is absence.
+"""
+
+import jax
+import numpy as np
+
+HOLE = None
+
+
+def trainable_mask(variables: dict, mode: str) -> dict:
+    """A tree of booleans over `variables`. "lora": every adapter leaf. "full": every leaf of the base."""
+    collection = {"lora": "lora", "full": "params"}[mode]
+    return {name: jax.tree.map(lambda _, on=name == collection: on, tree) for name, tree in variables.items()}
+
+
+def split(tree: dict, mask: dict) -> tuple[dict, dict]:
+    """tree -> (trainable, frozen), with holes; the exact inverse of `merge`."""
+    trainable = jax.tree.map(lambda on, leaf: leaf if on else HOLE, mask, tree)
+    frozen = jax.tree.map(lambda on, leaf: HOLE if on else leaf, mask, tree)
+    return trainable, frozen
+
+
+def merge(trainable: dict, frozen: dict) -> dict:
+    """Two trees with complementary holes -> the whole tree."""
+    return jax.tree.map(lambda a, b: b if a is HOLE else a, trainable, frozen, is_leaf=lambda leaf: leaf is HOLE)
+
+
+def optimizer_labels(mask: dict) -> dict:
+    """The labels for `optax.partition`: "frozen", "undecayed" (norms: pulling a gain to zero is no regularizer), "decayed"."""
+
+    def label(path, on):
+        if not on:
+            return "frozen"
+        return "undecayed" if path[-1].key == "scale" else "decayed"
+
+    return jax.tree_util.tree_map_with_path(label, mask)
+
+
+def named_leaves(tree) -> dict[str, jax.Array]:
+    """Leaves under their paths, `lora/layers/self_attn/q_proj/lora_a`; holes have no name."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def path_name(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def misfits(found, wanted) -> list[str]:
+    """What keeps the leaves of `found` from being those of `wanted`: names and shapes, a line each."""
+    found_shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(found).items()}
+    wanted_shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(wanted).items()}
+    return [
+        f"{name} is {found_shapes.get(name, 'absent')} there and {wanted_shapes.get(name, 'absent')} here"
+        for name in sorted(found_shapes.keys() | wanted_shapes.keys())
+        if found_shapes.get(name) != wanted_shapes.get(name)
+    ]
+
+
+def count(tree) -> int:
+    """Elements of all leaves."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree) -> int:
+    """Bytes of all leaves (of their global shapes)."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

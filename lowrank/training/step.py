@@ -1,0 +1,93 @@
+"""One training step, and one evaluation step: pure functions of the two trees with holes and a batch.
+
+A batch is a dict of `[rows, length]` arrays: inputs, targets, positions, segment_ids, loss_mask. Gradients exist for
+the trainable tree alone; the frozen tree is an argument that nothing is differentiated by and that is never donated.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank.model.decoder import Decoder
+from lowrank.parallel.mesh import constrain
+from lowrank.training import partition
+from lowrank.training.objective import cross_entropy_sum
+
+BATCH_KEYS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+
+
+class State(NamedTuple):
+    """What a step changes, and what a checkpoint holds."""
+
+    step: jax.Array  # int32, updates made so far
+    trainable: dict  # the variables, with holes where they are frozen
+    opt_state: optax.OptState
+    key: jax.Array  # of the whole run; a step folds its number in, so a resumed run draws the same
+
+
+def loss_sum(model: Decoder, trainable: dict, frozen: dict, batch: dict, shards: int, dropout_key=None) -> jax.Array:
+    """float32 scalar: summed loss of the batch's trained tokens. With a `dropout_key`, in training mode."""
+    hidden, head, _ = model.apply(
+        partition.merge(trainable, frozen),
+        batch["inputs"],
+        batch["positions"],
+        batch["segment_ids"],
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return cross_entropy_sum(hidden, head, batch["targets"], batch["loss_mask"], shards)
+
+
+def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shards: int):
+    """-> jitted (state, frozen, batch) -> (state, metrics). `state` is donated; metrics stay on the device."""
+    dropout = model.lora is not None and model.lora.dropout > 0
+
+    def accumulate(trainable, frozen, key, batch):
+        """Summed loss, summed gradient and trained tokens over the micro-batches."""
+
+        def add(carry, part):
+            index, microbatch = part
+            microbatch = {name: constrain(x, "batch", "length") for name, x in microbatch.items()}
+            dropout_key = jax.random.fold_in(key, index) if dropout else None
+            loss, gradient = jax.value_and_grad(
+                lambda trainable: loss_sum(model, trainable, frozen, microbatch, shards, dropout_key)
+            )(trainable)
+            return jax.tree.map(jnp.add, carry, (loss, gradient)), None
+
+        # Row i of the batch goes to micro-batch i mod `microbatches`: so each micro-batch is spread over all devices
+        # as the batch is, and no row has to move.
+        parts = {name: x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1) for name, x in batch.items()}
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        (loss, gradient), _ = jax.lax.scan(add, zero, (jnp.arange(microbatches), parts))
+        return loss, gradient
+
+    def train_step(state: State, frozen: dict, batch: dict):
+        key = jax.random.fold_in(state.key, state.step)
+        loss, gradient = accumulate(state.trainable, frozen, key, batch)
+        trained = jnp.sum(batch["loss_mask"], dtype=jnp.int32)
+        divisor = jnp.maximum(trained, 1).astype(jnp.float32)
+        loss, gradient = loss / divisor, jax.tree.map(lambda g: g / divisor, gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": schedule(state.step),
+            "trained_tokens": trained,
+            "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.int32),
+        }
+        return State(state.step + 1, trainable, opt_state, state.key), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(model: Decoder, shards: int):
+    """-> jitted (trainable, frozen, batch) -> (summed loss, trained tokens), to be added up over all batches."""
+
+    def eval_step(trainable: dict, frozen: dict, batch: dict):
+        loss = loss_sum(model, trainable, frozen, batch, shards)
+        return loss, jnp.sum(batch["loss_mask"], dtype=jnp.int32)
+
+    return jax.jit(eval_step)

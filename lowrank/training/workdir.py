@@ -1,0 +1,131 @@
+"""A workdir and whose it is: one run, one process at a time, and what may change when the run goes on."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+
+import jax
+
+from lowrank import config as config_lib
+from lowrank.config import Config
+from lowrank.errors import UserError
+
+# What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
+FREE_ON_RESUME = ("base", "tokenizer", "data.train", "data.eval", "train.steps", "train.epochs")
+FREE_GROUPS_ON_RESUME = ("log.", "eval.", "checkpoint.", "sample.", "mesh.")
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str]):
+    """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
+    file = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be written to ({error.strerror}); choose another --workdir"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
+        if file.exists():
+            differences = resume_differences(read_record(workdir), config, identity)
+            if differences:
+                raise UserError(
+                    f"workdir {workdir} holds another run, which cannot go on with: {'; '.join(differences)}; "
+                    "choose another --workdir, or give the run what it began with"
+                )
+        elif any(path.name != ".lock" for path in workdir.iterdir()):
+            raise UserError(
+                f"workdir {workdir} is not empty and is no run's (no config.json); choose another --workdir"
+            )
+        record = {
+            "command": shlex.join(["python", "-m", "lowrank.train", *sys.argv[1:]]),
+            "overrides": arguments,
+            "config": config_lib.to_dict(config),
+            "identity": identity,
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "device_kind": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+        }
+        fresh = file.with_suffix(".tmp")
+        fresh.write_text(json.dumps(record, indent=1) + "\n")
+        fresh.replace(file)
+        yield
+
+
+def resume_differences(before: dict, config: Config, identity: dict) -> list[str]:
+    """What differs between the run in a workdir and this one, beyond what may: a line each."""
+    differences = []
+    for name, value in json.loads(json.dumps(identity)).items():
+        if before["identity"].get(name) != value:
+            differences.append(f"{name} has other content" if name != "base" else "base has other weights")
+    was, now = (dict(flat(json.loads(json.dumps(values)))) for values in (before["config"], config_lib.to_dict(config)))
+    for key in sorted(was.keys() | now.keys()):
+        free = key in FREE_ON_RESUME or key.startswith(FREE_GROUPS_ON_RESUME)
+        if not free and was.get(key) != now.get(key):
+            differences.append(f"config.{key} was {was.get(key)} and is {now.get(key)}")
+    return differences
+
+
+def flat(values: dict, prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def file_hash(file) -> str | None:
+    if file is None:
+        return None
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+
+
+def versions() -> dict:
+    packages = ("lowrank", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {"python": platform.python_version(), **found}
+
+
+def git_revision() -> str | None:
+    """Of the code that runs, with "+changes" if it was edited since; None outside a checkout."""
+    folder = pathlib.Path(__file__).parent
+    git = lambda *words: (
+        subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
+    )
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_record(workdir: pathlib.Path) -> dict:
+    """What `open_workdir` wrote: command, config, identity, versions."""
+    file = workdir / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["config"], record["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not the config.json of a run ({type(error).__name__}: {error})") from None
+    return record
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The config of the run whose workdir this is."""
+    return config_lib.from_dict(read_record(workdir)["config"])

@@ -1,0 +1,165 @@
+"""Folding an adapter into its base, and writing the result as a Hugging Face folder that anybody can load.
+
+A merged kernel is computed in float32, one layer at a time, and rounded once. Where the base only lies in its files
+(`base.stored_params`), the merged copy is the only one in memory.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import operator
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from lowrank.errors import UserError
+from lowrank.model.architecture import ModelConfig, hf_config
+from lowrank.weights import huggingface
+from lowrank.weights.base import read_base, stored_params
+from lowrank.weights.new_folder import new_folder
+
+SHARD_BYTES = 5 * 10**9
+# What makes a folder of weights a model that answers: taken over from the base, as far as it has them.
+CARRIED = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def merge(params: dict, lora: dict, scale: float, dtype: Any = None) -> dict:
+    """The `params` tree with W + scale * lora_a @ lora_b for every kernel W [L, in, out] that has an adapter.
+
+    `dtype` is the leaves' dtype in the answer, by default the one that each has. Leaves may be arrays of JAX or of
+    numpy or a `StoredLeaf`; the merged ones are numpy's. An adapter that does not fit is an error that lists all.
+    """
+    problems: list[str] = []
+    merged = _merge(params, lora, scale, dtype, "", problems)
+    if problems:
+        raise UserError(f"the adapter does not fit the base: {'; '.join(problems)}; give the base it was trained on")
+    return merged
+
+
+def _merge(node: Any, lora: Any, scale: float, dtype: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(node, dict):
+        return node if dtype is None else np.asarray(node).astype(dtype)
+    if "lora_a" in lora and "kernel" in node:
+        kernel, lora_a, lora_b = node["kernel"], lora["lora_a"], lora["lora_b"]
+        layers, rows, columns = kernel.shape
+        rank = lora_a.shape[-1]
+        if lora_a.shape == (layers, rows, rank) and lora_b.shape == (layers, rank, columns):
+            return node | {"kernel": merged_kernel(kernel, lora_a, lora_b, scale, dtype or kernel.dtype)}
+        problems.append(f"{path}: {list(lora_a.shape)} @ {list(lora_b.shape)} beside a kernel {list(kernel.shape)}")
+        return node
+    problems += [f"{path}/{name}".strip("/") + ": not in the base" for name in lora if type(node.get(name)) is not dict]
+    return {
+        name: _merge(child, lora.get(name, {}), scale, dtype, f"{path}/{name}".strip("/"), problems)
+        for name, child in node.items()
+    }
+
+
+def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, scale: float, dtype: Any) -> np.ndarray:
+    """W [L, in, out] + scale * A [L, in, rank] @ B [L, rank, out], in float32, rounded once to `dtype`."""
+    out = np.empty(kernel.shape, dtype)
+    for layer in range(len(out)):
+        a, b = (np.asarray(factor[layer]).astype(np.float32) for factor in (lora_a, lora_b))
+        out[layer] = np.asarray(kernel[layer]).astype(np.float32) + np.float32(scale) * (a @ b)
+    return out
+
+
+def write_huggingface(
+    folder: str | os.PathLike,
+    params: dict,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    carry_from: str | os.PathLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a `params` tree as a Hugging Face folder, its tensors in `dtype`, and read it back before it gets its name.
+
+    `carry_from` is the base's folder, whose tokenizer files come along. `folder` must not exist, or be empty.
+    """
+    if len(jax.tree.leaves(params)) != len(huggingface.layout(config)):
+        raise ValueError("params has more or fewer leaves than its config; they would be lost")
+    config = dataclasses.replace(config, stored_dtype=dtype)
+    with new_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
+        for name in CARRIED if carry_from else ():
+            if (pathlib.Path(carry_from) / name).is_file():
+                shutil.copyfile(pathlib.Path(carry_from) / name, partial / name)
+        _write_tensors(partial, params, config, shard_bytes)
+        verify_huggingface(partial, params, config)
+
+
+def verify_huggingface(folder: str | os.PathLike, params: dict, config: ModelConfig) -> None:
+    """Raise unless the folder, read by our own reader, holds this config and these very tensors in its dtype."""
+    written = read_base(folder)
+    stored, dtype = stored_params(written), jnp.dtype(config.stored_dtype)
+    wrong = [] if written.config == config else ["config.json"]
+    for path, layer, *_ in _tensors(config):
+        expected, found = (_part(tree, path, layer) for tree in (params, stored))
+        expected = expected.astype(dtype)
+        if found.dtype != dtype or found.shape != expected.shape or found.tobytes() != expected.tobytes():
+            wrong.append(path if layer is None else f"{path}[{layer}]")
+    if wrong:
+        raise UserError(f"{folder}: reads back other than it was written: {', '.join(wrong)}; check the disk")
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, int | None, str, tuple[int, ...]]]:
+    """(path in params, layer or None, Hugging Face's name, shape there) of every tensor of a folder."""
+    for path, (name, shape) in huggingface.layout(config).items():
+        for layer in range(config.layers) if "{}" in name else (None,):
+            yield path, layer, name.format(layer), shape
+
+
+def _part(params: dict, path: str, layer: int | None) -> np.ndarray:
+    """A leaf of `params`, or one layer of a stacked leaf."""
+    leaf = functools.reduce(operator.getitem, path.split("/"), params)
+    return np.asarray(leaf if layer is None else leaf[layer])
+
+
+def _write_tensors(folder: pathlib.Path, params: dict, config: ModelConfig, shard_bytes: int) -> None:
+    """One file if all fits in `shard_bytes`, else numbered files and their index."""
+    dtype = jnp.dtype(config.stored_dtype)
+    shards, sizes = [[]], [0]
+    for path, layer, name, shape in _tensors(config):
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append((path, layer, name, shape))
+        sizes[-1] += size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = huggingface.SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for path, layer, name, shape in shard:
+            # Fresh arrays in C order, because save_file writes the memory behind an array and never looks at strides.
+            tensors[name] = np.empty(shape, dtype)
+            with np.errstate(over="ignore"):  # looked for in the next line
+                if path.endswith("kernel"):
+                    huggingface.transpose(_part(params, path, layer), tensors[name])
+                else:
+                    tensors[name][...] = _part(params, path, layer)
+            if not np.isfinite(tensors[name]).all():
+                raise UserError(f"{name}: holds infinite or undefined values in {dtype}; choose another dtype")
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / huggingface.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
