@@ -21,7 +21,7 @@ def run(main: typing.Callable[[list[str]], int | None]):
         try:
             rest = flags.FLAGS(argv, known_only=True)
             if flags.FLAGS["verbosity"].using_default_value:
-                flags.FLAGS.verbosity = logging.WARNING  # what libraries say of themselves would drown the run's lines
+                flags.FLAGS.verbosity = logging.FATAL  # libraries' lines drown the run's; their errors are raised
             return rest
         except flags.Error as error:
             return _fail(f"{str(error).splitlines()[0]}; see --help")
@@ -32,6 +32,9 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return main(argv[1:])
         except UserError as error:
             return _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130  # as shells count it: 128 + SIGINT
         except BrokenPipeError:  # `... | head` is no mistake
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -62,5 +65,6 @@ def use_compile_cache():
 
 
 def _fail(message: str):
+    message = " ".join(message.splitlines())  # what libraries say may have several
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)

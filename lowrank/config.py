@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import math
 import pathlib
 import types
 import typing
@@ -119,7 +120,7 @@ def read(path: str | None, overrides: list[str]) -> Config:
     """`FILE[:ARG]` and the arguments left on the command line -> the checked config. Raises UserError with all offenders."""
     if not path:
         raise UserError("--config is missing; say --config=configs/alpaca.py or a config file of your own")
-    values = _plain(_call_get_config(path))
+    values = _call_get_config(path)
     sweep = values.pop("sweep", None)
     for key, text in _override_pairs(overrides):
         node = values
@@ -143,7 +144,7 @@ class _Text(str):
     """A value from the command line: its type is still to be read from the key's."""
 
 
-def _call_get_config(path: str) -> ml_collections.ConfigDict:
+def _call_get_config(path: str) -> dict:
     file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} is not there; --config takes FILE or FILE:ARGUMENT")
@@ -153,15 +154,22 @@ def _call_get_config(path: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"config file {file} has no get_config(); let it return an ml_collections.ConfigDict")
         config = module.get_config(argument) if argument else module.get_config()
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(
+                f"config file {file}: get_config() must return an ml_collections.ConfigDict, not {type(config)}"
+            )
+        return _plain(config)
+    except UserError:
+        raise
     except Exception as error:
-        line = next((f.tb_lineno for f in _frames(error.__traceback__) if f.tb_frame.f_code.co_filename == file), "?")
-        raise UserError(f"config file {file}, line {line}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(
-            f"config file {file}: get_config() must return an ml_collections.ConfigDict, not {type(config)}"
-        )
-    return config
+        lines = [frame.tb_lineno for frame in _frames(error.__traceback__) if frame.tb_frame.f_code.co_filename == file]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        where = f"config file {file}" + (f", line {lines[0]}" if lines else "")
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).splitlines())}") from error
 
 
 def _frames(traceback):
@@ -206,7 +214,8 @@ def _build(cls, values: dict, prefix: str, errors: list[str]):
     for key, value in values.items():
         name = f"config.{prefix}{key}"
         if key not in hints:
-            errors.append(f"{name} is no config key{_did_you_mean(prefix + key)}")
+            unknown = _leaf_keys(value, prefix + key)
+            errors += [f"config.{leaf} is no config key{_did_you_mean(leaf)}" for leaf in unknown]
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
                 fields[key] = _build(hints[key], value, f"{prefix}{key}.", errors)
@@ -240,9 +249,9 @@ def _convert(value, hint):
         raise ValueError("a list of strings such as ('q_proj','v_proj')")
     if isinstance(value, _Text):
         value = {"true": True, "false": False}.get(value.lower()) if kind is bool else _literal(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if type(value) is kind:
+    if type(value) is kind and kind is not float:
         return value
     raise ValueError({int: "a whole number", float: "a number", bool: "True or False"}[kind])
 
@@ -252,6 +261,13 @@ def _literal(text: str):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _leaf_keys(value, key: str) -> list[str]:
+    """The keys of what nested dicts hold; `key` itself is that of the whole."""
+    if not isinstance(value, dict) or not value:
+        return [key]
+    return [leaf for name, part in value.items() for leaf in _leaf_keys(part, f"{key}.{name}")]
 
 
 def _keys(cls=Config, prefix="") -> list[str]:
@@ -302,8 +318,10 @@ def _check(c: Config) -> list[str]:
     must(len(set(c.lora.targets)) == len(c.lora.targets), "lora.targets", "without repetition")
     for key in ("lora.rank", "train.batch_size", "train.microbatches", "checkpoint.keep", "sample.max_new_tokens"):
         must(get(key) >= 1, key, "at least 1")
-    for key in ("data.eval_examples", "optim.learning_rate", "optim.warmup_steps", "optim.weight_decay", "seed"):
+    for key in ("data.eval_examples", "optim.learning_rate", "optim.warmup_steps", "optim.weight_decay"):
         must(get(key) >= 0, key, "0 or more")
+    must(0 <= c.seed < 2**32, "seed", "from 0 to 4294967295")
+    must(c.data.seed is None or 0 <= c.data.seed < 2**32, "data.seed", "from 0 to 4294967295")
     for key in ("eval.every", "eval.answers", "checkpoint.every", "log.every", "sample.every", "optim.clip_norm"):
         must(get(key) >= 0, key, "0 (off) or more")
     must(c.lora.alpha > 0, "lora.alpha", "more than 0")

@@ -8,6 +8,7 @@ of the trained model. The folder gets its name last, so a failure leaves nothing
 """
 
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def main(arguments: list[str]):
         lora = adapter.restore({"lora": shapes["lora"]})["lora"]
         write_peft(to, jax.device_get(lora), adapter.lora, base_name=str(FLAGS.base or run.base))
         difference = compare(
-            inference.load(base.folder, to, dtype="float32"), inference.load(base.folder, workdir, dtype="float32")
+            inference.load(base.folder, to, dtype="float32"), inference.load(base.folder, adapter, dtype="float32")
         )
         check(to, difference, "float32")
     elif adapter.lora is None:
@@ -79,7 +80,7 @@ def main(arguments: list[str]):
         lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
         params = merge(stored_params(base), lora, adapter.lora.scale, jnp.dtype(dtype))
         write_huggingface(to, params, architecture, dtype=dtype, carry_from=base.folder)
-        difference = compare(inference.load(to, dtype="float32"), inference.load(base.folder, workdir, dtype="float32"))
+        difference = compare(inference.load(to, dtype="float32"), inference.load(base.folder, adapter, dtype="float32"))
         check(to, difference, dtype)
 
 
@@ -93,9 +94,10 @@ def compare(exported: inference.Model, trained: inference.Model) -> float:
 
 def check(to: pathlib.Path, difference: float, dtype: str):
     if not difference <= TOLERANCE[dtype]:
+        shutil.rmtree(to)
         raise UserError(
-            f"export {to} does not compute what was trained: logits differ by {difference:.2g} of the largest, more than "
-            f"{TOLERANCE[dtype]:g} for {dtype}; try --dtype=float32, and do not use this folder"
+            f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
+            f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try --dtype=float32"
         )
     print(f"exported to {to}; read back, every tensor equal, logits within {difference:.2g} of the largest ({dtype})")
 

@@ -48,11 +48,12 @@ def main(arguments: list[str]):
     if not 0 < FLAGS.top_p <= 1:
         raise UserError(f"--top_p={FLAGS.top_p} must be above 0 and at most 1")
     asked = None if FLAGS.chat else read_prompts()
-    model = inference.load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
+    adapter = inference.read_adapter(FLAGS.adapter) if FLAGS.adapter else None
+    model = inference.load(FLAGS.base, adapter, dtype=FLAGS.dtype)
 
     if FLAGS.chat:
         return chat(model)
-    known = inference.read_adapter(FLAGS.adapter).format if FLAGS.adapter else None
+    known = adapter.format if adapter else None
     form = FLAGS.format or known or "text"
     if known and not FLAGS.format:
         print(f"prompts are put into the adapter's format: {form} (--format changes it)", file=sys.stderr)
@@ -80,10 +81,12 @@ def read_prompts() -> list[tuple[str, str]]:
             continue
         try:
             record = json.loads(line)
-            prompt = record["prompt"] if "prompt" in record else record["instruction"]
-            asked.append((prompt, record.get("input", "")))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{file}, line {number}: no JSON object with a `prompt` or an `instruction`") from error
+            prompt, given = record.get("prompt", record.get("instruction")), record.get("input") or ""
+        except (ValueError, AttributeError):
+            prompt = given = None
+        if not isinstance(prompt, str) or not isinstance(given, str):
+            raise UserError(f"{file}, line {number}: no JSON object with a `prompt` or an `instruction` that is text")
+        asked.append((prompt, given))
     if not asked:
         raise UserError(f"--prompts={file} holds no prompt; write one a line")
     return asked
@@ -138,6 +141,10 @@ def chat(model: inference.Model):
                 answer += piece
         except KeyboardInterrupt:  # one answer is cut short, the conversation goes on
             pass
+        except UserError as error:  # the conversation is too long
+            messages.pop()
+            print(f"error: {error}, or say /reset", file=sys.stderr)
+            continue
         print()
         messages.append({"role": "assistant", "content": answer.strip()})
 

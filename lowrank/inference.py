@@ -134,7 +134,8 @@ def _withheld(text: str, stop: Sequence[str]) -> int:
 
 
 def load(base, adapter=None, *, dtype: str | None = None) -> Model:
-    """Load a base (a checkpoint's folder) and, on top of it, an adapter (a workdir: its latest step; or a PEFT folder).
+    """Load a base (a checkpoint's folder) and, on top of it, an adapter (a workdir: its latest step; or a PEFT folder;
+    or what `read_adapter` gave).
 
     `dtype`: "float32" or "bfloat16", held and computed in; None is as the checkpoint says. Raises UserError.
     """
@@ -142,7 +143,7 @@ def load(base, adapter=None, *, dtype: str | None = None) -> Model:
     dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
     tokenizer = load_tokenizer(source.folder)
     check_vocab(tokenizer, source.config.vocab, source.folder)
-    adapted = None if adapter is None else read_adapter(adapter)
+    adapted = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
     model = Decoder(source.config, None if adapted is None else adapted.lora, dtype, dtype)
     shapes, _ = decoder.abstract(model)
     if adapted is None:

@@ -37,7 +37,7 @@ from lowrank.training import partition, report
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.step import BATCH_KEYS, State, make_eval_step, make_train_step
+from lowrank.training.step import BATCH_KEYS, init_state, make_eval_step, make_train_step
 from lowrank.weights.base import Base, load_params, read_base
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int | None:
     rows, fill = packing.packed_rows(train, **row_shape(config))
     steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
     check_batch(config, mesh)
+    mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -107,8 +108,7 @@ def main(arguments: list[str]) -> int | None:
         variables = initial_variables(config, model, base, shapes)
         trainable, frozen = partition.split(variables, mask)
         del variables
-        opt_state = jax.jit(optimizer.init)(trainable)
-        state = State(jnp.int32(0), trainable, opt_state, jax.random.key(config.seed))
+        state = init_state(optimizer, trainable, jax.random.key(config.seed), mesh)
         tokens = 0
         first = checkpoints.latest() or 0
         if first:
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int | None:
 
         # ---- Evaluation and samples.
         shards = mesh_lib.batch_shards(mesh)
-        train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards)
+        train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, state)
         eval_step = make_eval_step(model, shards)
         eval_batches = []
         if held_out:
@@ -215,25 +215,27 @@ def main(arguments: list[str]) -> int | None:
                 read_pending()
                 pending = (step, scalars, batch["examples"])
 
-                eval_loss = None
-                paused = time.monotonic()
-                if eval_batches and due(step, config.eval.every, steps):
+                evaluates = bool(eval_batches) and due(step, config.eval.every, steps)
+                samples = config.sample.every > 0 and due(step, config.sample.every, steps)
+                stopped_by = stop()
+                saves = bool(stopped_by) or due(step, config.checkpoint.every, steps)
+                if evaluates or samples or saves:
                     read_pending()
-                    eval_loss = evaluate(step)
-                if config.sample.every and due(step, config.sample.every, steps):
-                    read_pending()
-                    sample(step)
-                better = eval_loss is not None and eval_loss < best
-                best = eval_loss if better else best
-                if stop() or better or due(step, config.checkpoint.every, steps):
-                    read_pending()
-                    meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config), "identity": identity}
-                    checkpoints.save(state, batches.get_state(), meta | {"versions": workdir_lib.versions()}, eval_loss)
-                clock += time.monotonic() - paused
-                if stop() and step < steps:
+                    paused = time.monotonic()  # what follows is no part of the tokens per second
+                    eval_loss = evaluate(step) if evaluates else None
+                    if samples:
+                        sample(step)
+                    better = eval_loss is not None and eval_loss < best
+                    best = eval_loss if better else best
+                    if saves or better:
+                        meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
+                        meta |= {"identity": identity, "versions": workdir_lib.versions()}
+                        checkpoints.save(state, batches.get_state(), meta, eval_loss)
+                    clock += time.monotonic() - paused
+                if stopped_by and step < steps:
                     checkpoints.wait()
                     console.say(
-                        f"stopped by {stop()} after step {step}, which is saved; run the same command again to go on"
+                        f"stopped by {stopped_by} after step {step}, which is saved; run the same command again to go on"
                     )
                     return STOPPED
         checkpoints.wait()

@@ -4,8 +4,14 @@ import pathlib
 
 import jax
 import pytest
+import running
+
+from lowrank import command
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiling is most of the suite's time: programs that several tests (or two runs of the suite) share are compiled once.
+command.use_compile_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -17,3 +23,24 @@ def shared_data() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, shared_data) -> str:
+    """The --config flag of a run of six steps over the real small base."""
+    return running.write_tiny(tmp_path_factory.mktemp("tiny"), shared_data)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny) -> pathlib.Path:
+    """The workdir of that run, finished; to be read only."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    finished = running.run("train", tiny, f"--workdir={workdir}")
+    assert finished.code == 0, finished.err
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def torch_llama():
+    """Tiny random Llamas made by transformers; a test that needs them skips without PyTorch."""
+    return pytest.importorskip("torch_llama")

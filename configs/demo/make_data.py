@@ -2,11 +2,14 @@
 
     python configs/demo/make_data.py --to=runs/demo_data
 
-A small world of animals with homes, hats and friends. Every text states facts that were drawn at random and then
-tells them again, as an answer, a retelling or a list turned round, so that predicting it needs no knowledge, only the
-looking up of what was said before: the one skill a model of a million parameters learns in minutes, and the
-skill the instructions need. What the instructions need besides, their form, never occurs in the pretraining text: that is
-left for the adapter to learn. In turn, no story or list of the instructions occurs in the pretraining text.
+A small world of animals with homes, hats and things to carry. Every text states facts that were drawn at random and
+then tells them again, as an answer or a list turned round, so that predicting it needs no knowledge, only the looking up
+of what was said before: the one skill that a model of a million parameters learns in minutes, and the skill that
+the instructions need. What they need besides, the Alpaca form and to stop after the answer, never occurs in the
+pretraining text: that is left for the adapter to learn. No story and no list occurs in two of the files.
+
+Wording is plain on purpose: an answer begins with the name and the verb of the sentence it repeats. With pronouns and
+several wordings for each fact, the same model answered a third of the questions after 2 M tokens of pretraining.
 
 Everything follows from `--seed`, byte for byte. Nothing but SentencePiece is needed beside Python itself.
 """
@@ -18,17 +21,16 @@ import pathlib
 import random
 from dataclasses import dataclass
 
-SHE = "Mia Ada Eva Lily Rose Nora Ella Anna Ida Clara Lucy Ruby Ivy Maya Zoe Tess Wren Dora Hazel Flora Pia Greta Elsa Juno"
-SHE = f"{SHE} Vera Nell May Fay Cora Lena".split()
-HE = "Tom Ben Max Sam Leo Finn Otto Hugo Theo Jack Noah Luke Oscar Paul Emil Karl Rolf Ned Gus Jim Axel Ivan Felix Adam"
-HE = f"{HE} Bruno Ralf Toby Kit Hans Ray".split()
-PRONOUNS = {name: {"She": "She", "she": "she", "her": "her", "Her": "Her"} for name in SHE}
-PRONOUNS |= {name: {"She": "He", "she": "he", "her": "his", "Her": "His"} for name in HE}
-
+NAMES = (
+    "Mia Ada Eva Lily Rose Nora Ella Anna Ida Clara Lucy Ruby Ivy Maya Zoe Tess Wren Dora Hazel Flora Pia Greta Elsa Juno "
+    "Vera Nell May Fay Cora Lena Tom Ben Max Sam Leo Finn Otto Hugo Theo Jack Noah Luke Oscar Paul Emil Karl Rolf Ned Gus "
+    "Jim Axel Ivan Felix Adam Bruno Ralf Toby Kit Hans Ray"
+).split()
 KINDS = "fox hare mole bear wolf goat lamb hen duck goose mouse cat dog pig pony toad frog crow swan deer badger beaver".split()
-PLACES = "in the barn|in the mill|in the tower|in the forest|in the garden|in the cave|by the lake|by the river|by the bridge|"
-PLACES = f"{PLACES}by the sea|by the road|on the hill|on the farm|on the island|under the oak|under the rock".split("|")
-LOOKS = "old new big small quiet green dark sunny windy far pretty lonely cold warm grey hidden".split()
+PLACES = (
+    "barn mill tower forest garden cave castle harbour village city valley meadow cottage palace attic cellar inn school "
+    "church shop tent boat stable orchard"
+).split()
 FOODS = "plums pears apples honey bread cheese soup cake nuts beans peas corn rice berries figs grapes pies melons carrots seeds"
 FOODS = FOODS.split()
 COLOURS = "red blue green yellow black white brown pink grey golden silver purple".split()
@@ -44,59 +46,18 @@ MEETINGS = ["met at the fair", "met on the road", "sat by the fire", "went to th
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: how it is stated, asked for, answered and told again. `{v}` is its value."""
+    """One kind of fact: what is said of an animal, and how it is asked for. `{v}` is the value."""
 
-    statements: tuple[str, ...]  # predicates, to follow a name
+    predicate: str
     question: str
-    answer: str
-    who: str  # the question that goes the other way; its answer is "It is {name}."
-    retelling: str
 
 
 RELATIONS = {
-    "kind": Relation(
-        ("is a {v}", "is a young {v}"),
-        "What kind of animal is {name}?",
-        "{She} is a {v}.",
-        "Who is a {v}?",
-        "{name} was as clever as a {v} can be.",
-    ),
-    "home": Relation(
-        ("lives {v}", "has a home {v}"),
-        "Where does {name} live?",
-        "{She} lives {v}.",
-        "Who lives {v}?",
-        "At night {name} slept {v}.",
-    ),
-    "food": Relation(
-        ("likes {v}", "loves to eat {v}"),
-        "What does {name} like to eat?",
-        "{She} likes {v}.",
-        "Who likes {v}?",
-        "For supper {name} ate {v}.",
-    ),
-    "hat": Relation(
-        ("wears a {v} hat", "has a {v} hat"),
-        "Which hat does {name} wear?",
-        "{She} wears a {v} hat.",
-        "Who wears a {v} hat?",
-        "Then {name} put on {her} {v} hat.",
-    ),
-    "things": Relation(
-        ("carries {v}", "has {v} in a bag"),
-        "What does {name} carry?",
-        "{She} carries {v}.",
-        "Who carries {v}?",
-        "Then {name} counted {her} {v}.",
-    ),
-    # Last, because a sentence that names a second animal must not go on about the first.
-    "friend": Relation(
-        ("has a friend called {v}", "is a good friend of {v}"),
-        "Who is the friend of {name}?",
-        "{Her} friend is {v}.",
-        "Whose friend is {v}?",
-        "The next day {name} went to see {her} friend {v}.",
-    ),
+    "kind": Relation("is a {v}", "What is {name}?"),
+    "home": Relation("lives in the {v}", "Where does {name} live?"),
+    "food": Relation("likes {v}", "What does {name} like?"),
+    "hat": Relation("wears a {v} hat", "Which hat does {name} wear?"),
+    "things": Relation("carries {v}", "What does {name} carry?"),
 }
 
 
@@ -106,106 +67,84 @@ class Fact:
     relation: str
     value: str
 
-    def say(self, pattern: str) -> str:
-        return pattern.format(name=self.name, v=self.value, **PRONOUNS[self.name])
+    @property
+    def statement(self) -> str:
+        """Also the answer: the name and the verb come again, so that the answer begins like what it repeats."""
+        return f"{self.name} {RELATIONS[self.relation].predicate.format(v=self.value)}."
 
-    def state(self, rng: random.Random) -> str:
-        return self.say(RELATIONS[self.relation].statements[rng.random() < 0.3])
-
-    def question_and_answer(self, rng: random.Random) -> tuple[str, str]:
-        """Three times in four ask for the value, else for the animal."""
-        relation = RELATIONS[self.relation]
-        if rng.random() < 0.75:
-            return self.say(relation.question), self.say(relation.answer)
-        return self.say(relation.who), self.say("It is {name}.")
+    @property
+    def question(self) -> str:
+        return RELATIONS[self.relation].question.format(name=self.name)
 
 
 def draw_facts(rng: random.Random) -> list[Fact]:
     """A few facts about each of one, two or three animals; no two animals share a value."""
-    count, known = rng.choice([(1, 2), (1, 4), (2, 2), (2, 3), (3, 2), (3, 3)])
-    names = rng.sample(SHE + HE, 2 * count)  # the animals, then their friends
-    homes = [place.replace("the", f"the {rng.choice(LOOKS)}") for place in rng.sample(PLACES, count)]
+    count, known = rng.choice([(1, 3), (1, 5), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3)])
+    names = rng.sample(NAMES, count)
     things = [f"{rng.choice(NUMBERS[1:])} {thing}" for thing in rng.sample(THINGS, count)]
-    values = {"kind": rng.sample(KINDS, count), "home": homes, "food": rng.sample(FOODS, count)}
-    values |= {"hat": rng.sample(COLOURS, count), "things": things, "friend": names[count:]}
+    values = {"kind": rng.sample(KINDS, count), "home": rng.sample(PLACES, count), "food": rng.sample(FOODS, count)}
+    values |= {"hat": rng.sample(COLOURS, count), "things": things}
     return [
         Fact(name, relation, values[relation][i])
-        for i, name in enumerate(names[:count])
-        for relation in sorted(rng.sample(list(RELATIONS), known), key=list(RELATIONS).index)
+        for i, name in enumerate(names)
+        for relation in rng.sample(list(RELATIONS), known)
     ]
 
 
 def tell(facts: list[Fact], rng: random.Random) -> str:
-    """An opening that names the animals, then their facts, one or two to a sentence, the sentences in random order."""
+    """An opening that names the animals, then their facts, a sentence each, in random order."""
     names = list(dict.fromkeys(fact.name for fact in facts))
-    sentences = []
-    for name in names:
-        predicates = [fact.state(rng) for fact in facts if fact.name == name]
-        while predicates:
-            taken = predicates[: rng.choice([1, 2])]
-            predicates = predicates[len(taken) :]
-            sentences.append(f"{name} {' and '.join(taken)}.")
-    rng.shuffle(sentences)
     company = " and ".join([", ".join(names[:-1]), names[-1]][len(names) == 1 :])
+    sentences = [fact.statement for fact in rng.sample(facts, len(facts))]
     return " ".join([f"{rng.choice(OPENINGS)} {company} {rng.choice(MEETINGS)}.", *sentences])
 
 
 def story(facts: list[Fact], rng: random.Random) -> str:
-    """A text for pretraining: the facts, and then some of them again and again: retold, spoken, or asked line by line."""
+    """A text for pretraining: the facts, and then some of them again and again: spoken, or asked line by line."""
     asker, speaker = rng.sample(SPEAKERS, 2)
     parts = [tell(facts, rng)]
-    for fact in rng.choices(facts, k=8):
-        question, answer = fact.question_and_answer(rng)
+    for fact in rng.choices(facts, k=rng.randint(4, 9)):
         form = rng.random()
         if form < 0.3:
-            parts.append(f" {question} asked the {asker}. {answer[:-1]}, said the {speaker}.")
-        elif form < 0.6:
-            parts.append(f"\n{question}\n{answer}")
-        elif form < 0.8:
-            parts.append(f" The {speaker} said that {fact.name} {fact.state(rng)}.")
+            parts.append(f" {fact.question} asked the {asker}. {fact.statement}")
+        elif form < 0.7:
+            parts.append(f"\n{fact.question}\n{fact.statement}")
         else:
-            parts.append(f" {fact.say(RELATIONS[fact.relation].retelling)}")
+            parts.append(f" The {speaker} said that {fact.statement}")
     return "".join(parts)
 
 
-WORDS = sorted({*KINDS, *LOOKS, *FOODS, *COLOURS, *THINGS})
-LIST_TASKS = {  # what is asked of a list of words: the instruction, the question in the text, the answer
-    "backwards": ("Say the words backwards.", "What are they backwards?"),
-    "first": ("Name the first word.", "Which is the first?"),
-    "last": ("Name the last word.", "Which is the last?"),
-    "count": ("Count the words.", "How many are there?"),
+WORDS = sorted({*KINDS, *PLACES, *FOODS, *COLOURS, *THINGS})
+READ = "Read the story and answer the question."
+LIST_TASKS = {  # what is asked of a list of words: the instruction, which is also the question in the texts
+    "backwards": "Say the words backwards.",
+    "first": "Name the first word.",
+    "last": "Name the last word.",
 }
 
 
 def list_answer(words: list[str], task: str) -> str:
     if task == "backwards":
-        return f"They are {', '.join(reversed(words))}."
-    if task == "count":
-        return f"There are {NUMBERS[len(words) - 1]}."
-    return f"It is {words[0 if task == 'first' else -1]}."
+        return f"Backwards they are {', '.join(reversed(words))}."
+    return f"The {task} word is {words[0 if task == 'first' else -1]}."
 
 
 def list_text(lists: list[list[str]], rng: random.Random) -> str:
-    """A text for pretraining about three or four lists of words, in the same manners as a story."""
+    """A text for pretraining about three or four lists of words, each followed by two tasks."""
     parts = []
     for words in lists:
         parts.append(f"The words are {', '.join(words)}.")
         if rng.random() < 0.7:
             parts.append(f" Again they are {', '.join(words)}.")
         for task in rng.sample(list(LIST_TASKS), 2):
-            question, answer = LIST_TASKS[task][1], list_answer(words, task)
-            if rng.random() < 0.5:
-                asker, speaker = rng.sample(SPEAKERS, 2)
-                parts.append(f" {question} asked the {asker}. {answer[:-1]}, said the {speaker}.")
-            else:
-                parts.append(f"\n{question}\n{answer}")
+            parts.append(f"\n{LIST_TASKS[task]}\n{list_answer(words, task)}")
         parts.append("\n")
     return "".join(parts).rstrip()
 
 
 def song(words: list[str], rng: random.Random) -> str:
     """A text for pretraining that says many words again in the same order: where the habit of looking back begins."""
-    singers = rng.sample(SHE + HE, rng.randint(3, 6))
+    singers = rng.sample(NAMES, rng.randint(2, 5))
     return f"{rng.choice(OPENINGS)} " + " Then ".join(f"{singer} sang {' '.join(words)}." for singer in singers)
 
 
@@ -225,32 +164,33 @@ class World:
                 return thing
 
     def texts(self, name: str, count: int) -> list[str]:
-        """Texts to pretrain on: four stories to one text about lists."""
+        """Texts to pretrain on: stories, lists and songs as 70 : 15 : 15."""
         rng = random.Random(f"{self.seed}/{name}")
         texts = []
         for _ in range(count):
             form = rng.random()
-            if form < 0.55:
+            if form < 0.7:
                 texts.append(story(self.fresh(draw_facts, rng), rng))
-            elif form < 0.75:
+            elif form < 0.85:
                 texts.append(list_text([self.fresh(draw_words, rng) for _ in range(rng.choice([3, 4]))], rng))
             else:
-                texts.append(song(rng.sample(WORDS, rng.randint(2, 14)), rng))
+                texts.append(song(rng.sample(WORDS, rng.randint(2, 8)), rng))
         return texts
 
     def instructions(self, name: str, count: int) -> list[dict[str, str]]:
-        """Alpaca records: two in three ask about a story, the others about a list of words."""
+        """Alpaca records: four in five ask about a story, the others about a list of words."""
         rng = random.Random(f"{self.seed}/{name}")
         records = []
         for _ in range(count):
-            if rng.random() < 2 / 3:
+            if rng.random() < 0.8:
                 facts = self.fresh(draw_facts, rng)
-                question, answer = rng.choice(facts).question_and_answer(rng)
-                record = {"instruction": question, "input": tell(facts, rng), "output": answer}
+                fact = rng.choice(facts)
+                text = f"{tell(facts, rng)}\n{fact.question}"
+                record = {"instruction": READ, "input": text, "output": fact.statement}
             else:
                 words, task = self.fresh(draw_words, rng), rng.choice(list(LIST_TASKS))
                 record = {
-                    "instruction": LIST_TASKS[task][0],
+                    "instruction": LIST_TASKS[task],
                     "input": f"The words are {', '.join(words)}.",
                     "output": list_answer(words, task),
                 }
@@ -259,7 +199,7 @@ class World:
 
 
 def draw_words(rng: random.Random) -> list[str]:
-    return rng.sample(WORDS, rng.choice([2, 3, 4, 4, 5, 6]))
+    return rng.sample(WORDS, rng.choice([2, 3, 3, 4]))
 
 
 ALPACA = """Below is an instruction that describes a task, paired with an input that provides further context. Write a \
@@ -305,7 +245,7 @@ def train_tokenizer(texts: list[str], records: list[dict[str, str]]) -> bytes:
     return model.getvalue()
 
 
-def make(seed: int, count: int, heldout: int, train: int, evaluation: int) -> dict[str, bytes]:
+def make(seed=0, count=36000, heldout=200, train=3000, evaluation=200) -> dict[str, bytes]:
     """Every file's name and content."""
     world = World(seed)  # instructions first, so that they do not depend on how much text is asked for
     instructions_eval = world.instructions("instructions_eval", evaluation)

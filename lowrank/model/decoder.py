@@ -46,8 +46,8 @@ class MLP(nn.Module):
         gate = project(self, "gate_proj", self.config.mlp, ("embed", "mlp"), x, deterministic)
         up = project(self, "up_proj", self.config.mlp, ("embed", "mlp"), x, deterministic)
         inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
-        std = 0.02 / math.sqrt(2 * self.config.layers)
-        return project(self, "down_proj", self.config.embed, ("mlp", "embed"), inner, deterministic, std)
+        gain = 1 / math.sqrt(2 * self.config.layers)  # as in attention
+        return project(self, "down_proj", self.config.embed, ("mlp", "embed"), inner, deterministic, gain)
 
 
 class Block(nn.Module):
@@ -82,8 +82,8 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        return self.param(self.leaf, init, self.shape, self.param_dtype)
+        init = nn.initializers.normal(1 / math.sqrt(self.shape[self.axes.index("embed")]))  # logits of about 1
+        return self.param(self.leaf, nn.with_logical_partitioning(init, self.axes), self.shape, self.param_dtype)
 
 
 class Decoder(nn.Module):

@@ -54,12 +54,13 @@ class Projection(nn.Module):
     lora: LoraConfig | None
     dtype: jnp.dtype
     param_dtype: jnp.dtype
-    init_std: float = 0.02
+    init_gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
+        # 1 / sqrt(in), not a fixed 0.02: that suits an embed of 2,500, and a model of 128 learnt nothing for long with it.
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_gain / math.sqrt(x.shape[-1])), self.axes)
         kernel = self.param("kernel", init, shape, self.param_dtype)
         y = dot(x, kernel.astype(self.dtype))
         if self.lora is not None:
@@ -81,10 +82,10 @@ class Projection(nn.Module):
         return self.variable("lora", name, lambda: make(self.make_rng("lora"), shape, jnp.float32)).value
 
 
-def project(layer: nn.Module, name: str, features: int, axes: tuple[str, str], x, deterministic: bool, init_std=0.02):
+def project(layer: nn.Module, name: str, features: int, axes: tuple[str, str], x, deterministic: bool, init_gain=1.0):
     """Apply `layer`'s projection `name` to x [..., in] -> [..., features], with an adapter if `name` is a target.
 
     To be called in `layer`'s compact method; `layer` has `lora` (LoraConfig or None), `dtype` and `param_dtype`.
     """
     lora = layer.lora if layer.lora is not None and name in layer.lora.targets else None
-    return Projection(features, axes, lora, layer.dtype, layer.param_dtype, init_std, name=name)(x, deterministic)
+    return Projection(features, axes, lora, layer.dtype, layer.param_dtype, init_gain, name=name)(x, deterministic)

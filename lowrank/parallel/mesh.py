@@ -92,6 +92,14 @@ def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
     return tree
 
 
+def check_heads(mesh: Mesh, heads: int, kv_heads: int):
+    """Refuse to cut a head in two: `heads * head_dim` may be divisible where `heads` is not."""
+    parts = mesh.shape["tensor"]
+    cut = [f"{name}={count}" for name, count in (("heads", heads), ("kv_heads", kv_heads)) if count % parts]
+    if cut:
+        raise UserError(f"mesh.tensor={parts} does not divide the model's {' and '.join(cut)}; choose a smaller one")
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's layout under the current mesh (`jax.set_mesh`); without one, do nothing."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -7,10 +7,13 @@ leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets it
 
 import contextlib
 import errno
+import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lowrank.errors import UserError
@@ -18,6 +21,8 @@ from lowrank.training import partition
 from lowrank.training.step import State
 
 EVAL_LOSS = "eval/loss"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+DISK_SIGNS = tuple(map(os.strerror, DISK_ERRORS))  # libraries in C++ pass on the text only
 
 
 def nested(tree) -> dict:
@@ -43,6 +48,12 @@ class Checkpoints:
         self.folder = (workdir / "checkpoints").absolute()
         self.manager = ocp.CheckpointManager(
             self.folder,
+            item_handlers={
+                "adapter": ocp.StandardCheckpointHandler(),
+                "opt_state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 save_decision_policy=policies.FixedIntervalPolicy(1),  # when to save is the loop's decision
@@ -54,6 +65,7 @@ class Checkpoints:
         )
 
     def __enter__(self):
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._ignore_late_writes
         return self
 
     def __exit__(self, *_):
@@ -61,6 +73,12 @@ class Checkpoints:
             self.wait()
         finally:
             self.manager.close()
+            sys.unraisablehook = self._hook
+
+    def _ignore_late_writes(self, unraisable):
+        """After a save has failed, each of its other writes reports to an event loop that Orbax has closed already."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
 
     def wait(self):
         """Until the last save is on the disk; its failure is raised here."""
@@ -102,7 +120,8 @@ class Checkpoints:
         )
         trainable = _fill(state.trainable, restored.adapter)
         opt_state = _fill(state.opt_state, restored.opt_state)
-        return State(jax.numpy.int32(step), trainable, opt_state, state.key), restored.data
+        at = jax.device_put(np.int32(step), state.step.sharding)
+        return State(at, trainable, opt_state, state.key), restored.data
 
     def restore_adapter(self, step: int, trainable: dict) -> dict:
         """-> the trainable tree saved at `step`, laid out as the given one; UserError if their leaves differ."""
@@ -121,16 +140,15 @@ class Checkpoints:
             yield
         except Exception as error:
             text = f"{error} {error.__cause__ or ''}"
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) or any(
-                sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "Permission denied")
-            ):
+            signs = [sign for sign in DISK_SIGNS if sign in text]
+            if signs or getattr(error, "errno", None) in DISK_ERRORS:
                 last = self.latest()
                 kept = (
                     f"the checkpoint of step {last} is whole"
                     if last is not None
                     else "no checkpoint was written before"
                 )
-                reason = str(error).splitlines()[0][:200]
+                reason = signs[0] if signs else error.strerror
                 raise UserError(
                     f"checkpoint in {self.folder} could not be written ({reason}); {kept}; make room and run again"
                 ) from error

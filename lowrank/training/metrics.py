@@ -4,6 +4,7 @@ The step's scalars stay on the device; the loop hands them over one step late, s
 next step from being dispatched.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,9 +17,20 @@ import rich.progress
 from lowrank.errors import UserError
 
 
+@contextlib.contextmanager
+def writing(file: pathlib.Path):
+    """A disk that is full or read-only is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{file} could not be written ({error.strerror}); make room and run the same command again"
+        ) from error
+
+
 def append_line(file: pathlib.Path, record: dict):
     """Append one JSON object and have it on the disk before going on."""
-    with open(file, "a", encoding="utf-8") as stream:
+    with writing(file), open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -37,8 +49,10 @@ def forget_after(file: pathlib.Path, step: int):
     if file.exists():
         kept = [record for record in read_lines(file) if record["step"] <= step]
         fresh = file.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
-        fresh.replace(file)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        with writing(file):
+            fresh.write_text(lines, encoding="utf-8")
+            fresh.replace(file)
 
 
 class Metrics:
@@ -157,5 +171,6 @@ def plot_curves(metrics_file: pathlib.Path, picture: pathlib.Path, title: str):
         right.plot(*points, color="tab:gray", alpha=0.6)
         right.set(ylabel="gradient norm")
     bottom.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    with writing(picture):
+        figure.savefig(picture, dpi=120)
     plt.close(figure)

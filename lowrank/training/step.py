@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.model.decoder import Decoder
 from lowrank.parallel.mesh import constrain
@@ -27,6 +28,24 @@ class State(NamedTuple):
     key: jax.Array  # of the whole run; a step folds its number in, so a resumed run draws the same
 
 
+def init_state(optimizer: optax.GradientTransformation, trainable: dict, key: jax.Array, mesh: Mesh) -> State:
+    """The state before step 1, each array laid out over the mesh: a moment as the leaf that it belongs to.
+
+    Said explicitly: left to itself, a moment lies whole on every device, and the second step compiles anew because
+    the first one's results lie elsewhere than its arguments did.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    layouts = {name: leaf.sharding for name, leaf in partition.named_leaves(trainable).items()}
+
+    def layout(path, _):
+        name = partition.path_name(path)
+        return next((sharding for own, sharding in layouts.items() if name.endswith(f"/{own}")), whole)
+
+    opt_layout = jax.tree_util.tree_map_with_path(layout, jax.eval_shape(optimizer.init, trainable))
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_layout)(trainable)
+    return State(jax.device_put(jnp.int32(0), whole), trainable, opt_state, jax.device_put(key, whole))
+
+
 def loss_sum(model: Decoder, trainable: dict, frozen: dict, batch: dict, shards: int, dropout_key=None) -> jax.Array:
     """float32 scalar: summed loss of the batch's trained tokens. With a `dropout_key`, in training mode."""
     hidden, head, _ = model.apply(
@@ -40,8 +59,11 @@ def loss_sum(model: Decoder, trainable: dict, frozen: dict, batch: dict, shards:
     return cross_entropy_sum(hidden, head, batch["targets"], batch["loss_mask"], shards)
 
 
-def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shards: int):
-    """-> jitted (state, frozen, batch) -> (state, metrics). `state` is donated; metrics stay on the device."""
+def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shards: int, state: State):
+    """-> jitted (state, frozen, batch) -> (state, metrics). `state` is donated; metrics stay on the device.
+
+    The state that comes out lies as the given `state` (arrays or their shapes) does.
+    """
     dropout = model.lora is not None and model.lora.dropout > 0
 
     def accumulate(trainable, frozen, key, batch):
@@ -73,14 +95,16 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shar
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
             "trained_tokens": trained,
             "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.int32),
         }
         return State(state.step + 1, trainable, opt_state, state.key), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    )
 
 
 def make_eval_step(model: Decoder, shards: int):

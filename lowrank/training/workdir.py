@@ -16,6 +16,7 @@ import jax
 from lowrank import config as config_lib
 from lowrank.config import Config
 from lowrank.errors import UserError
+from lowrank.training import metrics
 
 # What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
 FREE_ON_RESUME = ("base", "tokenizer", "data.train", "data.eval", "train.steps", "train.epochs")
@@ -25,9 +26,14 @@ FREE_GROUPS_ON_RESUME = ("log.", "eval.", "checkpoint.", "sample.", "mesh.")
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str]):
     """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
-    file = workdir / "config.json"
+    file, fresh = workdir / "config.json", workdir / "config.tmp"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        # Looked at before the lock is made, so that nothing is left in a folder that is somebody else's.
+        if not file.exists() and any(path.name not in (".lock", fresh.name) for path in workdir.iterdir()):
+            raise UserError(
+                f"workdir {workdir} is not empty and is no run's (no config.json); choose another --workdir"
+            )
         lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
     except OSError as error:
         raise UserError(
@@ -45,10 +51,6 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
                     f"workdir {workdir} holds another run, which cannot go on with: {'; '.join(differences)}; "
                     "choose another --workdir, or give the run what it began with"
                 )
-        elif any(path.name != ".lock" for path in workdir.iterdir()):
-            raise UserError(
-                f"workdir {workdir} is not empty and is no run's (no config.json); choose another --workdir"
-            )
         record = {
             "command": shlex.join(["python", "-m", "lowrank.train", *sys.argv[1:]]),
             "overrides": arguments,
@@ -59,9 +61,9 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
             "device_kind": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
         }
-        fresh = file.with_suffix(".tmp")
-        fresh.write_text(json.dumps(record, indent=1) + "\n")
-        fresh.replace(file)
+        with metrics.writing(file):
+            fresh.write_text(json.dumps(record, indent=1) + "\n")
+            fresh.replace(file)
         yield
 
 
@@ -106,9 +108,10 @@ def versions() -> dict:
 def git_revision() -> str | None:
     """Of the code that runs, with "+changes" if it was edited since; None outside a checkout."""
     folder = pathlib.Path(__file__).parent
-    git = lambda *words: (
-        subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
-    )
+
+    def git(*words):
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
+
     try:
         return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError):

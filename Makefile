@@ -1,0 +1,45 @@
+# make demo | test | test-slow | lint | bench | clean. Each makes .venv and installs what it needs; PYTHON=python3.12 chooses.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The GPU of a laptop, or a TPU VM: EXTRAS=cuda13 or EXTRAS=tpu.
+EXTRAS ?=
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m lowrank.train --config=configs/demo.py --workdir=runs/demo
+	@echo
+	@echo "Ask it:              $(BIN)/python -m lowrank.generate --base=configs/demo/base --adapter=runs/demo \\"
+	@echo "                       --prompt='Where does Mia live?' --input='One day Mia walked home. Mia is a fox and lives by the old mill.'"
+	@echo "Hand it on:          $(BIN)/python -m lowrank.export --workdir=runs/demo --format=peft --to=runs/demo-peft"
+	@echo "Train on your data:  $(BIN)/python -m lowrank.train --config=configs/alpaca.py --workdir=runs/mine \\"
+	@echo "                       --config.base=DIR_WITH_A_LLAMA --config.data.train=FILE.json"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python bench/attention.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]}: lowrank needs 3.11, 3.12 or 3.13; say make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.installed-test: setup.py $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),test,dev]'
+	touch $@

@@ -1,0 +1,261 @@
+"""The config: what a file and the command line may say, and every mistake answered by name, all of them at once."""
+
+import ast
+import pathlib
+
+import pytest
+
+from lowrank import config as config_lib
+from lowrank.config import Config, from_dict, read, to_dict
+from lowrank.errors import UserError
+from lowrank.model.lora import TARGETS
+
+ROOT = pathlib.Path(__file__).parents[1]
+LEAST = "import ml_collections\ndef get_config(argument=None):\n    c = ml_collections.ConfigDict()\n"
+LEAST += "    c.train = ml_collections.ConfigDict()\n    c.train.steps = 10\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config file that sets the least there is, and these lines -> its path."""
+
+    def write(*lines, text=None):
+        file = tmp_path / "c.py"
+        file.write_text(text or LEAST + "".join(f"    {line}\n" for line in lines) + "    return c\n")
+        return str(file)
+
+    return write
+
+
+def refusal(path, *overrides) -> str:
+    with pytest.raises(UserError) as refused:
+        read(path, list(overrides))
+    assert len(str(refused.value).splitlines()) == 1
+    return str(refused.value)
+
+
+def get(config, key):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+# ---- What may be said ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_file_leaves_out_has_the_defaults_of_the_contract(write):
+    c = read(write(), [])
+    assert c == Config(train=config_lib.TrainConfig(steps=10))
+    assert (c.lora.rank, c.lora.alpha, c.lora.dropout, c.lora.targets, c.lora.scaling) == (
+        16,
+        32,
+        0,
+        TARGETS,
+        "standard",
+    )
+    assert (c.data.format, c.data.max_length, c.data.packing, c.data.shuffle) == ("alpaca", 512, True, True)
+    assert (c.optim.learning_rate, c.optim.schedule, c.optim.clip_norm, c.optim.eps) == (2e-4, "constant", 1.0, 1e-8)
+    assert (c.optim.b1, c.optim.b2, c.optim.warmup_steps, c.optim.weight_decay) == (0.9, 0.999, 0, 0.0)
+    assert (c.mesh.data, c.mesh.fsdp, c.mesh.tensor) == (-1, 1, 1)
+    assert (c.dtype, c.param_dtype, c.remat, c.seed) == ("bfloat16", "bfloat16", "none", 0)
+    assert c.train.microbatches == 1 and c.train.mode == "lora"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("lora.rank", "8", 8),
+        ("lora.alpha", "4", 4.0),
+        ("optim.learning_rate", "3e-4", 3e-4),
+        ("train.epochs", "0.5", 0.5),
+        ("data.packing", "False", False),
+        ("data.packing", "false", False),
+        ("data.train_on_prompt", "True", True),
+        ("train.steps", "None", None),
+        ("data.seed", "none", None),
+        ("base", "", None),
+        ("base", "None", None),
+        ("base", "a/b=c d", "a/b=c d"),
+        ("base", "123", "123"),
+        ("log.wandb", "lora", "lora"),
+        ("mesh.fsdp", "-1", -1),
+        ("lora.targets", "q_proj", ("q_proj",)),
+        ("lora.targets", "q_proj,v_proj", ("q_proj", "v_proj")),
+        ("lora.targets", "q_proj, v_proj", ("q_proj", "v_proj")),
+        ("lora.targets", "('q_proj','v_proj')", ("q_proj", "v_proj")),
+        ("lora.targets", '["q_proj", "v_proj"]', ("q_proj", "v_proj")),
+        ("lora.targets", "('q_proj',)", ("q_proj",)),
+        ("sample.prompts", "", ()),
+        ("sample.prompts", "Hello (you)", ("Hello (you)",)),
+        ("sample.prompts", "['One, two', 'three']", ("One, two", "three")),
+    ],
+)
+@pytest.mark.parametrize("spaced", [False, True])
+def test_overrides_of_every_kind(write, key, text, value, spaced):
+    """On keys that the file leaves out, as --config.key=value and as --config.key value."""
+    flags = [f"--config.{key}", text] if spaced else [f"--config.{key}={text}"]
+    found = get(read(write("c.train.epochs = 1.0", "c.mesh = {'data': 1}"), flags), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_an_override_goes_before_the_file_and_the_last_one_before_the_others(write):
+    path = write("c.lora = ml_collections.ConfigDict({'rank': 4, 'targets': ['q_proj']})")
+    assert read(path, []).lora.rank == 4 and read(path, []).lora.targets == ("q_proj",)
+    c = read(path, ["--config.lora.rank=8", "--config.lora.rank=2"])
+    assert c.lora.rank == 2 and c.lora.targets == ("q_proj",)
+
+
+def test_an_argument_of_the_file_is_handed_on(write):
+    path = write("c.seed = int(argument)")
+    assert read(f"{path}:7", []).seed == 7
+
+
+def test_steps_win_over_epochs_where_both_are_set(write):
+    c = read(write("c.train.epochs = 3.0"), [])
+    assert (c.train.steps, c.train.epochs) == (10, 3.0)  # the command takes `steps or epochs`: see test_train.py
+
+
+def test_a_config_survives_its_way_through_the_workdir(write):
+    c = read(write("c.lora = {'targets': ('q_proj', 'o_proj')}", "c.sample = {'prompts': ('a', 'b')}"), [])
+    assert from_dict(to_dict(c)) == c
+
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_of_the_project_is_read_and_spelled_out(name):
+    path = ROOT / "configs" / name
+    assert isinstance(read(str(path), []), Config)
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"--config=configs/{name}" in docstring  # the command that runs it
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_all_offenders_are_named_at_once(write):
+    path = write("c.lora = {'rnak': 4, 'alpha': 'much'}", "c.learning_rate = 1.0")
+    text = refusal(path, "--config.data.packing=maybe", "--config.lora=4", "--config.seed.x=1")
+    for offender in ("config.data.packing=maybe is not True or False", "config.learning_rate is no config key"):
+        assert offender in text
+    assert "config.lora" in text
+
+
+def test_all_bad_values_are_named_at_once(write):
+    flags = ("lora.rank=0", "lora.dropout=1", "train.batch_size=5", "train.microbatches=2", "optim.b1=1", "seed=-1")
+    text = refusal(write(), *(f"--config.{flag}" for flag in flags))
+    for key in ("lora.rank=0", "lora.dropout=1.0", "train.batch_size=5", "optim.b1=1.0", "seed=-1"):
+        assert f"config.{key} must be" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lora.rnak", "config.lora.rank"),
+        ("rank", "config.lora.rank"),
+        ("learning_rate", "config.optim.learning_rate"),
+        ("optimizer.learning_rate", "config.optim.learning_rate"),
+        ("train.learningrate", "config.optim.learning_rate"),
+        ("data.maxlength", "config.data.max_length"),
+        ("bse", "config.base"),
+    ],
+)
+def test_an_unknown_key_says_what_was_meant(write, key, meant):
+    assert f"config.{key.split('.')[0]}" in refusal(write(), f"--config.{key}=1")
+    assert meant in refusal(write(), f"--config.{key}=1")
+
+
+def test_an_unknown_choice_says_what_was_meant(write):
+    text = refusal(
+        write(), "--config.optim.schedule=cosin", "--config.lora.targets=q_proj,qproj", "--config.remat=some"
+    )
+    assert "config.optim.schedule=cosin must be one of constant, linear, cosine (did you mean cosine?)" in text
+    assert "(qproj matches nothing)" in text
+    assert "config.remat=some must be one of" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "should"),
+    [
+        ("lora.rank=4.0", "a whole number"),
+        ("lora.rank=four", "a whole number"),
+        ("lora.rank=True", "a whole number"),
+        ("lora.rank=None", "a whole number"),
+        ("lora.alpha=much", "a number"),
+        ("optim.learning_rate=1e999", "a number"),
+        ("optim.learning_rate=nan", "a number"),
+        ("train.epochs=1e999", "a number"),
+        ("data.packing=1", "True or False"),
+        ("data.packing=yes", "True or False"),
+        ("lora.targets=(1, 2)", "a list of strings"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(write, override, should):
+    key, _, value = override.partition("=")
+    text = refusal(write(), f"--config.{override}")
+    assert f"config.{key}=" in text and f" is not {should}" in text and value.strip("(") in text
+
+
+@pytest.mark.parametrize(
+    "line", ["c.lora = {'rank': 4.0}", "c.lora = {'rank': '4'}", "c.lora = {'rank': True}", "c.lora = {'rank': (4, 8)}"]
+)
+def test_a_file_of_the_wrong_type_is_refused(write, line):
+    assert "config.lora.rank=" in refusal(write(line))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--config.train.steps=0"], "config.train.steps=0 must be at least 1"),
+        (["--config.train.steps=None"], "config.train.steps or config.train.epochs must be set"),
+        (["--config.data.max_length=1"], "config.data.max_length=1 must be at least 2"),
+        (["--config.lora.targets="], "config.lora.targets=() must be at least one target"),
+        (["--config.lora.targets=q_proj,q_proj"], "must be without repetition"),
+        (["--config.mesh.fsdp=-1"], "only one of config.mesh.data"),
+        (["--config.mesh.tensor=0"], "config.mesh.tensor=0 must be"),
+        (["--config.data.eval=f", "--config.data.eval_examples=3"], "config.data.eval_examples=3 must be 0 where"),
+        (["--config.data.seed=-1"], "config.data.seed=-1 must be"),
+        (["--config.seed=4294967296"], "config.seed=4294967296 must be"),
+        (["--config.lora.rank"], "--config.lora.rank has no value; write --config.lora.rank=VALUE"),
+        (["--config.lora.rank", "--config.seed=1"], "--config.lora.rank has no value"),
+        (["--config.lora.rank.deep=1"], "config.lora.rank"),
+        (["--config.sweep.lora.rank=(1,2)"], "config.sweep"),
+        (["--confg.lora.rank=1", "extra"], "unknown arguments --confg.lora.rank=1 extra"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(write, overrides, said):
+    assert said in refusal(write(), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "import ml_collections\n\ndef get_config():\n    return 1 / 0\n",
+            "line 4: ZeroDivisionError: division by zero",
+        ),
+        ("def get_config(:\n", "line 1: SyntaxError"),
+        ("import nothing_of_this_name\n", "line 1: ModuleNotFoundError"),
+        ("x = 1\n", "has no get_config"),
+        ("def get_config():\n    return {'lora': 1}\n", "must return an ml_collections.ConfigDict"),
+        ("def get_config():\n    raise ValueError('two\\nlines')\n", "line 2: ValueError"),
+        (
+            "import ml_collections\ndef get_config():\n    c = ml_collections.ConfigDict()\n"
+            "    c.base = ml_collections.config_dict.required_placeholder(str)\n    return c\n",
+            "RequiredValueError",
+        ),
+    ],
+)
+def test_a_file_that_does_not_work_is_named_with_its_line(write, text, said):
+    path = write(text=text)
+    with pytest.raises(UserError) as refused:
+        read(path, [])
+    assert said in str(refused.value) and f"config file {path}" in str(refused.value)
+
+
+def test_a_missing_file_and_a_missing_flag_are_refused(tmp_path):
+    assert f"config file {tmp_path / 'no.py'} is not there" in refusal(f"{tmp_path / 'no.py'}:arg")
+    assert "--config is missing" in refusal(None)
+    (tmp_path / "c.txt").write_text("")
+    assert "is no Python file" in refusal(str(tmp_path / "c.txt"))
