@@ -30,9 +30,9 @@ def get_config():
 
     config.train = ml_collections.ConfigDict()
     config.train.mode = "full"
-    config.train.steps = 1500
+    config.train.steps = 3000
     config.train.epochs = None
-    config.train.batch_size = 24
+    config.train.batch_size = 12
     config.train.microbatches = 1
 
     config.optim = ml_collections.ConfigDict()
@@ -50,26 +50,30 @@ def get_config():
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
 
-    config.dtype = "float32"
+    config.dtype = "bfloat16"
     config.param_dtype = "float32"
-    config.remat = "none"
+    config.remat = "full"  # faster on a CPU: less memory to walk through
     config.seed = 0
 
     config.eval = ml_collections.ConfigDict()
-    config.eval.every = 100
+    config.eval.every = 250
     config.eval.answers = 0
 
     config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = 100
+    config.checkpoint.every = 250
     config.checkpoint.keep = 1
 
     config.log = ml_collections.ConfigDict()
-    config.log.every = 10
+    config.log.every = 25
     config.log.tensorboard = False
     config.log.wandb = None
 
     config.sample = ml_collections.ConfigDict()
-    config.sample.every = 500
-    config.sample.prompts = ("Once Mia and Tom met at the fair.",)
-    config.sample.max_new_tokens = 100
+    config.sample.every = 250
+    config.sample.prompts = (
+        "In spring Gus and Sam walked home. Sam is a bear. Gus carries two shells. Sam carries five bells. Gus likes soup. "
+        "Sam likes melons.\nWhat does Sam like?\n",
+        "The words are figs, toad, honey.\nSay the words backwards.\n",
+    )
+    config.sample.max_new_tokens = 24
     return config
