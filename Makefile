@@ -10,11 +10,11 @@ EXTRAS ?=
 demo: $(VENV)/.installed
 	$(BIN)/python -m lowrank.train --config=configs/demo.py --workdir=runs/demo
 	@echo
-	@echo "Ask it:              $(BIN)/python -m lowrank.generate --base=configs/demo/base --adapter=runs/demo \\"
-	@echo "                       --prompt='Where does Mia live?' --input='One day Mia walked home. Mia is a fox and lives by the old mill.'"
-	@echo "Hand it on:          $(BIN)/python -m lowrank.export --workdir=runs/demo --format=peft --to=runs/demo-peft"
-	@echo "Train on your data:  $(BIN)/python -m lowrank.train --config=configs/alpaca.py --workdir=runs/mine \\"
-	@echo "                       --config.base=DIR_WITH_A_LLAMA --config.data.train=FILE.json"
+	@echo "ask it     $(BIN)/python -m lowrank.generate --base=configs/demo/base --adapter=runs/demo \\"
+	@echo "             --prompt='Read the story and answer the question.' \\"
+	@echo "             --input='Once Mia and Tom walked home. Mia likes plums. Tom likes honey. What does Tom like?'"
+	@echo "your data  $(BIN)/python -m lowrank.train --config=configs/alpaca.py --workdir=runs/mine \\"
+	@echo "             --config.base=FOLDER_OF_A_LLAMA --config.data.train=FILE.json"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

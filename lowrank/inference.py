@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank.data import examples, prompts
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -72,6 +73,25 @@ def complete(model: Decoder, variables: dict, tokenizer: Tokenizer, rows, max_ne
     for row, piece in stream_text(model, variables, tokenizer, rows, max_new_tokens, (), Sampling()):
         texts[row] += piece
     return texts
+
+
+def question_and_answer(example: examples.Example) -> tuple[list[int], list[int]]:
+    """The ids of an example up to its last response, and of that response."""
+    untrained = np.flatnonzero(~example.loss_mask)
+    start = 1 + (int(untrained[-1]) + 1 if len(untrained) else 0)  # the mask is over ids[1:]
+    return example.ids[:start].tolist(), example.ids[start:].tolist()
+
+
+def answers(model: Decoder, variables: dict, tokenizer: Tokenizer, asked_of: list) -> list[tuple[str, str, str]]:
+    """(prompt, answer, reference) of each example, answered greedily."""
+    given = []
+    for start in range(0, len(asked_of), 64):
+        asked, references = zip(*map(question_and_answer, asked_of[start : start + 64]), strict=True)
+        longest = max(len(reference) for reference in references)  # a longer answer cannot be equal
+        texts = complete(model, variables, tokenizer, asked, longest)
+        for prompt, text, reference in zip(asked, texts, references, strict=True):
+            given.append((tokenizer.decode(prompt), text.strip(), tokenizer.decode(reference).strip()))
+    return given
 
 
 def stream_text(

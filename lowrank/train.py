@@ -119,6 +119,7 @@ def main(arguments: list[str]) -> int | None:
         for file in ("metrics.jsonl", "samples.jsonl"):
             metrics_lib.forget_after(workdir / file, first if first else -1)
         if first >= steps:
+            metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
             print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
             return None
         if first:
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> int | None:
         def answer(step: int) -> float:
             """Answer held-out examples greedily; the share of answers equal to the reference. The first ten are kept."""
             asked = held_out.examples[: config.eval.answers]
-            given = answers(model, partition.merge(state.trainable, frozen), tokenizer, asked)
+            given = inference.answers(model, partition.merge(state.trainable, frozen), tokenizer, asked)
             for prompt, text, reference in given[:10]:
                 record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
                 metrics_lib.append_line(workdir / "samples.jsonl", record)
@@ -175,7 +176,7 @@ def main(arguments: list[str]) -> int | None:
         began = clock = time.monotonic()
         clock_tokens = tokens
         pending = None
-        best = best_loss(workdir, config)
+        best = best_loss(workdir)
 
         def read_pending():
             """Wait for the pending step's scalars, refuse what is not finite, and log it if it is due."""
@@ -386,29 +387,10 @@ def not_finite(step: int, scalars: dict, examples: np.ndarray, last: int | None)
     )
 
 
-def best_loss(workdir: pathlib.Path, config: Config) -> float:
+def best_loss(workdir: pathlib.Path) -> float:
     """The best evaluation so far, from the metrics that are left after resuming."""
     losses = [line["eval/loss"] for line in metrics_lib.read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
     return min(losses, default=math.inf)
-
-
-def question_and_answer(example) -> tuple[list[int], list[int]]:
-    """The ids of an example up to its last response, and of that response."""
-    untrained = np.flatnonzero(~example.loss_mask)
-    start = 1 + (int(untrained[-1]) + 1 if len(untrained) else 0)  # the mask is over ids[1:]
-    return example.ids[:start].tolist(), example.ids[start:].tolist()
-
-
-def answers(model: Decoder, variables: dict, tokenizer: Tokenizer, examples: list) -> list[tuple[str, str, str]]:
-    """(prompt, answer, reference) of each example, answered greedily."""
-    given = []
-    for start in range(0, len(examples), 64):
-        asked, references = zip(*map(question_and_answer, examples[start : start + 64]), strict=True)
-        longest = max(len(reference) for reference in references)  # a longer answer cannot be equal
-        texts = inference.complete(model, variables, tokenizer, asked, longest)
-        for prompt, text, reference in zip(asked, texts, references, strict=True):
-            given.append((tokenizer.decode(prompt), text.strip(), tokenizer.decode(reference).strip()))
-    return given
 
 
 if __name__ == "__main__":

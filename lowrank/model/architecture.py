@@ -86,7 +86,7 @@ HARMLESS = frozenset(
     output_attentions output_hidden_states id2label label2id do_sample temperature top_k top_p num_beams max_length
     min_length repetition_penalty length_penalty no_repeat_ngram_size attn_implementation _attn_implementation
     _attn_implementation_autoset _flash_attn_2_enabled unsloth_fixed unsloth_version
-    """.split()  # noqa: SIM905 (a literal list would take a line for every name)
+    """.split()
 )
 
 

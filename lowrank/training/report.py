@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 
 import jax
 
@@ -77,19 +78,65 @@ def describe_leaves(shapes: dict, mask: dict) -> str:
 
 
 def closing(workdir: pathlib.Path, config: Config, tokens: int, steps: int, seconds: float) -> str:
+    """What came of the run, and what to try next."""
     lines = metrics.read_lines(workdir / "metrics.jsonl")
-    losses = {
-        name: [line[name] for line in lines if name in line] for name in ("train/loss", "eval/loss", "eval/exact_match")
-    }
-    shown = [f"{name} {values[0]:.4f} -> {values[-1]:.4f}" for name, values in losses.items() if values]
-    adapter = workdir / "checkpoints"
+    names = ("train/loss", "eval/loss", "eval/exact_match")
+    series = {name: [line[name] for line in lines if name in line] for name in names}
+    shown = [f"{name} {values[0]:.4f} -> {values[-1]:.4f}" for name, values in series.items() if values]
+    folder = workdir / "checkpoints"
+    size = sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
+    what = "adapter" if config.adapted else "model"
     result = [
+        *before_and_after(workdir),
         "",
         f"done       {', '.join(shown)}",
         f"trained    {tokens:,} tokens in all; {steps:,} steps in {seconds:.0f} s here",
-        f"adapter    {adapter} ({human_bytes(sum(os.path.getsize(p) for p in adapter.rglob('*') if p.is_file()))})",
+        f"{what:<10} {folder} ({human_bytes(size)})",
         f"curves     {workdir / 'curves.png'}",
     ]
     if config.base:
-        result.append(f"next       python -m lowrank.generate --base={config.base} --adapter={workdir} --prompt='…'")
+        prompt = next(iter(config.sample.prompts), "Hello.")
+        generate = [
+            "python",
+            "-m",
+            "lowrank.generate",
+            f"--base={config.base}",
+            f"--adapter={workdir}",
+            f"--prompt={prompt}",
+        ]
+        result.append(f"try        {shlex.join(generate)}")
+    export = [
+        "python",
+        "-m",
+        "lowrank.export",
+        f"--workdir={workdir}",
+        f"--format={'peft' if config.adapted else 'merged'}",
+    ]
+    result.append(f"hand on    {shlex.join([*export, f'--to={workdir}-export'])}")
     return "\n".join(result)
+
+
+def before_and_after(workdir: pathlib.Path, count: int = 3) -> list[str]:
+    """The first held-out prompts with the first and the last answer to them, where `eval.answers` asked for any."""
+    asked = [record for record in metrics.read_lines(workdir / "samples.jsonl") if "reference" in record]
+    if not asked:
+        return []
+    first, last = asked[0]["step"], asked[-1]["step"]
+    lines = ["", "held out: what is asked, what the model said at first and says now, and what is right"]
+    before = {record["prompt"]: record["text"] for record in asked if record["step"] == first}
+    for record in [record for record in asked if record["step"] == last][:count]:
+        prompt = (
+            record["prompt"]
+            .split("### Instruction:\n")[-1]
+            .removesuffix("\n\n### Response:\n")
+            .replace("### Input:\n", "")
+        )
+        for name, text in (
+            ("asked", prompt),
+            (f"step {first}", before.get(record["prompt"], "")),
+            (f"step {last}", record["text"]),
+            ("right", record["reference"]),
+        ):
+            lines.append(f"{name:<10} {' / '.join(line for line in text.splitlines() if line.strip())}")
+        lines.append("")
+    return lines[:-1]

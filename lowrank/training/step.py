@@ -102,9 +102,7 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shar
         }
         return State(state.step + 1, trainable, opt_state, state.key), metrics
 
-    return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None)
-    )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 
 def make_eval_step(model: Decoder, shards: int):

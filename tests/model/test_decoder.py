@@ -24,7 +24,8 @@ def randomized(tree, seed=0):
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
-        structure, [leaf + 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        structure,
+        [leaf + 0.2 * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)],
     )
 
 
@@ -155,9 +156,9 @@ def test_no_segment_sees_another(length):
     before = attend(q, k, v, mask)
     k, v = k.at[:, 2].add(3.0), v.at[:, 2].add(3.0)
     after = attend(q, k, v, mask)
-    assert (np.asarray(after) != np.asarray(before)).any(axis=(0, 2, 3)).tolist() == [False] * 2 + [True] * 3 + [False] * (
-        length - 5
-    )
+    assert (np.asarray(after) != np.asarray(before)).any(axis=(0, 2, 3)).tolist() == [False] * 2 + [True] * 3 + [
+        False
+    ] * (length - 5)
 
 
 @pytest.mark.parametrize("length", [5, 50, 64])
@@ -181,7 +182,9 @@ def test_scanned_equals_unrolled(adapted):
     mask = visible(jnp.arange(7), segments, segments)
     block = decoder.Block(TINY, model.lora, model.dtype, model.param_dtype, True)
     for layer in range(TINY.layers):
-        one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")})
+        one = jax.tree.map(
+            lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")}
+        )
         x, _ = block.apply(one, x, None, 0, angles, mask)
     x = decoder.RMSNorm(TINY.norm_eps, model.param_dtype).apply({"params": params["norm"]}, x)
     expected = np.asarray(x @ params["lm_head"]["kernel"])
@@ -212,7 +215,8 @@ def test_dropout_is_on_the_adapters_input_and_only_in_training(adapted):
     assert (logits(model, variables, ids, deterministic=False, rngs=rngs) != still).any()
     silent = {"params": variables["params"], "lora": jax.tree.map(jnp.zeros_like, variables["lora"])}
     np.testing.assert_array_equal(
-        logits(model, silent, ids, deterministic=False, rngs=rngs), logits(Decoder(TINY), {"params": variables["params"]}, ids)
+        logits(model, silent, ids, deterministic=False, rngs=rngs),
+        logits(Decoder(TINY), {"params": variables["params"]}, ids),
     )
 
 

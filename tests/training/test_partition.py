@@ -21,7 +21,9 @@ def test_mask_of_each_mode():
     off = {"params": {"a": {"kernel": False, "scale": False}, "b": {"kernel": False}}}
     assert partition.trainable_mask(variables(), "lora") == {**off, "lora": {"a": {"lora_a": True, "lora_b": True}}}
     full = {"params": variables()["params"]}
-    assert partition.trainable_mask(full, "full") == {"params": {"a": {"kernel": True, "scale": True}, "b": {"kernel": True}}}
+    assert partition.trainable_mask(full, "full") == {
+        "params": {"a": {"kernel": True, "scale": True}, "b": {"kernel": True}}
+    }
 
 
 def test_split_and_merge_are_exact_inverses():

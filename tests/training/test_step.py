@@ -102,7 +102,9 @@ def test_loss_of_nothing_is_zero():
     batch = make_batch()
     nothing = jnp.zeros((ROWS, LENGTH), bool)
     hidden = jnp.ones((ROWS, LENGTH, 32))
-    value, gradient = jax.value_and_grad(objective.cross_entropy_sum)(hidden, jnp.ones((32, 64)), batch["targets"], nothing)
+    value, gradient = jax.value_and_grad(objective.cross_entropy_sum)(
+        hidden, jnp.ones((32, 64)), batch["targets"], nothing
+    )
     assert value == 0
     assert not gradient.any()
 
@@ -193,7 +195,9 @@ def test_evaluation_sums_do_not_depend_on_the_batches(variables):
     batch = make_batch()
     step = make_eval_step(MODEL, 1)
     whole = step(trainable, frozen, batch)
-    halves = [step(trainable, frozen, {name: x[part] for name, x in batch.items()}) for part in (slice(0, 4), slice(4, 8))]
+    halves = [
+        step(trainable, frozen, {name: x[part] for name, x in batch.items()}) for part in (slice(0, 4), slice(4, 8))
+    ]
     assert whole[1] == halves[0][1] + halves[1][1]
     assert float(whole[0]) == pytest.approx(float(halves[0][0] + halves[1][0]), rel=1e-6)
 
