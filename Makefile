@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # The GPU of a laptop, or a TPU VM: EXTRAS=cuda13 or EXTRAS=tpu.
 EXTRAS ?=
+comma = ,
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -37,9 +38,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	touch $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),test,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	touch $@
