@@ -12,6 +12,8 @@ shift
 cd "$(dirname "$0")/.."
 
 git ls-files -z | tar --null --files-from=- --create --gzip | ssh "$host" 'mkdir -p lowrank && tar -xzf - -C lowrank'
-ssh "$host" "cd lowrank && make .venv/.installed EXTRAS=${EXTRAS:-} \
-  && nohup .venv/bin/python -m lowrank.train $(printf '%q ' "$@") > launch.log 2>&1 < /dev/null & \
-  cd lowrank && touch launch.log && exec tail -n +1 --pid=\$! -f launch.log"
+ssh "$host" "cd lowrank && make .venv/.installed EXTRAS=${EXTRAS:-} && : > launch.log && {
+  nohup .venv/bin/python -m lowrank.train $(printf '%q ' "$@") > launch.log 2>&1 < /dev/null & pid=\$!
+  tail -n +1 --pid=\$pid -f launch.log
+  wait \$pid
+}"

@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 import typing
+import warnings
 
 import jax
 from absl import app, flags, logging
@@ -28,6 +29,7 @@ def run(main: typing.Callable[[list[str]], int | None]):
 
     def guarded(argv):
         use_compile_cache()
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             return main(argv[1:])
         except UserError as error:
@@ -35,9 +37,16 @@ def run(main: typing.Callable[[list[str]], int | None]):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130  # as shells count it: 128 + SIGINT
-        except BrokenPipeError:  # `... | head` is no mistake
+        except BrokenPipeError:  # `... | head` is no mistake, but nor is it done
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return 141  # as shells count it: 128 + SIGPIPE
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _fail(
+                f"the device is out of memory ({str(error).splitlines()[0]}); more config.train.microbatches, "
+                "config.remat='full', a smaller config.data.max_length or more devices along config.mesh.fsdp need less"
+            )
 
     app.run(guarded, flags_parser=parse_flags)
 

@@ -223,14 +223,14 @@ def _build(cls, values: dict, prefix: str, errors: list[str]):
                 errors.append(f"{name} holds keys, not a value: write {name}.KEY=VALUE")
         else:
             try:
-                fields[key] = _convert(value, hints[key])
+                fields[key] = _convert(value, hints[key], commas=key != "prompts")  # a prompt may hold a comma
             except ValueError as error:
                 errors.append(f"{name}={value!s} is not {error}")
     return cls(**fields)
 
 
-def _convert(value, hint):
-    """`value` as the annotated type, or a ValueError that says what it should be."""
+def _convert(value, hint, commas: bool):
+    """`value` as the annotated type, or a ValueError that says what it should be. `commas` part the strings of a tuple."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if types.NoneType in options and (value is None or (isinstance(value, _Text) and value in ("None", "none", ""))):
         return None
@@ -243,7 +243,7 @@ def _convert(value, hint):
         if isinstance(value, _Text):
             value = _literal(value) if value.strip().startswith(("(", "[")) else value
         if isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",")) if value else ()
+            value = tuple(part.strip() for part in value.split(",") if part) if commas else (str(value),) * bool(value)
         if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise ValueError("a list of strings such as ('q_proj','v_proj')")
@@ -318,7 +318,7 @@ def _check(c: Config) -> list[str]:
     must(len(set(c.lora.targets)) == len(c.lora.targets), "lora.targets", "without repetition")
     for key in ("lora.rank", "train.batch_size", "train.microbatches", "checkpoint.keep", "sample.max_new_tokens"):
         must(get(key) >= 1, key, "at least 1")
-    for key in ("data.eval_examples", "optim.learning_rate", "optim.warmup_steps", "optim.weight_decay"):
+    for key in ("data.eval_examples", "optim.warmup_steps", "optim.weight_decay"):
         must(get(key) >= 0, key, "0 or more")
     must(0 <= c.seed < 2**32, "seed", "from 0 to 4294967295")
     must(c.data.seed is None or 0 <= c.data.seed < 2**32, "data.seed", "from 0 to 4294967295")
@@ -343,6 +343,9 @@ def _check(c: Config) -> list[str]:
         "train.batch_size",
         f"divisible by microbatches={c.train.microbatches}",
     )
+    must(c.optim.learning_rate > 0, "optim.learning_rate", "more than 0")
+    must(not (c.init_adapter and c.train.mode == "full"), "init_adapter", "None where train.mode is 'full'")
+    must(not c.sample.every or c.sample.prompts, "sample.prompts", "at least one where sample.every is set")
     must(not (c.data.eval and c.data.eval_examples), "data.eval_examples", "0 where config.data.eval names a file")
     return errors
 

@@ -9,6 +9,7 @@ of the trained model. The folder gets its name last, so a failure leaves nothing
 
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from lowrank import command, inference
 from lowrank.data.tokenizer import load_tokenizer
 from lowrank.errors import UserError
 from lowrank.model import decoder
-from lowrank.model.architecture import SIZES
+from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.training import workdir as workdir_lib
-from lowrank.weights.base import read_base, stored_params
+from lowrank.weights.base import Base, read_base, stored_params
 from lowrank.weights.merged import merge, write_huggingface
 from lowrank.weights.peft import write_peft
 
@@ -36,8 +37,10 @@ flags.DEFINE_enum(
 )
 FLAGS = flags.FLAGS
 
+Load = Callable[[], inference.Model]
+
 # The largest difference of a logit, relative to the largest logit, that rounding each tensor once may cause.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def main(arguments: list[str]):
@@ -51,7 +54,7 @@ def main(arguments: list[str]):
     base = None
     if run.base:
         base = read_base(FLAGS.base or run.base)
-        trained_over = workdir_lib.read_record(workdir)["identity"]["base"]
+        trained_over = adapter.base
         if base.fingerprint != trained_over:
             raise UserError(
                 f"base {base.folder} has other weights than the adapter was trained over; name that one with --base"
@@ -59,47 +62,54 @@ def main(arguments: list[str]):
     architecture = base.config if base else SIZES[run.architecture]
     shapes, _ = decoder.abstract(Decoder(architecture, adapter.lora))
 
+    if FLAGS.format == "peft" and adapter.lora is None:
+        raise UserError(f"workdir {workdir} is a full fine-tuning: there is no adapter; use --format=merged")
     if FLAGS.format == "peft":
-        if adapter.lora is None:
-            raise UserError(f"workdir {workdir} is a full fine-tuning: there is no adapter; use --format=merged")
+        dtype = "float32"
         lora = adapter.restore({"lora": shapes["lora"]})["lora"]
         write_peft(to, jax.device_get(lora), adapter.lora, base_name=str(FLAGS.base or run.base))
-        difference = compare(
-            inference.load(base.folder, to, dtype="float32"), inference.load(base.folder, adapter, dtype="float32")
-        )
-        check(to, difference, "float32")
-    elif adapter.lora is None:
-        dtype = FLAGS.dtype or "float32"
-        params = jax.device_get(adapter.restore(shapes)["params"])
+        exported = lambda: inference.load(base.folder, to, dtype="float32")  # noqa: E731
+    else:
+        dtype = FLAGS.dtype or ("float32" if adapter.lora is None else architecture.stored_dtype)
+        if adapter.lora is None:
+            params = jax.device_get(adapter.restore(shapes)["params"])
+        else:
+            lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
+            params = merge(stored_params(base), lora, adapter.lora.scale, jnp.dtype(dtype))
         carry_from = base.folder if base else load_tokenizer(run.tokenizer).path.parent
         write_huggingface(to, params, architecture, dtype=dtype, carry_from=carry_from)
-        trained = inference.Model(Decoder(architecture), {"params": params}, load_tokenizer(carry_from))
-        check(to, compare(inference.load(to, dtype="float32"), trained), dtype)
-    else:
-        dtype = FLAGS.dtype or architecture.stored_dtype
-        lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
-        params = merge(stored_params(base), lora, adapter.lora.scale, jnp.dtype(dtype))
-        write_huggingface(to, params, architecture, dtype=dtype, carry_from=base.folder)
-        difference = compare(inference.load(to, dtype="float32"), inference.load(base.folder, adapter, dtype="float32"))
-        check(to, difference, dtype)
+        del params
+        exported = lambda: inference.load(to, dtype="float32")  # noqa: E731
 
-
-def compare(exported: inference.Model, trained: inference.Model) -> float:
-    """The largest difference of a float32 logit on fixed tokens, relative to the largest logit."""
-    vocab = trained.model.config.vocab
-    ids = np.random.default_rng(0).integers(0, vocab, (2, 64))
-    expected, found = np.asarray(trained.logits(ids)), np.asarray(exported.logits(ids))
-    return float(np.abs(expected - found).max() / np.abs(expected).max())
-
-
-def check(to: pathlib.Path, difference: float, dtype: str):
-    if not difference <= TOLERANCE[dtype]:
+    try:
+        check(exported, lambda: trained_model(adapter, base, architecture, to), to, dtype)
+    except BaseException:  # an interrupt, too: what is not verified must not look like an export
         shutil.rmtree(to)
+        raise
+
+
+def trained_model(adapter: inference.Adapter, base: Base | None, architecture: ModelConfig, to: pathlib.Path):
+    if base is not None:
+        return inference.load(base.folder, adapter, dtype="float32")
+    model = Decoder(architecture)
+    return inference.Model(model, adapter.restore(decoder.abstract(model)[0]), load_tokenizer(to))
+
+
+def check(exported: Load, trained: Load, to: pathlib.Path, dtype: str):
+    """Compare float32 logits on fixed tokens; one model is in memory at a time."""
+    found, expected = fixed_logits(exported()), fixed_logits(trained())
+    difference = float(np.abs(expected - found).max() / np.abs(expected).max())
+    if not difference <= TOLERANCE[dtype]:
         raise UserError(
             f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
             f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try --dtype=float32"
         )
     print(f"exported to {to}; read back, every tensor equal, logits within {difference:.2g} of the largest ({dtype})")
+
+
+def fixed_logits(model: inference.Model) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(0, model.model.config.vocab, (2, 64))
+    return np.asarray(model.logits(ids))
 
 
 if __name__ == "__main__":

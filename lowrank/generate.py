@@ -20,7 +20,7 @@ from lowrank.data.prompts import FORMATS, format_chat
 from lowrank.errors import UserError
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
-flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step).")
+flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
 flags.DEFINE_multi_string("prompt", None, "A prompt; may be given several times.")
 flags.DEFINE_string(
     "prompts", None, "A file of prompts: one a line, or JSON lines with `prompt` (or instruction, input)."
@@ -100,18 +100,17 @@ def stream(model: inference.Model, rows: list[list[int]]):
 
 
 def show(model: inference.Model, rows: list[list[int]], numbered: bool, first: int):
-    """Print the texts: as they come for the row that is first in turn, the others when theirs has come."""
-    texts = [""] * len(rows)
-    current = 0
+    """Print one text as it comes; several texts, each under its number, when all of the batch are there."""
     if not numbered:
         for _, piece in stream(model, rows):
             print(piece, end="", flush=True)
         print()
         return
+    texts = [""] * len(rows)
     for row, piece in stream(model, rows):
         texts[row] += piece
-    for current, text in enumerate(texts):
-        print(f"=== {first + current + 1}\n{text}", flush=True)
+    for number, text in enumerate(texts, start=first + 1):
+        print(f"=== {number}\n{text}", flush=True)
 
 
 def chat(model: inference.Model):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -76,20 +77,33 @@ def complete(model: Decoder, variables: dict, tokenizer: Tokenizer, rows, max_ne
 
 
 def question_and_answer(example: examples.Example) -> tuple[list[int], list[int]]:
-    """The ids of an example up to its last response, and of that response."""
-    untrained = np.flatnonzero(~example.loss_mask)
-    start = 1 + (int(untrained[-1]) + 1 if len(untrained) else 0)  # the mask is over ids[1:]
-    return example.ids[:start].tolist(), example.ids[start:].tolist()
+    """The ids of an example up to its last response, and of that response with what ends it.
+
+    That is the last run of trained tokens: a chat template may write something untrained behind it.
+    """
+    trained = np.flatnonzero(example.loss_mask)
+    end = trained[-1]
+    before = np.flatnonzero(~example.loss_mask[: end + 1])
+    start = before[-1] + 1 if len(before) else 0
+    return example.ids[: start + 1].tolist(), example.ids[start + 1 : end + 2].tolist()  # the mask is over ids[1:]
 
 
-def answers(model: Decoder, variables: dict, tokenizer: Tokenizer, asked_of: list) -> list[tuple[str, str, str]]:
-    """(prompt, answer, reference) of each example, answered greedily."""
+def answers(
+    model: Decoder, variables: dict, tokenizer: Tokenizer, asked_of: list[examples.Example], rows: int
+) -> list[tuple[str, str, str]]:
+    """(prompt, answer, reference) of each example, answered greedily, `rows` side by side.
+
+    A prompt that leaves the model no room to answer has the answer "".
+    """
     given = []
-    for start in range(0, len(asked_of), 64):
-        asked, references = zip(*map(question_and_answer, asked_of[start : start + 64]), strict=True)
-        longest = max(len(reference) for reference in references)  # a longer answer cannot be equal
-        texts = complete(model, variables, tokenizer, asked, longest)
-        for prompt, text, reference in zip(asked, texts, references, strict=True):
+    pairs = [question_and_answer(example) for example in asked_of]
+    for start in range(0, len(pairs), rows):
+        part = pairs[start : start + rows]
+        asked = [prompt for prompt, _ in part if len(prompt) < model.config.max_length]
+        longest = max(len(reference) for _, reference in part)  # a longer answer cannot be equal
+        texts = iter(complete(model, variables, tokenizer, asked, longest))
+        for prompt, reference in part:
+            text = next(texts) if len(prompt) < model.config.max_length else ""
             given.append((tokenizer.decode(prompt), text.strip(), tokenizer.decode(reference).strip()))
     return given
 
@@ -120,6 +134,7 @@ def stream_text(
     def decode(row: int) -> str:
         return tokenizer.decode(ids[row], continues=len(rows[row]) > 1)  # after BOS alone a text begins
 
+    max_new_tokens = min(max_new_tokens, limit - min(len(prompt) for prompt in rows))
     for tokens in generate_ids(model, variables, rows, max_new_tokens, sampling):
         for row in sorted(running):
             token = int(tokens[row])
@@ -157,13 +172,16 @@ def load(base, adapter=None, *, dtype: str | None = None) -> Model:
     """Load a base (a checkpoint's folder) and, on top of it, an adapter (a workdir: its latest step; or a PEFT folder;
     or what `read_adapter` gave).
 
-    `dtype`: "float32" or "bfloat16", held and computed in; None is as the checkpoint says. Raises UserError.
+    `dtype`: "float32" or "bfloat16", held and computed in; None is as the checkpoint says (float16 becomes bfloat16,
+    which has its range but three bits less). Raises UserError.
     """
     source = read_base(base)
-    dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
-    tokenizer = load_tokenizer(source.folder)
-    check_vocab(tokenizer, source.config.vocab, source.folder)
     adapted = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
+    if adapted is not None and adapted.base not in (None, source.fingerprint):
+        warnings.warn(f"adapter {adapted.folder} was trained over other weights than those in {base}", stacklevel=2)
+    dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
+    tokenizer = load_tokenizer((adapted and adapted.tokenizer) or source.folder)
+    check_vocab(tokenizer, source.config.vocab, tokenizer.path)
     model = Decoder(source.config, None if adapted is None else adapted.lora, dtype, dtype)
     shapes, _ = decoder.abstract(model)
     if adapted is None:
@@ -183,6 +201,8 @@ class Adapter:
     folder: pathlib.Path
     lora: LoraConfig | None
     format: str | None  # of the prompts it was trained on, if that is known
+    tokenizer: str | None  # that it was trained with, if not the base's own
+    base: str | None  # the fingerprint of the base it was trained over, if that is known
     restore: Callable[[dict], dict]  # the trained leaves, laid out as the given ones; UserError if they do not fit
 
 
@@ -191,14 +211,28 @@ def read_adapter(folder, step: int | None = None) -> Adapter:
     folder = pathlib.Path(folder)
     if (folder / "adapter_config.json").is_file():
         tree, lora, _ = read_peft(folder)
-        return Adapter(folder, lora, None, lambda wanted: _fitted({"lora": tree}, wanted, folder))
+        return Adapter(
+            folder,
+            lora,
+            format=None,
+            tokenizer=None,
+            base=None,
+            restore=lambda wanted: _fitted({"lora": tree}, wanted, folder),
+        )
     if not (folder / "config.json").is_file():
         raise UserError(
             f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
             "name the --workdir of a training run"
         )
-    run = workdir.read_config(folder)
-    return Adapter(folder, run.adapted, run.data.format, lambda wanted: _restored(folder, wanted, step))
+    run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
+    return Adapter(
+        folder,
+        run.adapted,
+        run.data.format,
+        run.tokenizer,
+        trained_over,
+        lambda wanted: _restored(folder, wanted, step),
+    )
 
 
 def _fitted(found: dict, wanted: dict, folder: pathlib.Path) -> dict:

@@ -3,7 +3,7 @@
     python -m lowrank.train --config=configs/alpaca.py --workdir=runs/alpaca --config.base=DIR --config.data.train=FILE
 
 The same command again resumes: the metrics and the adapter are then bitwise those of a run that was never stopped.
-SIGTERM and Ctrl-C save first and end with exit code 75; a second Ctrl-C ends at once.
+SIGTERM and Ctrl-C finish the step, save, and end with exit code 75; a second Ctrl-C does not wait for the step.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from lowrank.training import partition, report
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.step import BATCH_KEYS, init_state, make_eval_step, make_train_step
+from lowrank.training.step import BATCH_KEYS, abstract_state, init_state, make_eval_step, make_train_step
 from lowrank.weights.base import Base, load_params, read_base
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
@@ -61,6 +61,9 @@ def main(arguments: list[str]) -> int | None:
     steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
     check_batch(config, mesh)
     mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
+    begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
+    if config.init_adapter and not begun:  # once begun, a run no longer needs the adapter that it started from
+        open_adapter(config.init_adapter, config.lora)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -105,17 +108,26 @@ def main(arguments: list[str]) -> int | None:
             seed=config.seed if config.data.seed is None else config.data.seed,
             **row_shape(config),
         )
-        variables = initial_variables(config, model, base, shapes)
-        trainable, frozen = partition.split(variables, mask)
-        del variables
-        state = init_state(optimizer, trainable, jax.random.key(config.seed), mesh)
-        tokens = 0
         first = checkpoints.latest() or 0
+        # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
+        made = set(shapes) - ({"lora" if config.adapted else "params"} if first else set())
+        variables = initial_variables(config, model, base, shapes, made)
+        trainable, frozen = partition.split(variables, mask)
+        layout, key = abstract_state(optimizer, trainable, mesh), jax.random.key(config.seed)
+        tokens = 0
         if first:
-            meta = checkpoints.meta(first)
-            state, position = checkpoints.restore(first, state)
+            state, position = checkpoints.restore(first, layout)
+            state = state._replace(key=jax.device_put(key, layout.key.sharding))
             batches.set_state(position)
+            meta = checkpoints.meta(first)
             tokens = meta["tokens"]
+            if meta["config"]["mesh"] != config_lib.to_dict(config)["mesh"]:
+                print(
+                    "the mesh is another one now: sums run in another order, so the run is not bitwise what it would have been"
+                )
+        else:
+            state = init_state(optimizer, trainable, key, layout)
+        del variables, trainable  # the step donates these arrays: nothing else may hold on to them
         for file in ("metrics.jsonl", "samples.jsonl"):
             metrics_lib.forget_after(workdir / file, first if first else -1)
         if first >= steps:
@@ -127,13 +139,14 @@ def main(arguments: list[str]) -> int | None:
 
         # ---- Evaluation and samples.
         shards = mesh_lib.batch_shards(mesh)
-        train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, state)
+        train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, layout)
         eval_step = make_eval_step(model, shards)
-        eval_batches = []
+        eval_batches, eval_rows = [], config.train.batch_size // config.train.microbatches
         if held_out:
-            eval_rows = -(-config.train.batch_size // config.train.microbatches)
             eval_batches = list(loader.evaluation_batches(held_out, batch_size=eval_rows, **row_shape(config)))
-        writer = metrics_lib.Metrics(workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb)
+        writer = metrics_lib.Metrics(
+            workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb, first
+        )
         console = metrics_lib.Console(steps, first)
 
         def evaluate(step: int) -> float:
@@ -144,6 +157,8 @@ def main(arguments: list[str]) -> int | None:
                     loss, trained = eval_step(state.trainable, frozen, put(batch))
                 total, count = total + float(loss), count + int(trained)
             loss = total / count
+            if not math.isfinite(loss):
+                raise UserError(f"step {step}: the evaluation loss is {loss}; {intact(checkpoints)}; {REMEDY}")
             scalars = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
             if config.eval.answers:
                 scalars["eval/exact_match"] = answer(step)
@@ -155,7 +170,7 @@ def main(arguments: list[str]) -> int | None:
         def answer(step: int) -> float:
             """Answer held-out examples greedily; the share of answers equal to the reference. The first ten are kept."""
             asked = held_out.examples[: config.eval.answers]
-            given = inference.answers(model, partition.merge(state.trainable, frozen), tokenizer, asked)
+            given = inference.answers(model, partition.merge(state.trainable, frozen), tokenizer, asked, eval_rows)
             for prompt, text, reference in given[:10]:
                 record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
                 metrics_lib.append_line(workdir / "samples.jsonl", record)
@@ -187,9 +202,9 @@ def main(arguments: list[str]) -> int | None:
             pending = None
             scalars = jax.device_get(scalars)
             if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"])):
-                raise UserError(not_finite(step, scalars, examples, checkpoints.latest()))
+                raise UserError(not_finite(step, scalars, examples, checkpoints))
             tokens += int(scalars["tokens"])
-            if not (step == 1 or due(step, config.log.every, steps)):
+            if not ((config.log.every and step == 1) or due(step, config.log.every, steps)):
                 console.step(step, None)
                 return
             now = time.monotonic()
@@ -217,10 +232,9 @@ def main(arguments: list[str]) -> int | None:
                 pending = (step, scalars, batch["examples"])
 
                 evaluates = bool(eval_batches) and due(step, config.eval.every, steps)
-                samples = config.sample.every > 0 and due(step, config.sample.every, steps)
-                stopped_by = stop()
-                saves = bool(stopped_by) or due(step, config.checkpoint.every, steps)
-                if evaluates or samples or saves:
+                samples = due(step, config.sample.every, steps)
+                saves = step == steps or due(step, config.checkpoint.every, steps)
+                if evaluates or samples or saves or stop():
                     read_pending()
                     paused = time.monotonic()  # what follows is no part of the tokens per second
                     eval_loss = evaluate(step) if evaluates else None
@@ -228,18 +242,20 @@ def main(arguments: list[str]) -> int | None:
                         sample(step)
                     better = eval_loss is not None and eval_loss < best
                     best = eval_loss if better else best
-                    if saves or better:
+                    stopped_by = stop()  # asked once, after what takes long, so that what is said to be saved is
+                    if saves or better or stopped_by:
                         meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                         meta |= {"identity": identity, "versions": workdir_lib.versions()}
                         checkpoints.save(state, batches.get_state(), meta, eval_loss)
                     clock += time.monotonic() - paused
-                if stopped_by and step < steps:
-                    checkpoints.wait()
-                    console.say(
-                        f"stopped by {stopped_by} after step {step}, which is saved; run the same command again to go on"
-                    )
-                    return STOPPED
-        checkpoints.wait()
+                    if stopped_by and step < steps:
+                        checkpoints.wait()
+                        console.say(
+                            f"stopped by {stopped_by} after step {step}, which is saved; "
+                            "run the same command again to go on"
+                        )
+                        return STOPPED
+            checkpoints.wait()
 
     # ---- What came of it.
     metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
@@ -318,23 +334,24 @@ def check_batch(config: Config, mesh):
         )
 
 
-def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict) -> dict:
-    """The variables before step 1, each laid out as `shapes` says."""
+def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
+    """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
     key = jax.random.key(config.seed)
 
     def fresh(collection):
         layout = jax.tree.map(lambda leaf: leaf.sharding, shapes[collection])
         return jax.jit(lambda key: decoder.init(model, key)[collection], out_shardings=layout)(key)
 
-    variables = {"params": load_params(base, shapes["params"]) if base else fresh("params")}
-    if "lora" in shapes:
-        variables["lora"] = fresh("lora")
-        if config.init_adapter:
-            variables["lora"] = started_from(config.init_adapter, config.lora, shapes["lora"])
+    variables = dict(shapes)
+    if "params" in made:
+        variables["params"] = load_params(base, shapes["params"]) if base else fresh("params")
+    if "lora" in made:
+        started = open_adapter(config.init_adapter, config.lora) if config.init_adapter else None
+        variables["lora"] = started.restore({"lora": shapes["lora"]})["lora"] if started else fresh("lora")
     return variables
 
 
-def started_from(folder: str, lora: LoraConfig, shapes: dict) -> dict:
+def open_adapter(folder: str, lora: LoraConfig) -> inference.Adapter:
     """The adapter to start from; refused if it means something else under this config's settings."""
     adapter = inference.read_adapter(folder)
     if adapter.lora is None:
@@ -348,15 +365,15 @@ def started_from(folder: str, lora: LoraConfig, shapes: dict) -> dict:
         differing.append(f"lora.targets is {adapter.lora.targets} there and {lora.targets} here")
     if differing:
         raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}")
-    return adapter.restore({"lora": shapes})["lora"]
+    return adapter
 
 
 # ---- In the loop -----------------------------------------------------------------------------------------------------
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """At every multiple of `every` (0: at none), and at the last step."""
-    return step == last or (every > 0 and step % every == 0)
+    """At every multiple of `every` and at the last step; 0 is off."""
+    return every > 0 and (step == last or step % every == 0)
 
 
 @contextlib.contextmanager
@@ -377,13 +394,21 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def not_finite(step: int, scalars: dict, examples: np.ndarray, last: int | None) -> str:
+REMEDY = "use a lower config.optim.learning_rate, in another --workdir"
+
+
+def intact(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    last = checkpoints.latest()
+    return f"the checkpoint of step {last} is intact" if last else "no checkpoint was written yet"
+
+
+def not_finite(step: int, scalars: dict, examples: np.ndarray, checkpoints: Checkpoints) -> str:
     ids = sorted(set(examples[examples >= 0].tolist()))
-    safe = f"the checkpoint of step {last} is intact" if last else "no checkpoint was written yet"
     return (
         f"step {step}: the loss is {scalars['loss']} and the gradient's norm {scalars['grad_norm']}; its examples are "
-        f"{', '.join(map(str, ids))} (counted from 0 in the training file); {safe}; lower config.optim.learning_rate "
-        "or look at these examples"
+        f"{', '.join(map(str, ids))} (counted from 0 in the training file); {intact(checkpoints)}; look at these examples, "
+        f"or {REMEDY}"
     )
 
 

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
+import safetensors.numpy
 
 import lowrank
 from lowrank.data.prompts import ALPACA
@@ -90,6 +93,12 @@ def test_sampling_is_decided_by_the_seed(model):
     assert sampled(top_k=1, seed=1) == greedy
     assert sampled(top_p=1e-6, seed=1) == greedy
     assert sampled(temperature=1e-4, seed=1) == greedy
+
+
+def test_a_sampled_row_does_not_depend_on_the_length_of_its_neighbour(model):
+    short, long = PROMPTS[0], "Once upon a time " * 20  # more than 64 tokens: another width of the padded prompts
+    sampling = {"max_new_tokens": 16, "temperature": 1.0, "seed": 3}
+    assert model.generate([short, long], **sampling)[0] == model.generate([short, short], **sampling)[0]
 
 
 def test_top_k_and_top_p_leave_out_what_they_say(model):
@@ -190,3 +199,16 @@ def test_a_text_ends_where_the_model_can_read_no_further(model):
     assert 400 < count < 512
     made = [piece for _, piece in model.stream([prompt], max_new_tokens=200)]
     assert 0 < len(made) <= 512 - count
+
+
+def test_an_adapter_over_other_weights_is_warned_of(base, trained, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowrank.load(base, trained)
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = safetensors.numpy.load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    (other / "model.safetensors").chmod(0o644)
+    safetensors.numpy.save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="trained over other weights"):
+        lowrank.load(other, trained)

@@ -48,11 +48,12 @@ def generate_ids(
     settings = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     key = jax.random.key(sampling.seed)
 
-    token, cache = _prefill(model, variables, jnp.asarray(tokens), segments, pads, key, settings)
-    for slot in range(width, width + max_new_tokens):
+    token, cache = _prefill(model, variables, jnp.asarray(tokens), segments, pads, jax.random.fold_in(key, 0), settings)
+    for drawn in range(1, max_new_tokens + 1):
         yield np.asarray(token)
-        if slot < width + max_new_tokens - 1:
-            token, cache = _decode(model, variables, token, jnp.int32(slot), segments, pads, cache, key, settings)
+        if drawn < max_new_tokens:
+            slot, draw_key = jnp.int32(width + drawn - 1), jax.random.fold_in(key, drawn)
+            token, cache = _decode(model, variables, token, slot, segments, pads, cache, draw_key, settings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,7 +62,7 @@ def _prefill(model: Decoder, variables, tokens, segments, pads, key, settings):
     empty = jnp.zeros((c.layers, rows, segments.shape[1], c.kv_heads, c.head_dim), model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], (empty, empty), 0, segments)
-    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), jax.random.fold_in(key, width), settings), cache
+    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
@@ -70,7 +71,7 @@ def _decode(model: Decoder, variables, token, slot, segments, pads, cache, key, 
     hidden, head, cache = model.apply(
         variables, token[:, None], positions, jnp.ones_like(positions), cache, slot, segments
     )
-    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), jax.random.fold_in(key, slot + 1), settings), cache
+    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings), cache
 
 
 def _sample(logits: jax.Array, key: jax.Array, settings) -> jax.Array:

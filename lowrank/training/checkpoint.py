@@ -90,12 +90,9 @@ class Checkpoints:
 
     def save(self, state: State, data: dict, meta: dict, eval_loss: float | None = None):
         """Start saving; a failure of the save before this one is raised here."""
-        step = int(state.step)
-        if step in self.manager.all_steps():
-            return
         with self._disk_errors():
             self.manager.save(
-                step,
+                int(state.step),
                 args=ocp.args.Composite(
                     adapter=ocp.args.StandardSave(nested(state.trainable)),
                     opt_state=ocp.args.StandardSave(nested(state.opt_state)),
@@ -106,17 +103,15 @@ class Checkpoints:
             )
 
     def meta(self, step: int) -> dict:
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._read(step, meta=ocp.args.JsonRestore()).meta
 
     def restore(self, step: int, state: State) -> tuple[State, dict]:
-        """-> the state saved at `step`, laid out as `state` (arrays or ShapeDtypeStructs) is, and the data's position."""
-        restored = self.manager.restore(
+        """-> the state saved at `step`, laid out as `state` (ShapeDtypeStructs) is, its key left out; the data's position."""
+        restored = self._read(
             step,
-            args=ocp.args.Composite(
-                adapter=ocp.args.StandardRestore(nested(_abstract(state.trainable))),
-                opt_state=ocp.args.StandardRestore(nested(_abstract(state.opt_state))),
-                data=ocp.args.JsonRestore(),
-            ),
+            adapter=ocp.args.StandardRestore(nested(_abstract(state.trainable))),
+            opt_state=ocp.args.StandardRestore(nested(_abstract(state.opt_state))),
+            data=ocp.args.JsonRestore(),
         )
         trainable = _fill(state.trainable, restored.adapter)
         opt_state = _fill(state.opt_state, restored.opt_state)
@@ -128,10 +123,17 @@ class Checkpoints:
         misfits = partition.misfits(dict(self.manager.item_metadata(step).adapter), nested(trainable))
         if misfits:
             raise UserError(f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}")
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(adapter=ocp.args.StandardRestore(nested(_abstract(trainable))))
-        )
+        restored = self._read(step, adapter=ocp.args.StandardRestore(nested(_abstract(trainable))))
         return _fill(trainable, restored.adapter)
+
+    def _read(self, step: int, **items):
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UserError(
+                f"checkpoint {self.folder}/{step} cannot be read ({reason}); remove that folder to go on from the one before"
+            ) from error
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -156,7 +158,9 @@ class Checkpoints:
 
 
 def _abstract(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+    """Where no layout is asked for, all on one device: Orbax would ask for the devices that saved it."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), tree)
 
 
 def _fill(tree, values: dict):

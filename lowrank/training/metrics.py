@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import sys
+import uuid
 
 import rich.console
 import rich.progress
@@ -26,6 +27,17 @@ def writing(file: pathlib.Path):
         raise UserError(
             f"{file} could not be written ({error.strerror}); make room and run the same command again"
         ) from error
+
+
+def replace(file: pathlib.Path, text: str):
+    """Give the file a new content: whole, or (after a power cut, too) still the old one."""
+    fresh = file.with_suffix(".tmp")
+    with writing(file):
+        with open(fresh, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(file)
 
 
 def append_line(file: pathlib.Path, record: dict):
@@ -48,17 +60,14 @@ def forget_after(file: pathlib.Path, step: int):
     """Drop the lines of steps after `step`, which a resumed run is about to write again. Atomic."""
     if file.exists():
         kept = [record for record in read_lines(file) if record["step"] <= step]
-        fresh = file.with_suffix(".tmp")
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        with writing(file):
-            fresh.write_text(lines, encoding="utf-8")
-            fresh.replace(file)
+        replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 class Metrics:
     """Writes the scalars of a step to every place that was asked for."""
 
-    def __init__(self, workdir: pathlib.Path, config: dict, tensorboard: bool, wandb: str | None):
+    def __init__(self, workdir: pathlib.Path, config: dict, tensorboard: bool, wandb: str | None, step: int):
+        """`step`: what was written after it is about to come again."""
         self.file = workdir / "metrics.jsonl"
         self.tensorboard = self.wandb = None
         if tensorboard:
@@ -66,13 +75,16 @@ class Metrics:
                 import tensorboardX
             except ImportError:
                 raise UserError("config.log.tensorboard needs tensorboardX; pip install 'lowrank[logging]'") from None
-            self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+            self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if wandb:
             try:
                 import wandb as wandb_library
             except ImportError:
                 raise UserError("config.log.wandb needs wandb; pip install 'lowrank[logging]'") from None
-            run_id = workdir.absolute().name  # the same workdir goes on in the same run
+            id_file = workdir / "wandb_id"  # the same workdir goes on in the same run
+            if not id_file.exists():
+                replace(id_file, uuid.uuid4().hex)
+            run_id = id_file.read_text()
             self.wandb = wandb_library.init(project=wandb, id=run_id, resume="allow", config=config, dir=str(workdir))
 
     def write(self, step: int, scalars: dict[str, float]):

@@ -50,10 +50,12 @@ def describe_data(config: Config, train, held_out, rows: int, fill: float, steps
     batch = config.train.batch_size
     lines = [
         _describe_examples("data", train, config.data.max_length),
-        f"rows       {rows:,} an epoch, {packed}, {100 * fill:.1f} % filled",
+        f"rows       {rows:,} an epoch, {packed}, {100 * fill:.1f} % filled; a shuffled epoch differs by a few",
         f"steps      {steps:,}, each {batch} rows in {config.train.microbatches} micro-batches = "
         f"{batch * config.data.max_length:,} tokens with padding; {rows / batch:.1f} steps an epoch",
     ]
+    if config.optim.warmup_steps >= steps:
+        lines.append(f"note       the warm-up of {config.optim.warmup_steps} steps does not end within these {steps}")
     if held_out:
         lines.insert(1, _describe_examples("held out", held_out, config.data.max_length))
     return "\n".join(lines)

@@ -28,8 +28,8 @@ class State(NamedTuple):
     key: jax.Array  # of the whole run; a step folds its number in, so a resumed run draws the same
 
 
-def init_state(optimizer: optax.GradientTransformation, trainable: dict, key: jax.Array, mesh: Mesh) -> State:
-    """The state before step 1, each array laid out over the mesh: a moment as the leaf that it belongs to.
+def abstract_state(optimizer: optax.GradientTransformation, trainable: dict, mesh: Mesh) -> State:
+    """Shapes, dtypes and layouts of the state over `trainable` (arrays or their shapes): a moment as the leaf it belongs to.
 
     Said explicitly: left to itself, a moment lies whole on every device, and the second step compiles anew because
     the first one's results lie elsewhere than its arguments did.
@@ -37,13 +37,23 @@ def init_state(optimizer: optax.GradientTransformation, trainable: dict, key: ja
     whole = NamedSharding(mesh, PartitionSpec())
     layouts = {name: leaf.sharding for name, leaf in partition.named_leaves(trainable).items()}
 
-    def layout(path, _):
+    def laid_out(path, leaf):
         name = partition.path_name(path)
-        return next((sharding for own, sharding in layouts.items() if name.endswith(f"/{own}")), whole)
+        sharding = next((sharding for own, sharding in layouts.items() if name.endswith(f"/{own}")), whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    opt_layout = jax.tree_util.tree_map_with_path(layout, jax.eval_shape(optimizer.init, trainable))
+    shapes = jax.eval_shape(
+        lambda trainable: State(jnp.int32(0), trainable, optimizer.init(trainable), jax.random.key(0)), trainable
+    )
+    return jax.tree_util.tree_map_with_path(laid_out, shapes)
+
+
+def init_state(optimizer: optax.GradientTransformation, trainable: dict, key: jax.Array, layout: State) -> State:
+    """The state before step 1, as `layout` (from `abstract_state`) says."""
+    opt_layout = jax.tree.map(lambda leaf: leaf.sharding, layout.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_layout)(trainable)
-    return State(jax.device_put(jnp.int32(0), whole), trainable, opt_state, jax.device_put(key, whole))
+    step = jax.device_put(jnp.int32(0), layout.step.sharding)
+    return State(step, trainable, opt_state, jax.device_put(key, layout.key.sharding))
 
 
 def loss_sum(model: Decoder, trainable: dict, frozen: dict, batch: dict, shards: int, dropout_key=None) -> jax.Array:

@@ -19,18 +19,21 @@ from lowrank.errors import UserError
 from lowrank.training import metrics
 
 # What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
-FREE_ON_RESUME = ("base", "tokenizer", "data.train", "data.eval", "train.steps", "train.epochs")
-FREE_GROUPS_ON_RESUME = ("log.", "eval.", "checkpoint.", "sample.", "mesh.")
+FREE_ON_RESUME = (
+    *("base", "tokenizer", "data.train", "data.eval"),
+    *("train.steps", "train.epochs", "eval.every", "checkpoint.every", "checkpoint.keep", "sample.every"),
+    *("log.every", "log.tensorboard", "log.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+)
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str]):
     """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
-    file, fresh = workdir / "config.json", workdir / "config.tmp"
+    file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Looked at before the lock is made, so that nothing is left in a folder that is somebody else's.
-        if not file.exists() and any(path.name not in (".lock", fresh.name) for path in workdir.iterdir()):
+        if not file.exists() and any(path.name not in (".lock", "config.tmp") for path in workdir.iterdir()):
             raise UserError(
                 f"workdir {workdir} is not empty and is no run's (no config.json); choose another --workdir"
             )
@@ -61,9 +64,7 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
             "device_kind": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
         }
-        with metrics.writing(file):
-            fresh.write_text(json.dumps(record, indent=1) + "\n")
-            fresh.replace(file)
+        metrics.replace(file, json.dumps(record, indent=1) + "\n")
         yield
 
 
@@ -75,8 +76,7 @@ def resume_differences(before: dict, config: Config, identity: dict) -> list[str
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
     was, now = (dict(flat(json.loads(json.dumps(values)))) for values in (before["config"], config_lib.to_dict(config)))
     for key in sorted(was.keys() | now.keys()):
-        free = key in FREE_ON_RESUME or key.startswith(FREE_GROUPS_ON_RESUME)
-        if not free and was.get(key) != now.get(key):
+        if key not in FREE_ON_RESUME and was.get(key) != now.get(key):
             differences.append(f"config.{key} was {was.get(key)} and is {now.get(key)}")
     return differences
 

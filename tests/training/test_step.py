@@ -16,7 +16,7 @@ from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.training import objective, partition
 from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
-from lowrank.training.step import init_state, make_eval_step, make_train_step
+from lowrank.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 CONFIG = ModelConfig(vocab=64, embed=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8)
 MODEL = Decoder(CONFIG, LoraConfig(rank=2, alpha=4.0))
@@ -60,11 +60,12 @@ def run_steps(variables, *, model=MODEL, microbatches=1, mode="lora", mesh=None,
     optim = optim or OptimConfig(learning_rate=0.01)
     schedule = learning_rate_schedule(optim, steps)
     optimizer = make_optimizer(optim, schedule, mask)
-    state = init_state(optimizer, trainable, jax.random.key(0), mesh)
+    layout = abstract_state(optimizer, trainable, mesh)
+    state = init_state(optimizer, trainable, jax.random.key(0), layout)
     for name, leaf in partition.named_leaves(state.opt_state).items():
         own = next((x for own, x in partition.named_leaves(trainable).items() if name.endswith(own)), None)
         assert own is None or leaf.sharding == own.sharding, name
-    step = make_train_step(model, optimizer, schedule, microbatches, mesh_lib.batch_shards(mesh), state)
+    step = make_train_step(model, optimizer, schedule, microbatches, mesh_lib.batch_shards(mesh), layout)
     history = []
     for seed in range(steps):
         batch = jax.device_put(make_batch(seed), NamedSharding(mesh, mesh_lib.spec(("batch", "length"))))
@@ -165,8 +166,9 @@ def test_no_gradient_of_the_base_is_computed(variables):
     optim = OptimConfig()
     schedule = learning_rate_schedule(optim, 2)
     optimizer = make_optimizer(optim, schedule, mask)
-    state = init_state(optimizer, trainable, jax.random.key(0), mesh)
-    step = make_train_step(MODEL, optimizer, schedule, 1, 1, state)
+    layout = abstract_state(optimizer, trainable, mesh)
+    state = init_state(optimizer, trainable, jax.random.key(0), layout)
+    step = make_train_step(MODEL, optimizer, schedule, 1, 1, layout)
     outputs = jax.eval_shape(step, state, frozen, make_batch())
     assert partition.count(outputs[0].trainable) == partition.count(variables["lora"])
     text = step.lower(state, frozen, make_batch()).compile().as_text()
