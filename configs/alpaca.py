@@ -9,9 +9,10 @@ lines of records with instruction, input (may be empty) and output.
 Where the values come from: rank, alpha, dropout, targets, learning rate, warm-up, batch and length are those of
 alpaca-lora (github.com/tloen/alpaca-lora, `finetune.py` and its README), which made the recipe known: r 8, alpha 16,
 dropout 0.05 on q_proj and v_proj (as in the LoRA paper, section 7.1), Adam at 3e-4 with 100 steps of warm-up and a
-linear decay, 128 examples a step, 3 epochs, length 256, and 2,000 examples held out. What differs: alpaca-lora pads
-and trains on the prompt too by default; here examples are packed (so 32 rows of 512 tokens hold about the 128 examples)
-and the loss is on the response only, as in the Stanford Alpaca code. All seven targets learn more at the same rank
+linear decay, 128 examples a step, 3 epochs, length 256, and 2,000 examples held out. What differs: 500 are
+held out (an evaluation is then short); alpaca-lora pads and trains on the prompt too by default, here examples are packed
+(32 rows of 512 tokens hold about the 128 examples) and the loss is on the response only, as in the Stanford Alpaca code.
+All seven targets learn more at the same rank
 (Dettmers et al., 2023; Schulman et al., 2025): --config.lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 """
 

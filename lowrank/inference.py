@@ -177,8 +177,6 @@ def load(base, adapter=None, *, dtype: str | None = None) -> Model:
     """
     source = read_base(base)
     adapted = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
-    if adapted is not None and adapted.base not in (None, source.fingerprint):
-        warnings.warn(f"adapter {adapted.folder} was trained over other weights than those in {base}", stacklevel=2)
     dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
     tokenizer = load_tokenizer((adapted and adapted.tokenizer) or source.folder)
     check_vocab(tokenizer, source.config.vocab, tokenizer.path)
@@ -191,6 +189,8 @@ def load(base, adapter=None, *, dtype: str | None = None) -> Model:
     else:
         lora = adapted.restore({"lora": shapes["lora"]})["lora"]
         variables = {"params": load_params(source, shapes["params"]), "lora": lora}
+    if adapted is not None and adapted.base not in (None, source.fingerprint):
+        warnings.warn(f"adapter {adapted.folder} was trained over other weights than those in {base}", stacklevel=2)
     return Model(model, variables, tokenizer)
 
 

@@ -14,7 +14,7 @@ def test_ssh_copies_the_checkout_and_hands_the_arguments_on(tmp_path):
     (tools / "ssh").write_text(f'#!/bin/sh\n[ "$1" = me@host ] || exit 9\ncd {there} && exec sh -c "$2"\n')
     # `make` would install for minutes: this one leaves a python that says what it was asked to do.
     (tools / "make").write_text(
-        '#!/bin/sh\nmkdir -p .venv/bin && echo "make $@" && printf \'#!/bin/sh\\nfor a; do echo "<$a>"; done\\n\' '
+        '#!/bin/sh\nmkdir -p .venv/bin && echo "make $@" && printf \'#!/bin/sh\\nfor a; do echo "<$a>"; done; exit 75\\n\' '
         "> .venv/bin/python && chmod +x .venv/bin/python\n"
     )
     for tool in tools.iterdir():
