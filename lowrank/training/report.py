@@ -96,8 +96,8 @@ def closing(workdir: pathlib.Path, config: Config, tokens: int, steps: int, seco
         f"{what:<10} {folder} ({human_bytes(size)})",
         f"curves     {workdir / 'curves.png'}",
     ]
-    if config.base:
-        prompt = next(iter(config.sample.prompts), "Hello.")
+    if config.base and config.sample.prompts:
+        prompt = config.sample.prompts[0]
         generate = [
             "python",
             "-m",
@@ -118,26 +118,21 @@ def closing(workdir: pathlib.Path, config: Config, tokens: int, steps: int, seco
     return "\n".join(result)
 
 
-def before_and_after(workdir: pathlib.Path, count: int = 3) -> list[str]:
+def before_and_after(workdir: pathlib.Path, count: int = 5) -> list[str]:
     """The first held-out prompts with the first and the last answer to them, where `eval.answers` asked for any."""
     asked = [record for record in metrics.read_lines(workdir / "samples.jsonl") if "reference" in record]
     if not asked:
         return []
     first, last = asked[0]["step"], asked[-1]["step"]
-    lines = ["", "held out: what is asked, what the model said at first and says now, and what is right"]
+    lines = ["", "held out: what is asked, what the model said at first, and what it says now"]
     before = {record["prompt"]: record["text"] for record in asked if record["step"] == first}
     for record in [record for record in asked if record["step"] == last][:count]:
-        prompt = (
-            record["prompt"]
-            .split("### Instruction:\n")[-1]
-            .removesuffix("\n\n### Response:\n")
-            .replace("### Input:\n", "")
-        )
+        prompt = record["prompt"].split("### Instruction:\n")[-1].removesuffix("\n\n### Response:\n")
+        right = "(right)" if record["text"] == record["reference"] else f"(wrong: {record['reference']})"
         for name, text in (
-            ("asked", prompt),
+            ("asked", prompt.replace("### Input:\n", "")),
             (f"step {first}", before.get(record["prompt"], "")),
-            (f"step {last}", record["text"]),
-            ("right", record["reference"]),
+            (f"step {last}", f"{record['text']}  {right}"),
         ):
             lines.append(f"{name:<10} {' / '.join(line for line in text.splitlines() if line.strip())}")
         lines.append("")
