@@ -12,8 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m lowrank.train --config=configs/demo.py --workdir=runs/demo
 	@echo
 	@echo "ask it     $(BIN)/python -m lowrank.generate --base=configs/demo/base --adapter=runs/demo \\"
-	@echo "             --prompt='Read the story and answer the question.' \\"
-	@echo "             --input='Once Mia and Tom walked home. Mia likes plums. Tom likes honey. What does Tom like?'"
+	@echo "             --prompt='Say the words backwards.' --input='The words are fox, hen, goat.'"
 	@echo "your data  $(BIN)/python -m lowrank.train --config=configs/alpaca.py --workdir=runs/mine \\"
 	@echo "             --config.base=FOLDER_OF_A_LLAMA --config.data.train=FILE.json"
 
