@@ -1,7 +1,9 @@
-"""How every command runs: absl's flags, one line for a user's mistake, and the compile cache."""
+"""How every command runs: absl's flags, one line for a user's mistake, the compile cache, and signals to stop."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import sys
 import typing
 import warnings
@@ -71,6 +73,24 @@ def use_compile_cache():
         except OSError:
             return  # a home that cannot be written to costs compile time, nothing else
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a function that gives the name of the signal that asked to stop, or None."""
+    received: list[str] = []
+
+    def handle(number, _):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import signal
 import time
 
 import jax
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int | None:
     mesh = mesh_lib.make_mesh(config.mesh)
     rows, fill = packing.packed_rows(train, **row_shape(config))
     steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
-    check_batch(config, mesh)
+    mesh_lib.check_rows(mesh, config.train.batch_size, config.train.microbatches)
     mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
     begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
     if config.init_adapter and not begun:  # once begun, a run no longer needs the adapter that it started from
@@ -217,7 +216,7 @@ def main(arguments: list[str]) -> int | None:
             writer.write(step, line)
             console.step(step, line)
 
-        with stop_signals() as stop, contextlib.closing(writer), contextlib.closing(console):
+        with command.stop_signals() as stop, contextlib.closing(writer), contextlib.closing(console):
             if first == 0:
                 if eval_batches and config.eval.every:
                     best = min(best, evaluate(0))
@@ -325,15 +324,6 @@ def row_shape(config: Config) -> dict:
     return {"max_length": config.data.max_length, "packing": config.data.packing}
 
 
-def check_batch(config: Config, mesh):
-    shards = mesh_lib.batch_shards(mesh)
-    if config.train.batch_size // config.train.microbatches % shards:
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} in {config.train.microbatches} micro-batches does not "
-            f"divide over {shards} devices (mesh data x fsdp); make it a multiple of {config.train.microbatches * shards}"
-        )
-
-
 def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
     """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
     key = jax.random.key(config.seed)
@@ -374,24 +364,6 @@ def open_adapter(folder: str, lora: LoraConfig) -> inference.Adapter:
 def due(step: int, every: int, last: int) -> bool:
     """At every multiple of `every` and at the last step; 0 is off."""
     return every > 0 and (step == last or step % every == 0)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a function that gives the name of the signal that asked to stop, or None."""
-    received: list[str] = []
-
-    def handle(number, _):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 REMEDY = "use a lower config.optim.learning_rate, in another --workdir"

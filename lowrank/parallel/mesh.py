@@ -100,6 +100,16 @@ def check_heads(mesh: Mesh, heads: int, kv_heads: int):
         raise UserError(f"mesh.tensor={parts} does not divide the model's {' and '.join(cut)}; choose a smaller one")
 
 
+def check_rows(mesh: Mesh, batch_size: int, microbatches: int):
+    """Refuse micro-batches whose rows the devices cannot share evenly."""
+    shards = batch_shards(mesh)
+    if batch_size // microbatches % shards:
+        raise UserError(
+            f"config.train.batch_size={batch_size} in {microbatches} micro-batches does not divide over {shards} devices "
+            f"(mesh data x fsdp); make it a multiple of {microbatches * shards}"
+        )
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's layout under the current mesh (`jax.set_mesh`); without one, do nothing."""
     if jax.sharding.get_abstract_mesh().empty:
