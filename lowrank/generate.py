@@ -45,15 +45,21 @@ def main(arguments: list[str]):
         raise UserError("--base is missing; say --base=DIR, the folder of a checkpoint")
     if (FLAGS.prompt is not None) + (FLAGS.prompts is not None) + FLAGS.chat != 1:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
+    if FLAGS.chat and FLAGS.format not in (None, "chat"):
+        raise UserError(f"--format={FLAGS.format} does not go with --chat, which uses the chat format; leave one out")
     if not 0 < FLAGS.top_p <= 1:
         raise UserError(f"--top_p={FLAGS.top_p} must be above 0 and at most 1")
     asked = None if FLAGS.chat else read_prompts()
     adapter = inference.read_adapter(FLAGS.adapter) if FLAGS.adapter else None
     model = inference.load(FLAGS.base, adapter, dtype=FLAGS.dtype)
 
-    if FLAGS.chat:
-        return chat(model)
     known = adapter.format if adapter else None
+    if FLAGS.chat:
+        if known not in (None, "chat"):
+            print(
+                f"the adapter was trained in the {known} format, not for chat: its answers may be poor", file=sys.stderr
+            )
+        return chat(model)
     form = FLAGS.format or known or "text"
     if known and not FLAGS.format:
         print(f"prompts are put into the adapter's format: {form} (--format changes it)", file=sys.stderr)

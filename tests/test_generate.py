@@ -212,3 +212,11 @@ def test_an_adapter_over_other_weights_is_warned_of(base, trained, tmp_path):
     safetensors.numpy.save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="trained over other weights"):
         lowrank.load(other, trained)
+
+
+def test_chat_says_if_the_adapter_was_not_trained_for_it(base, trained):
+    finished = running.run("generate", f"--base={base}", f"--adapter={trained}", "--chat", stdin="/exit\n")
+    assert finished.code == 0
+    assert "trained in the completion format, not for chat" in finished.err
+    refused = running.run("generate", f"--base={base}", "--chat", "--format=text")
+    assert refused.code == 1 and "--format=text does not go with --chat" in refused.err
