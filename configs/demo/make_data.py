@@ -9,7 +9,7 @@ the instructions need. What they need besides, the Alpaca form and to stop after
 pretraining text: that is left for the adapter to learn. No story and no list occurs in two of the files.
 
 Wording is plain on purpose: an answer begins with the name and the verb of the sentence it repeats. With pronouns and
-several wordings for each fact, the same model answered a third of the questions after 2 M tokens of pretraining.
+several wordings for each fact, a model of the same shape answered 42 % of 60 questions after 2 M tokens of pretraining.
 
 Everything follows from `--seed`, byte for byte. Nothing but SentencePiece is needed beside Python itself.
 """
