@@ -23,7 +23,7 @@ from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.training import workdir as workdir_lib
-from lowrank.weights.base import Base, read_base, stored_params
+from lowrank.weights.base import Base, read_base
 from lowrank.weights.merged import merge, write_huggingface
 from lowrank.weights.peft import write_peft
 
@@ -75,7 +75,7 @@ def main(arguments: list[str]):
             params = jax.device_get(adapter.restore(shapes)["params"])
         else:
             lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
-            params = merge(stored_params(base), lora, adapter.lora.scale, jnp.dtype(dtype))
+            params = merge(base.params, lora, adapter.lora.scale, jnp.dtype(dtype))
         carry_from = base.folder if base else load_tokenizer(run.tokenizer).path.parent
         write_huggingface(to, params, architecture, dtype=dtype, carry_from=carry_from)
         del params

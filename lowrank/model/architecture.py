@@ -45,6 +45,10 @@ class ModelConfig:
     bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)
     stored_dtype: str = "bfloat16"  # what the checkpoint's tensors are held in, as its config says
+    family: str = "llama"  # whose config.json it is: a name for files, which no computation looks at
+    biased: tuple[str, ...] = ()  # the projections with a bias
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before they are rotated
+    windows: tuple[int, ...] = ()  # of each layer: how many tokens back a query sees, itself included; 0 is all
 
 
 def parameter_count(config: ModelConfig) -> int:

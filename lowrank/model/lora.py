@@ -23,10 +23,37 @@ class LoraConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = TARGETS
     scaling: str = "standard"  # "standard": alpha / rank; "rslora": alpha / sqrt(rank) (Kalajdzievski, 2023)
+    # Where a target's layers have other ranks than `rank`, or other alphas: (target, one for each layer). A rank of 0 is
+    # a layer without an adapter. The factors of a target are as wide as its largest rank, and zero beyond each layer's own.
+    ranks: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        """Of every projection that `ranks` and `alphas` do not name."""
+        return self._scale(self.rank, self.alpha)
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank) if rank else 0.0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers or targets differ in rank or alpha."""
+        return bool(self.ranks or self.alphas)
+
+    def width(self, target: str) -> int:
+        """The rank axis of the target's factors."""
+        return max(dict(self.ranks).get(target, (self.rank,)))
+
+    def ranks_of(self, target: str, layers: int) -> tuple[int, ...]:
+        return dict(self.ranks).get(target, (self.rank,) * layers)
+
+    def alphas_of(self, target: str, layers: int) -> tuple[float, ...]:
+        return dict(self.alphas).get(target, (self.alpha,) * layers)
+
+    def scales_of(self, target: str, layers: int) -> tuple[float, ...]:
+        ranks, alphas = self.ranks_of(target, layers), self.alphas_of(target, layers)
+        return tuple(self._scale(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True))
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """A base: a folder of somebody's weights, opened, checked and fingerprinted, and its way into the parameter tree.
 
 Nothing is read before it is needed, and each device's part of a leaf is read from the files alone: the most that is
-ever held beside the parameters is this host's part of one leaf. Other formats join by giving what
-`huggingface.open_folder` gives, a table of tensors under Hugging Face's names.
+ever held beside the parameters is this host's part of one leaf. A format joins by giving a table of tensors under
+Hugging Face's names.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ import numpy as np
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig, read_config
 from lowrank.weights import huggingface
-from lowrank.weights.huggingface import Tensor
+from lowrank.weights.layout import check, layout, transpose
+from lowrank.weights.tensor_file import Tensor
 
 SAMPLES, SAMPLE_WIDTH, SMALL_BYTES = 16, 2048, 65_536
 
@@ -29,7 +30,7 @@ SAMPLES, SAMPLE_WIDTH, SMALL_BYTES = 16, 2048, 65_536
 class Base:
     folder: pathlib.Path
     config: ModelConfig
-    tensors: Mapping[str, Tensor]  # by Hugging Face's names, exactly those of `huggingface.layout`
+    params: dict  # the tree of parameters, with something to read at every leaf (a `StoredLeaf`)
     fingerprint: str  # tells whether two bases are the same weights, whatever files they lie in
 
 
@@ -41,8 +42,8 @@ def read_base(folder: str | os.PathLike) -> Base:
     if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: is in Meta's own format, which is not supported; give the Hugging Face version")
     config = read_config(folder)
-    tensors = huggingface.check(huggingface.open_folder(folder), config, where=str(folder))
-    return Base(folder, config, tensors, fingerprint(tensors))
+    tensors = check(huggingface.open_folder(folder), config, where=str(folder))
+    return Base(folder, config, stored_params(tensors, config), fingerprint(tensors))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -112,20 +113,20 @@ class StoredLeaf:
         if not self.transposed:
             out[...] = tensor.read(tuple(spans))
         else:
-            huggingface.transpose(tensor.read(tuple(reversed(spans))), out)
+            transpose(tensor.read(tuple(reversed(spans))), out)
 
 
-def stored_params(base: Base) -> dict:
-    """The `params` tree of a base with a `StoredLeaf` at every leaf."""
+def stored_params(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict:
+    """The `params` tree with a `StoredLeaf` at every leaf, from tensors by Hugging Face's names."""
     tree: dict = {}
-    for path, (name, _) in huggingface.layout(base.config).items():
+    for path, (name, _) in layout(config).items():
         stacked = "{}" in name
-        tensors = tuple(base.tensors[name.format(i)] for i in range(base.config.layers if stacked else 1))
+        of_layers = tuple(tensors[name.format(i)] for i in range(config.layers if stacked else 1))
         *parents, last = path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = StoredLeaf(tensors, stacked, transposed=last == "kernel")
+        node[last] = StoredLeaf(of_layers, stacked, transposed=last == "kernel")
     return tree
 
 
@@ -141,4 +142,4 @@ def load_params(base: Base, abstract: dict) -> dict:
             wanted.shape, wanted.sharding, lambda index: leaf.read(index, wanted.dtype), dtype=wanted.dtype
         )
 
-    return jax.tree.map(load, stored_params(base), abstract)
+    return jax.tree.map(load, base.params, abstract)

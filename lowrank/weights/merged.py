@@ -1,7 +1,7 @@
 """Folding an adapter into its base, and writing the result as a Hugging Face folder that anybody can load.
 
 A merged kernel is computed in float32, one layer at a time, and rounded once. Where the base only lies in its files
-(`base.stored_params`), the merged copy is the only one in memory.
+(`Base.params`), the merged copy is the only one in memory.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig, hf_config
 from lowrank.weights import huggingface
-from lowrank.weights.base import read_base, stored_params
+from lowrank.weights.base import read_base
+from lowrank.weights.layout import layout, transpose
 from lowrank.weights.new_folder import new_folder
 
 SHARD_BYTES = 5 * 10**9
@@ -94,7 +95,7 @@ def write_huggingface(
 
     `carry_from` is the base's folder, whose tokenizer files come along. `folder` must not exist, or be empty.
     """
-    if len(jax.tree.leaves(params)) != len(huggingface.layout(config)):
+    if len(jax.tree.leaves(params)) != len(layout(config)):
         raise ValueError("params has more or fewer leaves than its config; they would be lost")
     config = dataclasses.replace(config, stored_dtype=dtype)
     with new_folder(folder) as partial:
@@ -109,7 +110,7 @@ def write_huggingface(
 def verify_huggingface(folder: str | os.PathLike, params: dict, config: ModelConfig) -> None:
     """Raise unless the folder, read by our own reader, holds this config and these very tensors in its dtype."""
     written = read_base(folder)
-    stored, dtype = stored_params(written), jnp.dtype(config.stored_dtype)
+    stored, dtype = written.params, jnp.dtype(config.stored_dtype)
     wrong = [] if written.config == config else ["config.json"]
     for path, layer, *_ in _tensors(config):
         expected, found = (_part(tree, path, layer) for tree in (params, stored))
@@ -122,7 +123,7 @@ def verify_huggingface(folder: str | os.PathLike, params: dict, config: ModelCon
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, int | None, str, tuple[int, ...]]]:
     """(path in params, layer or None, Hugging Face's name, shape there) of every tensor of a folder."""
-    for path, (name, shape) in huggingface.layout(config).items():
+    for path, (name, shape) in layout(config).items():
         for layer in range(config.layers) if "{}" in name else (None,):
             yield path, layer, name.format(layer), shape
 
@@ -153,7 +154,7 @@ def _write_tensors(folder: pathlib.Path, params: dict, config: ModelConfig, shar
             tensors[name] = np.empty(shape, dtype)
             with np.errstate(over="ignore"):  # looked for in the next line
                 if path.endswith("kernel"):
-                    huggingface.transpose(_part(params, path, layer), tensors[name])
+                    transpose(_part(params, path, layer), tensors[name])
                 else:
                     tensors[name][...] = _part(params, path, layer)
             if not np.isfinite(tensors[name]).all():

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from lowrank.errors import UserError
 from lowrank.model.lora import TARGETS, LoraConfig
-from lowrank.weights.huggingface import Tensor, grouped, open_file
+from lowrank.weights.huggingface import open_file
+from lowrank.weights.layout import grouped
 from lowrank.weights.new_folder import new_folder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -126,17 +127,13 @@ def read_peft(folder: str | os.PathLike) -> tuple[dict, LoraConfig, str | None]:
                     f"{wanted.format('*')}: shapes {sorted(map(list, shapes))} do not fit r = {config.rank}"
                 )
             elif len(keys) == layers:
-                stacked = np.stack([np.asarray(_whole(tensors[keys[layer]]).T, np.float32) for layer in range(layers)])
+                stacked = np.stack([np.asarray(tensors[keys[layer]].whole().T, np.float32) for layer in range(layers)])
                 lora["layers"].setdefault(BLOCKS[target], {}).setdefault(target, {})[factor] = stacked
     if missing:
         problems.append(f"missing: {grouped(missing)}")
     if problems:
         raise UserError(f"{folder / TENSORS}: {'; '.join(problems)}; fetch or export the adapter again")
     return lora, config, base_name
-
-
-def _whole(tensor: Tensor) -> np.ndarray:
-    return tensor.read((slice(None),) * len(tensor.shape))
 
 
 def _read_settings(path: pathlib.Path) -> tuple[LoraConfig, str | None]:

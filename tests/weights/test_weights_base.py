@@ -11,11 +11,12 @@ from torch_llama import torch
 
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
-from lowrank.weights.base import Tensor, load_params, read_base, samples_of, stored_params
+from lowrank.weights.base import load_params, read_base, samples_of
+from lowrank.weights.tensor_file import Tensor
 
 
 def abstract(base, dtype=jnp.float32, sharding=lambda leaf: None):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding(x)), stored_params(base))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding(x)), base.params)
 
 
 def expected(model) -> dict:
@@ -69,7 +70,7 @@ def test_every_tensor_of_transformers_arrives(tmp_path, kv_heads, tied, shard):
 
 def test_the_tree_is_the_contract(tmp_path):
     base = read_base(torch_llama.saved(torch_llama.make(), tmp_path))
-    assert jax.tree.map(lambda leaf: leaf.shape, stored_params(base)) == {
+    assert jax.tree.map(lambda leaf: leaf.shape, base.params) == {
         "embed_tokens": {"embedding": (40, 24)},
         "layers": {
             "input_layernorm": {"scale": (3, 24)},
@@ -117,7 +118,7 @@ def test_sharded_leaves_are_the_same_and_lie_where_they_were_asked_for(tmp_path)
 
 def test_each_shard_reads_only_its_part(tmp_path, monkeypatch):
     base = read_base(torch_llama.saved(torch_llama.make(), tmp_path))
-    leaf = stored_params(base)["layers"]["mlp"]["up_proj"]["kernel"]  # [3, 24, 20], stored [20, 24] a layer
+    leaf = base.params["layers"]["mlp"]["up_proj"]["kernel"]  # [3, 24, 20], stored [20, 24] a layer
     asked = []
     spied = tuple(
         type(t)(t.shape, t.dtype, lambda index, i=i, t=t: asked.append((i, index)) or t.read(index))
@@ -130,7 +131,7 @@ def test_each_shard_reads_only_its_part(tmp_path, monkeypatch):
 
 def test_a_stored_leaf_stands_in_for_an_array(tmp_path):
     model = torch_llama.make(dtype=torch.bfloat16)
-    stored = stored_params(read_base(torch_llama.saved(model, tmp_path)))
+    stored = read_base(torch_llama.saved(model, tmp_path)).params
     leaf, reference = stored["layers"]["self_attn"]["o_proj"]["kernel"], expected(model)
     assert (leaf.shape, leaf.dtype.name, leaf[2].dtype.name) == ((3, 32, 24), "bfloat16", "bfloat16")
     np.testing.assert_array_equal(leaf[2], reference["layers"]["self_attn"]["o_proj"]["kernel"][2])

@@ -12,7 +12,7 @@ from torch_llama import torch
 
 from lowrank.errors import UserError
 from lowrank.model.lora import TARGETS
-from lowrank.weights.base import read_base, stored_params
+from lowrank.weights.base import read_base
 from lowrank.weights.merged import merge, verify_huggingface, write_huggingface
 
 IDS = [[1, 5, 9, 13, 2, 0, 39]]
@@ -21,7 +21,7 @@ IDS = [[1, 5, 9, 13, 2, 0, 39]]
 def read(folder, dtype=np.float32):
     """(config, params as numpy arrays)."""
     base = read_base(folder)
-    return base.config, jax.tree.map(lambda leaf: np.asarray(leaf, dtype), stored_params(base))
+    return base.config, jax.tree.map(lambda leaf: np.asarray(leaf, dtype), base.params)
 
 
 def random_lora(params, targets=TARGETS, rank=3, seed=0) -> dict:
@@ -82,7 +82,7 @@ def test_arrays_of_jax_and_stored_leaves_merge_the_same(base_folder):
     _, params = read(base_folder)
     lora = random_lora(params)
     wanted = merge(params, lora, 0.25, np.float32)
-    stored = merge(stored_params(read_base(base_folder)), lora, 0.25, np.float32)
+    stored = merge(read_base(base_folder).params, lora, 0.25, np.float32)
     jaxed = merge(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, lora), 0.25, np.float32)
     jax.tree.map(np.testing.assert_array_equal, stored, wanted)
     jax.tree.map(np.testing.assert_array_equal, jaxed, wanted)
@@ -157,7 +157,7 @@ def test_a_written_base_is_in_the_dtype_asked_for_and_says_so(base_folder, tmp_p
     write_huggingface(tmp_path / "out", jax.tree.map(jnp.asarray, params), config, dtype="bfloat16")
     written = read_base(tmp_path / "out")
     assert written.config.stored_dtype == "bfloat16"
-    assert {tensor.dtype.name for tensor in written.tensors.values()} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(written.params)} == {"bfloat16"}
     again = torch_llama.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
 
@@ -188,7 +188,7 @@ def test_what_is_written_is_as_readable_as_any_new_file(base_folder, tmp_path):
 
 def test_stories260k_is_written_as_it_was_read(shared_data, tmp_path):
     base = read_base(shared_data / "stories260k" / "hf")
-    write_huggingface(tmp_path / "out", stored_params(base), base.config, dtype="float32", carry_from=base.folder)
+    write_huggingface(tmp_path / "out", base.params, base.config, dtype="float32", carry_from=base.folder)
     assert read_base(tmp_path / "out").fingerprint == base.fingerprint
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base.folder / "tokenizer.model").read_bytes()
 

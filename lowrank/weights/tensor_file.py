@@ -1,0 +1,73 @@
+"""A tensor as it lies in a file: known by name and shape, read part by part, through a map of the file into memory.
+
+Every format of a checkpoint becomes a table of such tensors, so whatever follows (the check, the import, the merge, the
+fingerprint) is written once. A part that was read is let go of again: the pages of a mapped file would else count as
+this process's memory until the whole base is in it twice.
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+Index = tuple[slice, ...]  # within bounds, without steps, one for every axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]  # -> a copy in C order
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def whole(self) -> np.ndarray:
+        return self.read(tuple(slice(0, size) for size in self.shape))
+
+
+class TensorFile:
+    """A file mapped into memory, in which tensors lie at known places."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        with open(path, "rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The tensor that begins at byte `offset`; `strides` are in bytes, by default those of C order.
+
+        Raises ValueError if any of it lies outside the file.
+        """
+        if strides is None:
+            strides = tuple(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if math.prod(shape) and not (
+            offset >= 0 and min(strides, default=0) >= 0 and offset + last + dtype.itemsize <= self.size
+        ):
+            raise ValueError(f"bytes {offset} to {offset + last + dtype.itemsize} of a file of {self.size}")
+
+        def read(index: Index) -> np.ndarray:
+            whole = np.ndarray(shape, dtype, self.map, offset, strides)
+            part = np.array(whole[index], order="C")
+            starts = sum(span.start * stride for span, stride in zip(index, strides, strict=True))
+            ends = sum((span.stop - 1) * stride for span, stride in zip(index, strides, strict=True))
+            del whole  # a view of the map
+            self._release(offset + starts, offset + ends + dtype.itemsize)
+            return part
+
+        return Tensor(tuple(shape), dtype, read)
+
+    def _release(self, start: int, end: int) -> None:
+        """Give the pages that lie wholly between two bytes back; whoever reads them again finds them in the disk's cache."""
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0:
+            self.map.madvise(mmap.MADV_DONTNEED, start, length)
