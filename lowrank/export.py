@@ -4,12 +4,11 @@
     python -m lowrank.export --workdir=runs/alpaca --format=merged --to=exports/alpaca
 
 An export is read back before it is called done: every tensor is compared, and the logits of fixed tokens with those
-of the trained model. The folder gets its name last, so a failure leaves nothing that looks like an export.
+of the trained model. The folder gets its name last, so a failure leaves nothing that looks like an export. Its README.md
+is a model card, written from the run.
 """
 
 import pathlib
-import shutil
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,12 @@ from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
+from lowrank.training import metrics, partition
 from lowrank.training import workdir as workdir_lib
+from lowrank.training.card import model_card
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.merged import merge, write_huggingface
+from lowrank.weights.new_folder import new_folder
 from lowrank.weights.peft import write_peft
 
 flags.DEFINE_string("workdir", None, "The workdir of the run.")
@@ -35,9 +37,10 @@ flags.DEFINE_string("base", None, "The base, if it is no longer where it was in 
 flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of merged tensors; default: as the base is stored."
 )
+flags.DEFINE_string(
+    "base_name", None, "What the export calls its base: a name on a hub or a path. Default: where the base lies here."
+)
 FLAGS = flags.FLAGS
-
-Load = Callable[[], inference.Model]
 
 # The largest difference of a logit, relative to the largest logit, that rounding each tensor once may cause.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -51,60 +54,86 @@ def main(arguments: list[str]):
     workdir, to = pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.to)
     run = workdir_lib.read_config(workdir)
     adapter = inference.read_adapter(workdir, FLAGS.step)
-    base = None
-    if run.base:
-        base = read_base(FLAGS.base or run.base)
-        trained_over = adapter.base
-        if base.fingerprint != trained_over:
-            raise UserError(
-                f"base {base.folder} has other weights than the adapter was trained over; name that one with --base"
-            )
-    architecture = base.config if base else SIZES[run.architecture]
-    shapes, _ = decoder.abstract(Decoder(architecture, adapter.lora))
-
     if FLAGS.format == "peft" and adapter.lora is None:
         raise UserError(f"workdir {workdir} is a full fine-tuning: there is no adapter; use --format=merged")
-    if FLAGS.format == "peft":
-        dtype = "float32"
-        lora = adapter.restore({"lora": shapes["lora"]})["lora"]
-        write_peft(to, jax.device_get(lora), adapter.lora, base_name=str(FLAGS.base or run.base))
-        exported = lambda: inference.load(base.folder, to, dtype="float32")  # noqa: E731
-    else:
-        dtype = FLAGS.dtype or ("float32" if adapter.lora is None else architecture.stored_dtype)
-        if adapter.lora is None:
-            params = jax.device_get(adapter.restore(shapes)["params"])
-        else:
-            lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
-            params = merge(base.params, lora, adapter.lora.scale, jnp.dtype(dtype))
-        carry_from = base.folder if base else load_tokenizer(run.tokenizer).path.parent
-        write_huggingface(to, params, architecture, dtype=dtype, carry_from=carry_from)
-        del params
-        exported = lambda: inference.load(to, dtype="float32")  # noqa: E731
-
-    try:
-        check(exported, lambda: trained_model(adapter, base, architecture, to), to, dtype)
-    except BaseException:  # an interrupt, too: what is not verified must not look like an export
-        shutil.rmtree(to)
-        raise
-
-
-def trained_model(adapter: inference.Adapter, base: Base | None, architecture: ModelConfig, to: pathlib.Path):
-    if base is not None:
-        return inference.load(base.folder, adapter, dtype="float32")
-    model = Decoder(architecture)
-    return inference.Model(model, adapter.restore(decoder.abstract(model)[0]), load_tokenizer(to))
-
-
-def check(exported: Load, trained: Load, to: pathlib.Path, dtype: str):
-    """Compare float32 logits on fixed tokens; one model is in memory at a time."""
-    found, expected = fixed_logits(exported()), fixed_logits(trained())
-    difference = float(np.abs(expected - found).max() / np.abs(expected).max())
-    if not difference <= TOLERANCE[dtype]:
+    if FLAGS.format == "peft" and FLAGS.dtype not in (None, "float32"):
         raise UserError(
-            f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
-            f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try --dtype=float32"
+            f"--dtype={FLAGS.dtype} is for --format=merged; an adapter is exported in float32, as it is trained"
         )
+    base = open_base(run.base, adapter) if run.base else None
+    architecture = base.config if base else SIZES[run.architecture]
+    shapes, _ = decoder.abstract(Decoder(architecture, adapter.lora))
+    base_name = FLAGS.base_name or str(FLAGS.base or run.base or run.architecture)
+
+    with new_folder(to) as folder:
+        if FLAGS.format == "peft":
+            dtype, trained = "float32", shapes["lora"]
+            lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
+            write_peft(folder, lora, adapter.lora, base_name=base_name)
+        else:
+            dtype = FLAGS.dtype or ("float32" if adapter.lora is None else architecture.stored_dtype)
+            trained = shapes["lora" if adapter.lora else "params"]
+            params = merged_params(adapter, base, shapes, dtype)
+            carry_from = base.folder if base else load_tokenizer(run.tokenizer).path.parent
+            write_huggingface(folder, params, architecture, dtype=dtype, carry_from=carry_from)
+            del params  # one model is in memory at a time
+        found = fixed_logits(load_export(folder, base))
+        expected = fixed_logits(load_trained(adapter, base, architecture, tokenizer_of=run.tokenizer))
+        difference = float(np.abs(expected - found).max() / np.abs(expected).max())
+        if not difference <= TOLERANCE[dtype]:
+            raise UserError(
+                f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
+                f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try --dtype=float32"
+            )
+        export = {"name": to.name, "format": FLAGS.format, "dtype": dtype, "difference": difference}
+        card = model_card(
+            record=workdir_lib.read_record(workdir),
+            lines=metrics.read_lines(workdir / "metrics.jsonl"),
+            step=adapter.step,
+            lora=adapter.lora,
+            trained=partition.count(trained),
+            base=base_name,
+            export=export | {"tolerance": TOLERANCE[dtype]},
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"exported to {to}; read back, every tensor equal, logits within {difference:.2g} of the largest ({dtype})")
+
+
+def open_base(named: str, adapter: inference.Adapter) -> Base:
+    """The base that was trained over, wherever it lies now."""
+    base = read_base(FLAGS.base or named)
+    if base.fingerprint != adapter.base:
+        raise UserError(
+            f"base {base.folder} has other weights than the adapter was trained over; name that one with --base"
+        )
+    return base
+
+
+def merged_params(adapter: inference.Adapter, base: Base | None, shapes: dict, dtype: str) -> dict:
+    """The whole model's parameters: what a full fine-tuning holds, or the base with the adapter merged into it."""
+    if adapter.lora is None:
+        return jax.device_get(adapter.restore(shapes)["params"])
+    lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
+    return merge(base.params, lora, adapter.lora.scale, jnp.dtype(dtype))
+
+
+# Models are held as they are stored and computed in float32: exact, and half the memory of holding them in float32.
+
+
+def load_export(folder: pathlib.Path, base: Base | None) -> inference.Model:
+    if FLAGS.format == "peft":
+        return inference.load(base.folder, folder, dtype="float32", param_dtype=base.config.stored_dtype)
+    return inference.load(folder, dtype="float32", param_dtype=read_base(folder).config.stored_dtype)
+
+
+def load_trained(
+    adapter: inference.Adapter, base: Base | None, architecture: ModelConfig, tokenizer_of: str | None
+) -> inference.Model:
+    if base is None:
+        model = Decoder(architecture)
+        return inference.Model(model, adapter.restore(decoder.abstract(model)[0]), load_tokenizer(tokenizer_of))
+    param_dtype = "float32" if adapter.lora is None else base.config.stored_dtype
+    return inference.load(base.folder, adapter, dtype="float32", param_dtype=param_dtype)
 
 
 def fixed_logits(model: inference.Model) -> np.ndarray:

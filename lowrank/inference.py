@@ -168,24 +168,25 @@ def _withheld(text: str, stop: Sequence[str]) -> int:
     return max([broken, *starts])
 
 
-def load(base, adapter=None, *, dtype: str | None = None) -> Model:
+def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | None = None) -> Model:
     """Load a base (a checkpoint's folder) and, on top of it, an adapter (a workdir: its latest step; or a PEFT folder;
     or what `read_adapter` gave).
 
     `dtype`: "float32" or "bfloat16", held and computed in; None is as the checkpoint says (float16 becomes bfloat16,
-    which has its range but three bits less). Raises UserError.
+    which has its range but three bits less). `param_dtype`: what the base is held in, if something else. Raises UserError.
     """
     source = read_base(base)
     adapted = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
     dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
     tokenizer = load_tokenizer((adapted and adapted.tokenizer) or source.folder)
     check_vocab(tokenizer, source.config.vocab, tokenizer.path)
-    model = Decoder(source.config, None if adapted is None else adapted.lora, dtype, dtype)
+    param_dtype = jnp.dtype(param_dtype or dtype)
+    model = Decoder(source.config, None if adapted is None else adapted.lora, dtype, param_dtype)
     shapes, _ = decoder.abstract(model)
     if adapted is None:
         variables = {"params": load_params(source, shapes["params"])}
     elif adapted.lora is None:  # the workdir of a full fine-tuning holds the whole model
-        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), adapted.restore(shapes))
+        variables = jax.tree.map(lambda leaf: leaf.astype(param_dtype), adapted.restore(shapes))
     else:
         lora = adapted.restore({"lora": shapes["lora"]})["lora"]
         variables = {"params": load_params(source, shapes["params"]), "lora": lora}
@@ -203,6 +204,7 @@ class Adapter:
     format: str | None  # of the prompts it was trained on, if that is known
     tokenizer: str | None  # that it was trained with, if not the base's own
     base: str | None  # the fingerprint of the base it was trained over, if that is known
+    step: int | None  # after which step, if that is known
     restore: Callable[[dict], dict]  # the trained leaves, laid out as the given ones; UserError if they do not fit
 
 
@@ -217,6 +219,7 @@ def read_adapter(folder, step: int | None = None) -> Adapter:
             format=None,
             tokenizer=None,
             base=None,
+            step=None,
             restore=lambda wanted: _fitted({"lora": tree}, wanted, folder),
         )
     if not (folder / "config.json").is_file():
@@ -225,12 +228,14 @@ def read_adapter(folder, step: int | None = None) -> Adapter:
             "name the --workdir of a training run"
         )
     run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
+    step = _saved_step(folder, step)
     return Adapter(
         folder,
         run.adapted,
         run.data.format,
         run.tokenizer,
         trained_over,
+        step,
         lambda wanted: _restored(folder, wanted, step),
     )
 
@@ -242,15 +247,19 @@ def _fitted(found: dict, wanted: dict, folder: pathlib.Path) -> dict:
     return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), found, wanted)
 
 
-def _restored(folder: pathlib.Path, wanted: dict, step: int | None) -> dict:
+def _saved_step(folder: pathlib.Path, step: int | None) -> int:
+    """`step` if there is a checkpoint of it; the latest, if none is named."""
     with Checkpoints(folder, read_only=True) as checkpoints:
         steps = checkpoints.manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
-            raise UserError(
-                f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}"
-            )
-        return checkpoints.restore_adapter(max(steps) if step is None else step, wanted)
+    if not steps or (step is not None and step not in steps):
+        has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+        raise UserError(f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}")
+    return max(steps) if step is None else step
+
+
+def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.restore_adapter(step, wanted)
 
 
 @functools.partial(jax.jit, static_argnums=0)

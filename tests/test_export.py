@@ -68,6 +68,59 @@ def test_an_exported_merged_model_computes_the_same_in_transformers(trained, ada
     assert_close(np.asarray(lowrank.load(tmp_path / "out").logits(IDS)), adapted)
 
 
+def test_the_card_of_an_adapter_says_what_it_is_and_its_code_loads_it(base, trained, adapted, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    assert export(trained, "peft", tmp_path / "my-adapter").code == 0
+    card = (tmp_path / "my-adapter" / "README.md").read_text()
+    losses = [line["eval/loss"] for line in running.lines(trained / "metrics.jsonl") if "eval/loss" in line]
+    for said in (
+        "library_name: peft",
+        "# my-adapter",
+        f"| base | `{base}`, fingerprint `bca83376f29f5c2c7a73b7986301a6db` |",
+        "| rank, alpha | 4, 8 (scale 2, standard) |",
+        "| targets | q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj |",
+        "| trained parameters | 23,120 |",
+        "| data | `data.json`, sha256 begins `",
+        "| data format | completion, 64 tokens at most, loss on responses |",
+        "| steps | 6 of 4 rows of packed examples |",
+        f"| held out | {losses[0]:.4f} (step 0) | {losses[-1]:.4f} (step 6) |",
+        "the largest difference was 0 of the largest logit (allowed for float32: 0.0001)",
+        "--max-lora-rank 8 --lora-modules my-adapter=my-adapter",
+        f"python -m lowrank.generate --base={base} --adapter=my-adapter --format=completion --prompt=TEXT",
+    ):
+        assert said in card
+    assert "base_model:" not in card  # it is a path here, which the hub would refuse
+    monkeypatch.chdir(tmp_path)
+    code = card.split("```python\n")[1].split("```")[0]
+    names = {}
+    exec("\n".join(line for line in code.splitlines() if "okenizer =" not in line), names)
+    assert_close(torch_logits(names["model"].float().eval()), adapted)
+
+
+def test_the_card_of_a_merged_model_names_the_base_as_told(trained, tmp_path):
+    finished = export(
+        trained, "merged", tmp_path / "out", "--dtype=bfloat16", "--base_name=someone/stories", "--step=4"
+    )
+    assert finished.code == 0, finished.err
+    difference = finished.out.split("logits within ")[1].split()[0]
+    assert 0 < float(difference) < 0.05
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "library_name: transformers",
+        "base_model: someone/stories",
+        "With a LoRA adapter merged into it: `someone/stories`",
+        "| steps | 4 of 4 rows",
+        f"the largest difference was {difference} of the largest logit (allowed for bfloat16: 0.05)",
+    ):
+        assert said in card
+    assert "(step 6)" not in card
+
+
+def test_a_dtype_for_an_adapter_is_refused(trained, tmp_path):
+    finished = export(trained, "peft", tmp_path / "out", "--dtype=bfloat16")
+    assert finished.code == 1 and "--dtype=bfloat16 is for --format=merged" in finished.err
+
+
 def test_an_earlier_step_is_exported(trained, tmp_path):
     assert export(trained, "peft", tmp_path / "early", "--step=3").code == 0
     assert export(trained, "peft", tmp_path / "late").code == 0
@@ -79,6 +132,7 @@ def test_a_full_fine_tuning_is_exported_whole(base, full, tmp_path):
     transformers = pytest.importorskip("transformers")
     finished = export(full, "merged", tmp_path / "out")
     assert finished.code == 0, finished.err
+    assert f"A full training of `{base}` on `data.json`" in (tmp_path / "out" / "README.md").read_text()
     expected = np.asarray(lowrank.load(base, full).logits(IDS))
     assert_close(torch_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
 
