@@ -1,5 +1,6 @@
 """The exporting command: what it writes computes, in other people's libraries, what was trained here."""
 
+import resource
 import shutil
 
 import numpy as np
@@ -160,6 +161,20 @@ def test_an_existing_target_is_refused_and_left_alone(trained, tmp_path):
         finished = export(trained, form, tmp_path / "out")
         assert finished.code == 1 and f"{tmp_path / 'out'}: exists and is not an empty folder" in finished.err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, form):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond it: how a full disk feels
+    try:
+        finished = export(trained, form, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert finished.code == 1 and finished.err.count("\n") == 1
+    assert f"{tmp_path / 'out'}: cannot be written (" in finished.err
+    assert "free some space or give another place" in finished.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_step_lists_the_steps_there_are(trained, tmp_path):

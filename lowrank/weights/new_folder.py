@@ -32,5 +32,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         partial.rename(folder)
     except (OSError, SafetensorError) as error:  # SafetensorError is how a full disk shows while tensors are written
         raise UserError(f"{folder}: cannot be written ({error}); free some space or give another place") from None
+    except UserError as error:  # of a reader, who knows the folder by the name that it has while it is filled
+        raise UserError(str(error).replace(str(partial), str(folder))) from error.__cause__
     finally:
         shutil.rmtree(partial, ignore_errors=True)
