@@ -17,6 +17,7 @@ from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
 from lowrank.model.lora import LoraConfig, dot
+from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition, workdir
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.weights.base import load_params, read_base
@@ -168,12 +169,12 @@ def _withheld(text: str, stop: Sequence[str]) -> int:
     return max([broken, *starts])
 
 
-def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | None = None) -> Model:
+def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | None = None, mesh=None) -> Model:
     """Load a base (a checkpoint's folder) and, on top of it, an adapter (a workdir: its latest step; or a PEFT folder;
     or what `read_adapter` gave).
 
     `dtype`: "float32" or "bfloat16", held and computed in; None is as the checkpoint says (float16 becomes bfloat16,
-    which has its range but three bits less). `param_dtype`: what the base is held in, if something else. Raises UserError.
+    which has its range but three bits less). `param_dtype`: what the base is held in, if something else. `mesh`: the devices to lie on; None is one. Raises UserError.
     """
     source = read_base(base)
     adapted = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
@@ -182,7 +183,10 @@ def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | Non
     check_vocab(tokenizer, source.config.vocab, tokenizer.path)
     param_dtype = jnp.dtype(param_dtype or dtype)
     model = Decoder(source.config, None if adapted is None else adapted.lora, dtype, param_dtype)
-    shapes, _ = decoder.abstract(model)
+    shapes, axes = decoder.abstract(model)
+    if mesh is not None:
+        mesh_lib.check_heads(mesh, source.config.heads, source.config.kv_heads)
+        shapes = mesh_lib.laid_out(mesh, axes, shapes)
     if adapted is None:
         variables = {"params": load_params(source, shapes["params"])}
     elif adapted.lora is None:  # the workdir of a full fine-tuning holds the whole model

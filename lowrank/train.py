@@ -70,8 +70,7 @@ def main(arguments: list[str]) -> int | None:
         param_dtype = jnp.dtype("float32")  # what is trained is held in float32: bfloat16 would swallow small updates
     model = Decoder(architecture, config.adapted, dtype, param_dtype, config.remat)
     shapes, axes = decoder.abstract(model)
-    shardings = mesh_lib.shardings(mesh, axes, shapes)
-    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    shapes = mesh_lib.laid_out(mesh, axes, shapes)
     mask = partition.trainable_mask(shapes, config.train.mode)
     trainable_shapes, frozen_shapes = partition.split(shapes, mask)
     schedule = learning_rate_schedule(config.optim, steps)

@@ -92,6 +92,15 @@ def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
     return tree
 
 
+def laid_out(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
+    """The tree of ShapeDtypeStructs, each with its sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, logical_axes, shapes),
+    )
+
+
 def check_heads(mesh: Mesh, heads: int, kv_heads: int):
     """Refuse to cut a head in two: `heads * head_dim` may be divisible where `heads` is not."""
     parts = mesh.shape["tensor"]

@@ -20,7 +20,22 @@ def cross_entropy_sum(
     loss_mask: jax.Array,  # bool [B, T]
     shards: int = 1,  # devices that the rows are spread over
 ) -> jax.Array:
-    """float32 scalar: sum of -log p(target) over the tokens that the mask is on for.
+    """float32 scalar: sum of -log p(target) over the tokens that the mask is on for."""
+    losses_of, chunks, _ = _in_chunks(hidden, head, targets, loss_mask, shards)
+    total, _ = jax.lax.scan(lambda total, chunk: (total + jnp.sum(losses_of(chunk)), None), jnp.float32(0), chunks)
+    return total
+
+
+def token_losses(hidden, head, targets, loss_mask, shards: int = 1) -> jax.Array:
+    """As `cross_entropy_sum`, one by one: float32 [B, T], 0 where the mask is off."""
+    losses_of, chunks, order = _in_chunks(hidden, head, targets, loss_mask, shards)
+    _, losses = jax.lax.scan(lambda _, chunk: (None, losses_of(chunk)), None, chunks)  # [chunks, B, columns]
+    losses = jnp.moveaxis(losses, 0, 1).reshape(len(targets), -1)[:, : targets.shape[1]]
+    return jnp.take_along_axis(losses, jnp.argsort(order, axis=1), axis=1)
+
+
+def _in_chunks(hidden, head, targets, loss_mask, shards):
+    """-> (chunk -> float32 [B, columns]: the losses of its tokens; the chunks, stacked; the order of tokens in them).
 
     In each row the trained tokens are moved to the front (a stable sort of the mask, row by row, so that no token
     leaves its device); then the row is walked in chunks, and a chunk in which no row has a trained token is skipped.
@@ -42,14 +57,12 @@ def cross_entropy_sum(
     head = head.astype(hidden.dtype)
 
     @jax.checkpoint
-    def chunk_sum(x, targets, mask):
+    def losses(x, targets, mask):
         logits = constrain(dot(x, head), "batch", None, "vocab")
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target_logits) * mask)
+        return (jax.nn.logsumexp(logits, axis=-1) - target_logits) * mask
 
-    def add_chunk(total, chunk):
-        chunk_loss = jax.lax.cond(jnp.any(chunk[2]), chunk_sum, lambda *_: jnp.float32(0), *chunk)
-        return total + chunk_loss, None
+    def losses_of(chunk):
+        return jax.lax.cond(jnp.any(chunk[2]), losses, lambda *_: jnp.zeros((batch, columns), jnp.float32), *chunk)
 
-    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (chunked(hidden), chunked(targets), chunked(loss_mask)))
-    return total
+    return losses_of, (chunked(hidden), chunked(targets), chunked(loss_mask)), order

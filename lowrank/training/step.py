@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lowrank.model.decoder import Decoder
 from lowrank.parallel.mesh import constrain
 from lowrank.training import partition
-from lowrank.training.objective import cross_entropy_sum
+from lowrank.training.objective import cross_entropy_sum, token_losses
 
 BATCH_KEYS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
 
@@ -123,3 +123,13 @@ def make_eval_step(model: Decoder, shards: int):
         return loss, jnp.sum(batch["loss_mask"], dtype=jnp.int32)
 
     return jax.jit(eval_step)
+
+
+def make_losses_step(model: Decoder, shards: int):
+    """-> jitted (variables, batch) -> float32 [rows, length]: each trained token's loss, 0 for the others."""
+
+    def losses_step(variables: dict, batch: dict):
+        hidden, head, _ = model.apply(variables, batch["inputs"], batch["positions"], batch["segment_ids"])
+        return token_losses(hidden, head, batch["targets"], batch["loss_mask"], shards)
+
+    return jax.jit(losses_step)
