@@ -15,6 +15,9 @@ from typing import Any
 
 from lowrank.errors import UserError
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -50,23 +53,52 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over each head of q and k, before they are rotated
     windows: tuple[int, ...] = ()  # of each layer: how many tokens back a query sees, itself included; 0 is all
 
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Of every projection of a layer: how many features go in, and how many come out."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.embed, q),
+            "k_proj": (self.embed, kv),
+            "v_proj": (self.embed, kv),
+            "o_proj": (q, self.embed),
+            "gate_proj": (self.embed, self.mlp),
+            "up_proj": (self.embed, self.mlp),
+            "down_proj": (self.mlp, self.embed),
+        }
+
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters of the base; a tied head counts once."""
     c = config
-    attention = 2 * c.embed * (c.heads + c.kv_heads) * c.head_dim  # q and o, k and v
-    layer = attention + 3 * c.embed * c.mlp + 2 * c.embed
+    kernels = sum(inputs * outputs for inputs, outputs in c.projections().values())
+    biases = sum(c.projections()[name][1] for name in c.biased)
+    norms = 2 * c.embed + (2 * c.head_dim if c.qk_norm else 0)
+    layer = kernels + biases + norms
     return c.layers * layer + c.embed + c.vocab * c.embed * (1 if c.tied_head else 2)
 
 
 # ---------------------------------------------------------------------------------------------- config.json -> config
 
-FAMILIES = ("llama",)  # values of `model_type`
-ARCHITECTURES = ("LlamaForCausalLM",)
+FAMILIES = {  # values of `model_type`, and of `architectures` beside them
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What transformers puts in the place of an absent field. It is not what it makes of a null, which means "not used".
+_IDS, _QWEN = {"bos_token_id": 1, "eos_token_id": 2}, {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+ABSENT = {
+    "llama": _IDS | {"max_position_embeddings": 2048},
+    "mistral": _IDS | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN | {"sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": _QWEN | {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
 DTYPES = ("float32", "float16", "bfloat16")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 REQUIRED = object()  # in place of the value of an absent field
 
-# Fields that change what is computed and have one supported value; a field that is absent has that value.
+# Fields that change what is computed and have one supported value, where the family reads no other; a field that is
+# absent has that value.
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -75,6 +107,7 @@ FIXED = {
     "partial_rotary_factor": 1,
     "rope_interleaved": False,  # SmolLM2 writes it
     "use_sliding_window": False,
+    "use_mrope": False,  # Qwen2.5 writes it
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
@@ -89,7 +122,7 @@ HARMLESS = frozenset(
     pad_token_id sep_token_id decoder_start_token_id is_decoder use_bfloat16 tf_legacy_loss torchscript return_dict
     output_attentions output_hidden_states id2label label2id do_sample temperature top_k top_p num_beams max_length
     min_length repetition_penalty length_penalty no_repeat_ngram_size attn_implementation _attn_implementation
-    _attn_implementation_autoset _flash_attn_2_enabled unsloth_fixed unsloth_version
+    _attn_implementation_autoset _flash_attn_2_enabled _commit_hash unsloth_fixed unsloth_version
     """.split()
 )
 
@@ -110,39 +143,46 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 
 def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     """As `read_config`, from the fields themselves; `where` begins the one error that lists every offender."""
-    family, classes = fields.get("model_type"), fields.get("architectures") or list(ARCHITECTURES)
-    if family not in FAMILIES or classes != list(ARCHITECTURES):
+    family, classes = fields.get("model_type"), fields.get("architectures")
+    if not isinstance(family, str) or family not in FAMILIES or (classes and classes != [FAMILIES[family]]):
+        supported = ", ".join(f"{name} with {known}" for name, known in FAMILIES.items())
         raise UserError(
             f"{where}: model_type {json.dumps(family)} with architectures {json.dumps(classes)} is not supported; "
-            f"supported: {', '.join(FAMILIES)} with {', '.join(ARCHITECTURES)}"
+            f"supported: {supported}"
         )
-    take = _Fields(fields)
+    given = ABSENT[family] | fields
+    take = _Fields(given)
     embed, heads = take.size("hidden_size"), take.size("num_attention_heads")
     kv_heads = take.size("num_key_value_heads", absent=heads)
     head_dim = take.size("head_dim", absent=embed // heads)
+    layers = take.size("num_hidden_layers")
     theta, scaling = _rope(take)
-    eos = take.rest.pop("eos_token_id", 2)
+    eos = take.rest.pop("eos_token_id", None)
     config = ModelConfig(
         vocab=take.size("vocab_size"),
         embed=embed,
         mlp=take.size("intermediate_size"),
-        layers=take.size("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=take.number("rms_norm_eps"),
+        norm_eps=take.number("rms_norm_eps", absent=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_head=take.switch("tie_word_embeddings"),
-        max_length=take.size("max_position_embeddings", absent=fields.get("max_sequence_length") or 2048),
-        bos_id=take.rest.pop("bos_token_id", 1),
+        max_length=take.size("max_position_embeddings"),
+        bos_id=take.rest.pop("bos_token_id", None),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         # torch held weights in float32 unless told, so a config that says nothing means float32
         stored_dtype=str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch."),
+        family=family,
+        biased=_biased(take, family),
+        qk_norm=family == "qwen3",
+        windows=_windows(take, family, layers),
     )
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     if not any(problem.startswith(names) for problem in take.problems):  # else these would be false alarms
-        if fields.get("head_dim") is None:
+        if given.get("head_dim") is None:
             take.require(embed % heads == 0, f"hidden_size {embed} is no multiple of num_attention_heads {heads}")
         take.require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of {names[2]} {kv_heads}")
         take.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd, rotary positions turn pairs")
@@ -151,6 +191,37 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     take.require(all(_is_int(i) for i in ids), "bos_token_id and eos_token_id must be integers")
     take.finish(where)
     return config
+
+
+def _biased(take: "_Fields", family: str) -> tuple[str, ...]:
+    """Which projections have a bias; of Qwen 2 no field says so."""
+    if family == "qwen2":
+        return ATTENTION[:3]
+    attention = family in ("llama", "qwen3") and take.switch("attention_bias")
+    mlp = family == "llama" and take.switch("mlp_bias")
+    return (ATTENTION if attention else ()) + (MLP if mlp else ())
+
+
+def _windows(take: "_Fields", family: str, layers: int) -> tuple[int, ...]:
+    """Each layer's window, () if there is none. The families say in other words which layers have one."""
+    if family == "llama":
+        return ()
+    window = take.size("sliding_window", absent=0)
+    if family == "mistral":
+        contradiction = window > 0 and take.rest.get("use_sliding_window") is False
+        take.require(not contradiction, f"sliding_window is {window}, but use_sliding_window is false")
+        return (window,) * layers if window else ()
+    window = window if take.switch("use_sliding_window") else 0
+    first = take.take("max_window_layers", lambda v: _is_int(v) and v >= 0, "a number of layers", absent=layers)
+    kinds = take.take(
+        "layer_types",
+        lambda v: isinstance(v, list) and len(v) == layers and all(kind in LAYER_TYPES for kind in v),
+        f"one of {' and '.join(LAYER_TYPES)} for each of {layers} layers",
+        absent=[LAYER_TYPES[window > 0 and layer >= first] for layer in range(layers)],
+    )
+    sliding = [kind == "sliding_attention" for kind in kinds] if isinstance(kinds, list) else []
+    take.require(window > 0 or not any(sliding), "layer_types has sliding_attention, but no sliding_window is on")
+    return tuple(window if on else 0 for on in sliding) if any(sliding) else ()
 
 
 def _rope(take: "_Fields") -> tuple[float, RopeScaling | None]:
@@ -243,23 +314,24 @@ def _brief(value: Any) -> str:
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json`, in the spelling that every transformers release reads."""
-    scaling = config.rope_scaling
-    return {
-        "architectures": list(ARCHITECTURES),
-        "model_type": "llama",
-        "vocab_size": config.vocab,
-        "hidden_size": config.embed,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+    """The fields of a `config.json`, in the spelling that every transformers release reads.
+
+    ValueError for a config that its family has no words for, as a Llama with windows.
+    """
+    c, scaling = config, config.rope_scaling
+    fields = {
+        "architectures": [FAMILIES[c.family]],
+        "model_type": c.family,
+        "vocab_size": c.vocab,
+        "hidden_size": c.embed,
+        "intermediate_size": c.mlp,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
         "rope_scaling": None
         if scaling is None
         else {
@@ -269,12 +341,28 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_length,
         },
-        "tie_word_embeddings": config.tied_head,
-        "max_position_embeddings": config.max_length,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
-        "torch_dtype": config.stored_dtype,
+        "tie_word_embeddings": c.tied_head,
+        "max_position_embeddings": c.max_length,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids) or None,
+        "torch_dtype": c.stored_dtype,
     }
+    window = max(c.windows, default=0)
+    if c.family in ("llama", "qwen3"):
+        fields["attention_bias"] = "q_proj" in c.biased
+    if c.family == "llama":
+        fields["mlp_bias"] = "gate_proj" in c.biased
+    if c.family == "mistral":
+        fields["sliding_window"] = window or None
+    if c.family in ("qwen2", "qwen3"):
+        fields["use_sliding_window"] = window > 0
+        fields["sliding_window"] = window or None
+        # Releases before layer_types go by max_window_layers: all layers from there on have the window.
+        fields["max_window_layers"] = c.windows.index(window) if window else c.layers
+        fields["layer_types"] = [LAYER_TYPES[layer > 0] for layer in c.windows or (0,) * c.layers]
+    if parse_config(fields, "hf_config") != c:
+        raise ValueError(f"a config.json of model_type {c.family} cannot say {c}")
+    return fields
 
 
 # --------------------------------------------------------------------------------------------------------- named sizes
@@ -289,8 +377,18 @@ _LLAMA_32 = dataclasses.replace(_LLAMA_31, rope_scaling=RopeScaling(32.0, 1.0, 4
 _SMOLLM2 = ModelConfig(
     49152, 576, 1536, 30, 9, 3, 64, rope_theta=100_000.0, tied_head=True, max_length=8192, bos_id=0, eos_ids=(0,)
 )
+_MISTRAL = ModelConfig(32768, 4096, 14336, 32, 32, 8, 128, rope_theta=1e6, max_length=32768, family="mistral")
+_QWEN2 = ModelConfig(
+    151936, 896, 4864, 24, 14, 2, 64, norm_eps=1e-6, rope_theta=1e6, tied_head=True, max_length=32768,
+    bos_id=151643, eos_ids=(151643,), family="qwen2", biased=ATTENTION[:3],
+)  # fmt: skip
+_QWEN3 = ModelConfig(
+    151936, 1024, 3072, 28, 16, 8, 128, norm_eps=1e-6, rope_theta=1e6, tied_head=True, max_length=40960,
+    bos_id=151643, eos_ids=(151645,), family="qwen3", qk_norm=True,
+)  # fmt: skip
 _13B = {"embed": 5120, "mlp": 13824, "layers": 40, "heads": 40, "kv_heads": 40}
 _70B = {"embed": 8192, "mlp": 28672, "layers": 80, "heads": 64, "kv_heads": 8}
+_QWEN_7B = {"vocab": 152064, "embed": 3584, "mlp": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "head_dim": 128}
 
 SIZES: dict[str, ModelConfig] = {
     "llama-7b": _LLAMA_1,
@@ -306,10 +404,21 @@ SIZES: dict[str, ModelConfig] = {
     "llama3.2-3b": dataclasses.replace(_LLAMA_32, embed=3072, mlp=8192, layers=28, heads=24),
     "llama3.3-70b": dataclasses.replace(_LLAMA_31, **_70B, eos_ids=(128001, 128008, 128009)),  # instruct only
     "tinyllama-1.1b": ModelConfig(32000, 2048, 5632, 22, 32, 4, 64),
+    "smollm-135m": dataclasses.replace(_SMOLLM2, rope_theta=10_000.0, max_length=2048, stored_dtype="float32"),
     "smollm2-135m": _SMOLLM2,
     "smollm2-360m": dataclasses.replace(_SMOLLM2, embed=960, mlp=2560, layers=32, heads=15, kv_heads=5),
     "smollm2-1.7b": dataclasses.replace(
         _SMOLLM2, embed=2048, mlp=8192, layers=24, heads=32, kv_heads=32, rope_theta=130_000.0
     ),
+    "mistral-7b": _MISTRAL,  # v0.3
+    "mistral-7b-v0.1": dataclasses.replace(_MISTRAL, vocab=32000, rope_theta=10_000.0, windows=(4096,) * 32),
+    "qwen2.5-0.5b": _QWEN2,
+    "qwen2.5-1.5b": dataclasses.replace(
+        _QWEN2, embed=1536, mlp=8960, layers=28, heads=12, head_dim=128, max_length=131072
+    ),
+    "qwen2.5-7b": dataclasses.replace(_QWEN2, **_QWEN_7B, tied_head=False, max_length=131072),
+    "qwen3-0.6b": _QWEN3,
+    "qwen3-1.7b": dataclasses.replace(_QWEN3, embed=2048, mlp=6144),
+    "qwen3-8b": dataclasses.replace(_QWEN3, embed=4096, mlp=12288, layers=36, heads=32, tied_head=False),
     "demo": ModelConfig(1024, 128, 384, 4, 4, 2, 32, tied_head=True, max_length=512),
 }

@@ -2,7 +2,8 @@
 
 Its one idea: a query sees a key if the key's slot is not later and both carry the same segment id. Slots are places
 in the row (or in the cache), positions are what the rotary angles count. That one rule is causality, isolation of
-packed examples, left padding of prompts, and the not yet written part of a cache.
+packed examples, left padding of prompts, and the not yet written part of a cache. A layer with a window counts its
+distances in slots too, because the tokens of one segment lie side by side in all of these.
 """
 
 import functools
@@ -50,6 +51,13 @@ def visible(query_slots: jax.Array, query_segments: jax.Array, key_segments: jax
     return causal & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
+def near(query_slots: jax.Array, key_slots: int, window: jax.Array) -> jax.Array:
+    """Slots [T], number of key slots S -> bool [T, S]: which key is among the `window` last ones, the query's own
+    included; all are where `window` is 0."""
+    distance = query_slots[:, None] - jnp.arange(key_slots)[None, :]
+    return (distance < window) | (window == 0)
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H]; scores and softmax in float32.
 
@@ -85,6 +93,22 @@ def _attend(q, k, v, mask):
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
 
 
+class RMSNorm(nn.Module):
+    """x [..., size of `axis`] over its root mean square, times `scale`; in float32 between."""
+
+    eps: float
+    param_dtype: jnp.dtype
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """x [B, T, D] -> ([B, T, D], cache). With a cache, this call's keys and values are written at `slot` first."""
 
@@ -94,21 +118,26 @@ class Attention(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, cache: Cache | None, slot, angles, mask, deterministic: bool):
+    def __call__(self, x, cache: Cache | None, slot, angles, mask, own: dict, deterministic: bool):
         c = self.config
 
         def heads_of(name, heads, axis):
-            y = project(self, name, heads * c.head_dim, ("embed", axis), x, deterministic)
+            y = project(self, name, ("embed", axis), x, own, deterministic)
             return constrain(y.reshape(*x.shape[:2], heads, c.head_dim), "batch", "length", axis, "head_dim")
 
         q = heads_of("q_proj", c.heads, "heads")
         k = heads_of("k_proj", c.kv_heads, "kv_heads")
         v = heads_of("v_proj", c.kv_heads, "kv_heads")
+        if c.qk_norm:  # one scale vector for all heads
+            q = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="k_norm")(k)
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=1)
             cache = (k, v)
+        if "window" in own:
+            mask = mask & near(slot + jnp.arange(x.shape[1]), k.shape[1], own["window"])
         y = attend(q, k, v, mask).reshape(*x.shape[:2], c.heads * c.head_dim)
         gain = 1 / math.sqrt(2 * c.layers)  # so that the sum of all blocks starts with a variance of about 1
-        return project(self, "o_proj", c.embed, ("heads", "embed"), y, deterministic, gain), cache
+        return project(self, "o_proj", ("heads", "embed"), y, own, deterministic, gain), cache

@@ -4,7 +4,8 @@ B batch, T query length, S key length, N heads, K kv heads, G = N/K, H head_dim,
 
 The decoder returns the last hidden states and the head's matrix. Whoever calls decides for which tokens logits are
 worth their memory: the objective takes chunks of the trained tokens, generation the last token of a row.
-Left out on purpose: positions other than rotary, windows, mixtures of experts.
+What differs from layer to layer beside the weights goes through the scan as one tree, `own_of_layers`.
+Left out on purpose: positions other than rotary, mixtures of experts.
 """
 
 import math
@@ -14,25 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attention import Attention, Cache, rotary_frequencies, visible
+from lowrank.model.attention import Attention, Cache, RMSNorm, rotary_frequencies, visible
 from lowrank.model.lora import LoraConfig, project
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")
-
-
-class RMSNorm(nn.Module):
-    eps: float
-    param_dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],), self.param_dtype
-        )
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class MLP(nn.Module):
@@ -42,12 +29,12 @@ class MLP(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        gate = project(self, "gate_proj", self.config.mlp, ("embed", "mlp"), x, deterministic)
-        up = project(self, "up_proj", self.config.mlp, ("embed", "mlp"), x, deterministic)
+    def __call__(self, x: jax.Array, own: dict, deterministic: bool) -> jax.Array:
+        gate = project(self, "gate_proj", ("embed", "mlp"), x, own, deterministic)
+        up = project(self, "up_proj", ("embed", "mlp"), x, own, deterministic)
         inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
         gain = 1 / math.sqrt(2 * self.config.layers)  # as in attention
-        return project(self, "down_proj", self.config.embed, ("mlp", "embed"), inner, deterministic, gain)
+        return project(self, "down_proj", ("mlp", "embed"), inner, own, deterministic, gain)
 
 
 class Block(nn.Module):
@@ -58,18 +45,25 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, cache, slot, angles, mask):
+    def __call__(self, x, cache, slot, angles, mask, own):
         parts = (self.config, self.lora, self.dtype, self.param_dtype)
         norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
             y, cache = Attention(*parts, name="self_attn")(
-                norm("input_layernorm")(x), cache, slot, angles, mask, self.deterministic
+                norm("input_layernorm")(x), cache, slot, angles, mask, own, self.deterministic
             )
             x = constrain(x + y, "batch", "length", None)
         with jax.named_scope("mlp"):
-            y = MLP(*parts, name="mlp")(norm("post_attention_layernorm")(x), self.deterministic)
+            y = MLP(*parts, name="mlp")(norm("post_attention_layernorm")(x), own, self.deterministic)
             x = constrain(x + y, "batch", "length", None)
         return x, cache
+
+
+def own_of_layers(config: ModelConfig, lora: LoraConfig | None) -> dict:
+    """What each layer has for itself alone, every leaf [layers]: its `window`, and under each target the adapter's
+    (scale, rank). Empty where all layers are alike, which leaves no trace in the program."""
+    own = {"window": jnp.asarray(config.windows, jnp.int32)} if config.windows else {}
+    return own if lora is None else own | lora.of_layers(config.layers)
 
 
 class Table(nn.Module):
@@ -121,11 +115,11 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.lora, self.dtype, self.param_dtype, deterministic, name="layers")
-        x, cache = layers(x, cache, slot, angles, mask)
+        x, cache = layers(x, cache, slot, angles, mask, own_of_layers(c, self.lora))
 
         hidden = RMSNorm(c.norm_eps, self.param_dtype, name="norm")(x)
         if c.tied_head:

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from lowrank.model.architecture import ATTENTION, MLP
+
+TARGETS = ATTENTION + MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,17 @@ class LoraConfig:
         ranks, alphas = self.ranks_of(target, layers), self.alphas_of(target, layers)
         return tuple(self._scale(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True))
 
+    def of_layers(self, layers: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Target -> (float32 scales [layers], int32 ranks [layers]) of an uneven adapter; of an even one, nothing."""
+        return {
+            target: (
+                jnp.asarray(self.scales_of(target, layers), jnp.float32),
+                jnp.asarray(self.ranks_of(target, layers), jnp.int32),
+            )
+            for target in self.targets
+            if self.uneven
+        }
+
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     """[..., in] @ [in, out] -> float32 [..., out], whatever the dtype that goes in.
@@ -74,31 +87,45 @@ def _lora_a_init(key, shape, dtype):
 
 
 class Projection(nn.Module):
-    """x [..., in] -> [..., features] in `dtype`; `lora` is None where the projection carries no adapter."""
+    """x [..., in] -> [..., features] in `dtype`; `lora` is None where the projection carries no adapter.
+
+    Named as its target. `own` is this layer's (scale, rank) where the adapter is uneven, else None.
+    """
 
     features: int
     axes: tuple[str, str]  # logical axes of the kernel
+    biased: bool
     lora: LoraConfig | None
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     init_gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, own: tuple[jax.Array, jax.Array] | None, deterministic: bool) -> jax.Array:
         shape = (x.shape[-1], self.features)
         # 1 / sqrt(in), not a fixed 0.02: that suits an embed of 2,500; at 128 it slowed pretraining down.
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_gain / math.sqrt(x.shape[-1])), self.axes)
         kernel = self.param("kernel", init, shape, self.param_dtype)
         y = dot(x, kernel.astype(self.dtype))
+        if self.biased:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", init, shape[1:], self.param_dtype).astype(jnp.float32)
         if self.lora is not None:
-            y = y + self.lora.scale * self.delta(x, deterministic)
+            scale = self.lora.scale if own is None else own[0]
+            y = y + scale * self.delta(x, own, deterministic)
         return y.astype(self.dtype)
 
-    def delta(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def delta(self, x: jax.Array, own, deterministic: bool) -> jax.Array:
         """(x A) B, float32 [..., features]. The factors are float32; they are rounded to `dtype` to be multiplied."""
-        rank = self.lora.rank
-        lora_a = self.factor("lora_a", _lora_a_init, (x.shape[-1], rank), (self.axes[0], "rank"))
-        lora_b = self.factor("lora_b", nn.initializers.zeros, (rank, self.features), ("rank", self.axes[1]))
+        width = self.lora.width(self.name)
+
+        def init_a(*args):
+            # Zero beyond this layer's rank. There lora_b is zero too, so neither has a gradient and both stay zero.
+            lora_a = _lora_a_init(*args)
+            return lora_a if own is None else jnp.where(jnp.arange(width) < own[1], lora_a, 0)
+
+        lora_a = self.factor("lora_a", init_a, (x.shape[-1], width), (self.axes[0], "rank"))
+        lora_b = self.factor("lora_b", nn.initializers.zeros, (width, self.features), ("rank", self.axes[1]))
         if self.lora.dropout > 0:
             x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
         return dot(dot(x, lora_a.astype(self.dtype)).astype(self.dtype), lora_b.astype(self.dtype))
@@ -109,10 +136,13 @@ class Projection(nn.Module):
         return self.variable("lora", name, lambda: make(self.make_rng("lora"), shape, jnp.float32)).value
 
 
-def project(layer: nn.Module, name: str, features: int, axes: tuple[str, str], x, deterministic: bool, init_gain=1.0):
+def project(layer: nn.Module, name: str, axes: tuple[str, str], x, own: dict, deterministic: bool, init_gain=1.0):
     """Apply `layer`'s projection `name` to x [..., in] -> [..., features], with an adapter if `name` is a target.
 
-    To be called in `layer`'s compact method; `layer` has `lora` (LoraConfig or None), `dtype` and `param_dtype`.
+    To be called in `layer`'s compact method; `layer` has `config`, `lora` (LoraConfig or None), `dtype` and
+    `param_dtype`. `own` is what this layer has for itself alone (see `decoder.own_of_layers`).
     """
+    features = layer.config.projections()[name][1]
     lora = layer.lora if layer.lora is not None and name in layer.lora.targets else None
-    return Projection(features, axes, lora, layer.dtype, layer.param_dtype, init_gain, name=name)(x, deterministic)
+    parts = (features, axes, name in layer.config.biased, lora, layer.dtype, layer.param_dtype, init_gain)
+    return Projection(*parts, name=name)(x, own.get(name), deterministic)

@@ -31,12 +31,13 @@ def merge(trainable: dict, frozen: dict) -> dict:
 
 
 def optimizer_labels(mask: dict) -> dict:
-    """The labels for `optax.partition`: "frozen", "undecayed" (norms: pulling a gain to zero is no regularizer), "decayed"."""
+    """The labels for `optax.partition`: "frozen", "undecayed" (norms and biases: few numbers, which have no need to be
+    small), "decayed"."""
 
     def label(path, on):
         if not on:
             return "frozen"
-        return "undecayed" if path[-1].key == "scale" else "decayed"
+        return "undecayed" if path[-1].key in ("scale", "bias") else "decayed"
 
     return jax.tree_util.tree_map_with_path(label, mask)
 

@@ -9,27 +9,30 @@ from collections.abc import Mapping
 import numpy as np
 
 from lowrank.errors import UserError
-from lowrank.model.architecture import ModelConfig
+from lowrank.model.architecture import ATTENTION, ModelConfig
 from lowrank.weights.tensor_file import Tensor
 
 
 def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Path in `params` -> (Hugging Face's name, its shape there); `{}` is the layer, over which our leaves stack."""
-    c, q, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    c = config
     table = {"embed_tokens/embedding": ("model.embed_tokens.weight", (c.vocab, c.embed))}
-    for module, shape in {
-        "input_layernorm/scale": (c.embed,),
-        "self_attn/q_proj/kernel": (q, c.embed),
-        "self_attn/k_proj/kernel": (kv, c.embed),
-        "self_attn/v_proj/kernel": (kv, c.embed),
-        "self_attn/o_proj/kernel": (c.embed, q),
-        "post_attention_layernorm/scale": (c.embed,),
-        "mlp/gate_proj/kernel": (c.mlp, c.embed),
-        "mlp/up_proj/kernel": (c.mlp, c.embed),
-        "mlp/down_proj/kernel": (c.embed, c.mlp),
-    }.items():
-        name = module.rpartition("/")[0].replace("/", ".")
-        table[f"layers/{module}"] = (f"model.layers.{{}}.{name}.weight", shape)
+
+    def add(path: str, shape: tuple[int, ...]) -> None:
+        module, leaf = path.rsplit("/", 1)
+        name = f"model.layers.{{}}.{module.replace('/', '.')}.{'bias' if leaf == 'bias' else 'weight'}"
+        table[f"layers/{path}"] = (name, shape)
+
+    add("input_layernorm/scale", (c.embed,))
+    for name, (inputs, outputs) in c.projections().items():
+        module = f"{'self_attn' if name in ATTENTION else 'mlp'}/{name}"
+        add(f"{module}/kernel", (outputs, inputs))
+        if name in c.biased:
+            add(f"{module}/bias", (outputs,))
+    if c.qk_norm:
+        add("self_attn/q_norm/scale", (c.head_dim,))
+        add("self_attn/k_norm/scale", (c.head_dim,))
+    add("post_attention_layernorm/scale", (c.embed,))
     table["norm/scale"] = ("model.norm.weight", (c.embed,))
     if not c.tied_head:
         table["lm_head/kernel"] = ("lm_head.weight", (c.vocab, c.embed))

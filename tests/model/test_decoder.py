@@ -1,18 +1,22 @@
 """The decoder against PyTorch, and the identities that a reader would assume of it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig, RopeScaling
+from lowrank.model.architecture import ModelConfig, RopeScaling, parameter_count
 from lowrank.model.attention import attend, rotary_frequencies, visible
-from lowrank.model.decoder import Decoder
+from lowrank.model.decoder import Decoder, own_of_layers
 from lowrank.model.lora import TARGETS, LoraConfig
+from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition
+from lowrank.training.optimizer import OptimConfig, make_optimizer
 from lowrank.weights.base import load_params, read_base
 from lowrank.weights.merged import merge
 
@@ -33,34 +37,13 @@ def logits(model, variables, ids, positions=None, segment_ids=None, **options):
     ids = jnp.asarray(ids, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) if positions is None else jnp.asarray(positions)
     segment_ids = jnp.ones_like(ids) if segment_ids is None else jnp.asarray(segment_ids)
+    return np.asarray(_logits(model, variables, ids, positions, segment_ids, **options))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="deterministic")
+def _logits(model, variables, ids, positions, segment_ids, **options):
     hidden, head, _ = model.apply(variables, ids, positions, segment_ids, **options)
-    return np.asarray(hidden.astype(jnp.float32) @ head.astype(jnp.float32))
-
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kv_heads": 4},
-        {"kv_heads": 2},
-        {"kv_heads": 1, "tied": True},
-        {"kv_heads": 2, "head_dim": 16, "tied": True},
-        {"kv_heads": 2, "rope_parameters": {"rope_theta": 100.0, "original_max_position_embeddings": 16, **LLAMA3}},
-    ],
-    ids=["all-kv-heads", "gqa", "mqa-tied", "own-head-dim", "llama3-rope"],
-)
-def test_logits_equal_transformers(fields, tmp_path, torch_llama):
-    theirs = torch_llama.make(**fields)
-    base = read_base(torch_llama.saved(theirs, tmp_path / "base"))
-    model = Decoder(base.config)
-    shapes, _ = decoder.abstract(model)
-    params = load_params(base, shapes["params"])
-    ids = np.random.default_rng(0).integers(0, 40, (2, 33))
-    expected, found = torch_llama.logits(theirs, ids), logits(model, {"params": params}, ids)
-    # float32 on both sides, sums in another order: 1e-5 of the largest logit is a few units in the last place.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    return hidden.astype(jnp.float32) @ head.astype(jnp.float32)
 
 
 def test_adapted_logits_equal_peft(tmp_path, torch_llama):
@@ -153,9 +136,9 @@ def test_no_segment_sees_another(length):
     q, k, v = (jnp.asarray(rng.normal(size=(1, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     segments = jnp.asarray([[1] * 5 + [2] * (length - 7) + [0] * 2])
     mask = visible(jnp.arange(length), segments, segments)
-    before = attend(q, k, v, mask)
+    before = jax.jit(attend)(q, k, v, mask)
     k, v = k.at[:, 2].add(3.0), v.at[:, 2].add(3.0)
-    after = attend(q, k, v, mask)
+    after = jax.jit(attend)(q, k, v, mask)
     assert (np.asarray(after) != np.asarray(before)).any(axis=(0, 2, 3)).tolist() == [False] * 2 + [True] * 3 + [
         False
     ] * (length - 5)
@@ -168,7 +151,9 @@ def test_attention_equals_jax_nn(length):
     segments = jnp.asarray(rng.integers(1, 3, (2, length)).cumsum(axis=1) // 20)
     mask = visible(jnp.arange(length), segments, segments)
     expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    np.testing.assert_allclose(attend(q, k, v, mask), expected, rtol=0, atol=2e-6)  # float32, values of about 1
+    np.testing.assert_allclose(
+        jax.jit(attend)(q, k, v, mask), expected, rtol=0, atol=2e-6
+    )  # float32, values of about 1
 
 
 def test_scanned_equals_unrolled(adapted):
@@ -185,7 +170,7 @@ def test_scanned_equals_unrolled(adapted):
         one = jax.tree.map(
             lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")}
         )
-        x, _ = block.apply(one, x, None, 0, angles, mask)
+        x, _ = block.apply(one, x, None, 0, angles, mask, {})
     x = decoder.RMSNorm(TINY.norm_eps, model.param_dtype).apply({"params": params["norm"]}, x)
     expected = np.asarray(x @ params["lm_head"]["kernel"])
     np.testing.assert_allclose(logits(model, variables, ids), expected, rtol=0, atol=2e-5)
@@ -232,6 +217,167 @@ def test_adapters_stand_on_the_targets_and_nowhere_else():
         "lora_a": ("layers", "embed", "rank"),
         "lora_b": ("layers", "rank", "kv_heads"),
     }
+
+
+QWEN3 = dataclasses.replace(
+    TINY, family="qwen3", qk_norm=True, biased=("q_proj", "k_proj", "v_proj", "o_proj"), windows=(4, 0, 5)
+)
+
+
+def test_leaves_of_biases_and_of_head_norms():
+    shapes, axes = decoder.abstract(Decoder(dataclasses.replace(QWEN3, biased=("q_proj", "o_proj", "up_proj"))))
+    leaves = {name: leaf.shape for name, leaf in partition.named_leaves(shapes["params"]["layers"]).items()}
+    assert {name: shape for name, shape in leaves.items() if "kernel" not in name and "layernorm" not in name} == {
+        "self_attn/q_proj/bias": (3, 32),
+        "self_attn/o_proj/bias": (3, 24),
+        "mlp/up_proj/bias": (3, 20),
+        "self_attn/q_norm/scale": (3, 8),
+        "self_attn/k_norm/scale": (3, 8),
+    }
+    axes = axes["params"]["layers"]
+    assert axes["self_attn"]["q_proj"]["bias"] == ("layers", "heads")
+    assert axes["self_attn"]["o_proj"]["bias"] == ("layers", "embed")
+    assert axes["mlp"]["up_proj"]["bias"] == ("layers", "mlp")
+    assert axes["self_attn"]["q_norm"]["scale"] == axes["self_attn"]["k_norm"]["scale"] == ("layers", "head_dim")
+
+
+def test_parameter_count_counts_every_leaf():
+    for config in (TINY, QWEN3, dataclasses.replace(QWEN3, biased=("up_proj", "down_proj"), tied_head=True)):
+        shapes, _ = decoder.abstract(Decoder(config))
+        assert parameter_count(config) == partition.count(shapes["params"])
+
+
+def test_eight_devices_compute_what_one_does():
+    model = Decoder(QWEN3, dataclasses.replace(UNEVEN, dropout=0.0))
+    variables = randomized(decoder.init(model, jax.random.key(0)))
+    ids = np.arange(40).reshape(4, 10)
+    run = jax.jit(lambda variables: model.apply(variables, ids, ids % 10, np.ones_like(ids))[0])
+    expected = run(variables)
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2))
+    shapes, axes = decoder.abstract(model)
+    with jax.set_mesh(mesh):
+        found = run(jax.device_put(variables, mesh_lib.shardings(mesh, axes, shapes)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # sums in another order
+
+
+# Ranks differ from layer to layer of q_proj, one of them is no adapter at all, and only alphas differ in up_proj.
+UNEVEN = LoraConfig(
+    rank=2,
+    alpha=3.0,
+    dropout=0.2,
+    targets=("q_proj", "v_proj", "up_proj"),
+    ranks=(("q_proj", (3, 0, 1)),),
+    alphas=(("q_proj", (4.0, 3.0, 0.5)), ("up_proj", (1.0, 2.0, 8.0))),
+)
+
+
+def test_layers_that_are_alike_leave_no_trace():
+    assert own_of_layers(TINY, LoraConfig()) == own_of_layers(TINY, None) == {}
+    assert set(own_of_layers(QWEN3, UNEVEN)) == {"window", "q_proj", "v_proj", "up_proj"}
+
+
+def test_an_uneven_adapter_is_zero_beyond_each_layers_rank():
+    lora = decoder.init(Decoder(TINY, UNEVEN), jax.random.key(0))["lora"]["layers"]
+    lora_a, lora_b = lora["self_attn"]["q_proj"]["lora_a"], lora["self_attn"]["q_proj"]["lora_b"]
+    assert (lora_a.shape, lora_b.shape) == ((3, 24, 3), (3, 3, 32))
+    assert np.asarray(lora_a != 0).all(axis=1).tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert np.asarray(lora_a != 0).any(axis=1).tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert not lora_b.any()
+    assert lora["mlp"]["up_proj"]["lora_a"].shape == (3, 24, 2) and lora["mlp"]["up_proj"]["lora_a"].all()
+
+
+def own_ranks_only(lora):
+    """The factors of UNEVEN with the padding of q_proj set to zero."""
+    kept = jnp.arange(3) < jnp.asarray([3, 0, 1])[:, None]
+    q = lora["layers"]["self_attn"]["q_proj"]
+    q = {"lora_a": q["lora_a"] * kept[:, None, :], "lora_b": q["lora_b"] * kept[:, :, None]}
+    return {"layers": lora["layers"] | {"self_attn": lora["layers"]["self_attn"] | {"q_proj": q}}}
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    model = Decoder(TINY, UNEVEN)
+    variables = randomized(decoder.init(model, jax.random.key(0)))
+    return model, variables | {"lora": own_ranks_only(variables["lora"])}
+
+
+def test_every_layer_of_an_uneven_adapter_has_its_own_scale(uneven):
+    model, variables = uneven
+    ids = np.arange(20).reshape(2, 10)
+    layers = jax.tree.map(lambda leaf: leaf, variables["params"]["layers"])  # to be changed
+    for block, target, scales in (
+        ("self_attn", "q_proj", (4 / 3, 0.0, 0.5 / 1)),  # alpha / rank
+        ("self_attn", "v_proj", (3 / 2, 3 / 2, 3 / 2)),
+        ("mlp", "up_proj", (1 / 2, 2 / 2, 8 / 2)),
+    ):
+        factors = variables["lora"]["layers"][block][target]
+        delta = jnp.einsum("L,LIR,LRO->LIO", jnp.asarray(scales), factors["lora_a"], factors["lora_b"])
+        layers[block][target]["kernel"] += delta
+    merged = {"params": variables["params"] | {"layers": layers}}
+    expected, found = logits(Decoder(TINY), merged, ids), logits(model, variables, ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # rounded in another order
+
+
+def test_an_adapter_that_says_its_even_ranks_layer_by_layer_is_the_even_one(adapted):
+    model, variables = adapted
+    lora = dataclasses.replace(model.lora, ranks=(("q_proj", (2, 2, 2)),), alphas=(("o_proj", (4.0, 4.0, 4.0)),))
+    assert lora.uneven
+    spelled = Decoder(TINY, lora)
+    ids = np.arange(20).reshape(2, 10)
+    np.testing.assert_allclose(
+        logits(spelled, variables, ids), logits(model, variables, ids), rtol=0, atol=1e-5
+    )  # the scale is a constant in the one program and an argument in the other: float32, logits of about 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        decoder.init(spelled, jax.random.key(0)),
+        decoder.init(model, jax.random.key(0)),
+    )
+
+
+def test_the_padding_of_an_uneven_adapter_has_no_gradient_and_stays_zero(uneven):
+    model, variables = uneven
+    mask = partition.trainable_mask(variables, "lora")
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.1), optax.constant_schedule(0.01), mask)
+    trainable, frozen = partition.split(variables, mask)
+    state, ids = optimizer.init(trainable), jnp.arange(20).reshape(2, 10)
+
+    @jax.jit
+    def gradient(trainable, key):
+        def loss(trainable):
+            both = partition.merge(trainable, frozen)
+            rngs = {"dropout": key}
+            hidden, head, _ = model.apply(both, ids, ids % 10, jnp.ones_like(ids), deterministic=False, rngs=rngs)
+            return jnp.mean(jnp.square(hidden @ head))
+
+        return jax.grad(loss)(trainable)
+
+    start = trainable
+    for step in range(3):
+        gradients = gradient(trainable, jax.random.key(step))
+        jax.tree.map(np.testing.assert_array_equal, gradients["lora"], own_ranks_only(gradients["lora"]))
+        updates, state = optimizer.update(gradients, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    jax.tree.map(np.testing.assert_array_equal, trainable["lora"], own_ranks_only(trainable["lora"]))
+    for name, leaf in partition.named_leaves(trainable).items():  # and all the rest has moved
+        before = partition.named_leaves(start)[name]
+        assert ((leaf != before) == (before != 0)).all(), name
+
+
+def test_remat_changes_nothing_with_windows_and_uneven_ranks(uneven):
+    _, variables = uneven
+    ids = jnp.arange(20).reshape(2, 10)
+    params = decoder.init(Decoder(QWEN3), jax.random.key(0))["params"]
+
+    def loss(lora, remat):
+        model = Decoder(QWEN3, UNEVEN, remat=remat)
+        rngs = {"dropout": jax.random.key(1)}
+        both = {"params": params, "lora": lora}
+        hidden, head, _ = model.apply(both, ids, ids % 10, jnp.ones_like(ids), deterministic=False, rngs=rngs)
+        return jnp.mean(jnp.square(hidden @ head))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected, found = (gradient(variables["lora"], remat) for remat in ("none", "full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)  # float32
 
 
 LLAMA2_7B = ModelConfig(vocab=32000, embed=4096, mlp=11008, layers=32, heads=32, kv_heads=32, head_dim=128)

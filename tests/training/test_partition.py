@@ -71,13 +71,15 @@ def test_frozen_leaves_have_no_state_and_do_not_move():
     assert all(leaf.all() for leaf in jax.tree.leaves(updates["lora"]))
 
 
-def test_norms_are_not_decayed():
+def test_norms_and_biases_are_not_decayed():
     tree = arrays({"params": variables()["params"]})
+    tree["params"]["b"]["bias"] = jnp.full((3,), 6.0)
     optimizer = make_optimizer(
         OptimConfig(weight_decay=0.5), optax.constant_schedule(0.1), partition.trainable_mask(tree, "full")
     )
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, tree), optimizer.init(tree), tree)
     assert not updates["params"]["a"]["scale"].any()
+    assert not updates["params"]["b"]["bias"].any()
     np.testing.assert_allclose(updates["params"]["a"]["kernel"], -0.1 * 0.5 * 1.0)
     np.testing.assert_allclose(updates["params"]["b"]["kernel"], -0.1 * 0.5 * 3.0)
 
