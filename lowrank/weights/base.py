@@ -19,7 +19,7 @@ import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig, read_config
-from lowrank.weights import huggingface
+from lowrank.weights import huggingface, meta
 from lowrank.weights.layout import check, layout, transpose
 from lowrank.weights.tensor_file import Tensor
 
@@ -39,10 +39,11 @@ def read_base(folder: str | os.PathLike) -> Base:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a base model")
-    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: is in Meta's own format, which is not supported; give the Hugging Face version")
-    config = read_config(folder)
-    tensors = check(huggingface.open_folder(folder), config, where=str(folder))
+    if (folder / meta.PARAMS).is_file() and not (folder / "config.json").is_file():
+        config, tensors = meta.open_folder(folder)
+    else:
+        config, tensors = read_config(folder), huggingface.open_folder(folder)
+    tensors = check(tensors, config, where=str(folder))
     return Base(folder, config, stored_params(tensors, config), fingerprint(tensors))
 
 

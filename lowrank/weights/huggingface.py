@@ -13,14 +13,16 @@ from safetensors import SafetensorError, safe_open
 from lowrank.errors import UserError
 from lowrank.weights.layout import grouped, ignored
 from lowrank.weights.tensor_file import Tensor, TensorFile
+from lowrank.weights.torch_file import open_torch_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".safetensors")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """Every tensor in the folder's safetensors files by name; reads the files' headers only."""
+    """Every tensor in the folder's files by name; reads their headers only. Of both kinds, safetensors are taken."""
     files, promised = _files(folder)
     found, places, problems = {}, {}, []
     for file in files:
@@ -43,15 +45,17 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """The folder's files of weights, and what the index promises: tensor's name -> file's name."""
-    single, index = folder / SINGLE, folder / INDEX
+    kinds = [(folder / single, folder / index) for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN))]
+    single, index = next((kind for kind in kinds if any(file.is_file() for file in kind)), kinds[0])
     if single.is_file() and index.is_file():
-        raise UserError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is not the model")
+        raise UserError(f"{folder}: has both {single.name} and {index.name}; remove the one that is not the model")
     if single.is_file():
         return [single], {}
     if not index.is_file():
         others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS)
         found = f" (found {', '.join(others)}, which is not supported)" if others else ""
-        raise UserError(f"{folder}: has neither {SINGLE} nor {INDEX}{found}; give a folder of safetensors")
+        names = f"{SINGLE}, {SINGLE_BIN} or an index of several files"
+        raise UserError(f"{folder}: has no weights: no {names}{found}; give the folder of a base")
     try:
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(promised.values()))
@@ -62,12 +66,25 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
         raise UserError(f"{index}: names a file outside its folder; fetch it again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder}: {', '.join(missing)} missing, {INDEX} names them; fetch them")
+        raise UserError(f"{folder}: {', '.join(missing)} missing, {index.name} names them; fetch them")
     return [folder / name for name in names], promised
 
 
 def open_file(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
-    """Every tensor of one safetensors file by name; what is wrong with the file joins `problems`."""
+    """Every tensor of one file by name, safetensors or torch's; what is wrong with the file joins `problems`."""
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, problems)
+    tensors = open_torch_file(path, problems)
+    odd = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values()}
+    problems += [
+        f"{name} is held in {dtype}, supported are {', '.join(DTYPES)}"
+        for name, dtype in odd.items()
+        if not ignored(name)
+    ]
+    return {name: tensor for name, tensor in tensors.items() if name not in odd}
+
+
+def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="numpy"):  # checks that its header is sound and fits its length
             file = TensorFile(path)

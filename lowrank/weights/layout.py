@@ -64,7 +64,7 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dic
     problems = []
     embedding, head = rest.get("model.embed_tokens.weight"), rest.get("lm_head.weight")
     if config.tied_head and embedding and head:
-        if _same(embedding, head):
+        if same(embedding, head):
             del rest["lm_head.weight"]  # a copy of the embedding, which some exporters write
         else:
             problems.append("tie_word_embeddings is true, but lm_head.weight is not the embedding")
@@ -88,7 +88,7 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dic
     return rest
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
     """Compared in bands of rows: an embedding of 128k rows would be gigabytes at once."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

@@ -60,12 +60,12 @@ class TensorFile:
             starts = sum(span.start * stride for span, stride in zip(index, strides, strict=True))
             ends = sum((span.stop - 1) * stride for span, stride in zip(index, strides, strict=True))
             del whole  # a view of the map
-            self._release(offset + starts, offset + ends + dtype.itemsize)
+            self.release(offset + starts, offset + ends + dtype.itemsize)
             return part
 
         return Tensor(tuple(shape), dtype, read)
 
-    def _release(self, start: int, end: int) -> None:
+    def release(self, start: int, end: int) -> None:
         """Give the pages that lie wholly between two bytes back; whoever reads them again finds them in the disk's cache."""
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
