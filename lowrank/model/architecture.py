@@ -109,6 +109,7 @@ FIXED = {
     "use_sliding_window": False,
     "use_mrope": False,  # Qwen2.5 writes it
     "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
@@ -122,6 +123,8 @@ HARMLESS = frozenset(
     pad_token_id sep_token_id decoder_start_token_id is_decoder use_bfloat16 tf_legacy_loss torchscript return_dict
     output_attentions output_hidden_states id2label label2id do_sample temperature top_k top_p num_beams max_length
     min_length repetition_penalty length_penalty no_repeat_ngram_size attn_implementation _attn_implementation
+    diversity_penalty early_stopping encoder_no_repeat_ngram_size num_beam_groups num_return_sequences output_scores
+    remove_invalid_values return_dict_in_generate typical_p
     _attn_implementation_autoset _flash_attn_2_enabled _commit_hash unsloth_fixed unsloth_version
     """.split()
 )
