@@ -144,9 +144,9 @@ def base_of_another_family(given):
     return given.base_with(model_type="gpt2")
 
 
-@case("attention_bias")
+@case("partial_rotary_factor")
 def base_with_an_unsupported_field(given):
-    return given.base_with(attention_bias=True)
+    return given.base_with(partial_rotary_factor=0.5)
 
 
 @case("missing, model.safetensors.index.json names them")

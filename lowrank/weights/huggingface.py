@@ -35,7 +35,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
         elif promised and promised.get(name) != files_with_it[0]:
             problems.append(f"{name} is in {files_with_it[0]}, the index says {promised.get(name)}")
     opened = {file for files_with_it in places.values() for file in files_with_it}
-    lost = sorted(name for name, file in promised.items() if name not in found and file in opened)
+    lost = sorted(name for name, file in promised.items() if name not in found and file in opened and not ignored(name))
     if lost:
         problems.append(f"the index names what no file holds: {grouped(lost)}")
     if problems:

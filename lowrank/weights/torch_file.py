@@ -37,6 +37,12 @@ STORAGES = {  # torch's classes -> dtypes; a tensor of another than a model's dt
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+GLOBALS = (
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    *(("torch", name) for name in STORAGES),
+)
 # What a pickle of a dict of tensors is made of. The others could make objects, or memory, out of nothing.
 OPCODES = frozenset(
     """
@@ -183,12 +189,18 @@ def _described(archive: _Archive) -> dict[str, Stored]:
 
 def _unpickle(content: bytes):
     """The pickle's object. What it may call are closures made here, so that whatever it does to them ends with it."""
+    foreign: set[str] = set()
+    odd: list[str] = []
     for opcode, argument, at in pickletools.genops(content):
-        if opcode.name not in OPCODES:
-            raise Refused(f"holds a pickle with {opcode.name} at byte {at}, which no dict of tensors needs")
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(content):
-            raise Refused(f"holds a pickle that asks for {argument} notes in {len(content)} bytes")  # i.e. for memory
-    foreign: list[str] = []
+        if opcode.name == "GLOBAL" and tuple(argument.split(" ")) not in GLOBALS:
+            foreign.add(argument.replace(" ", "."))
+        elif opcode.name not in OPCODES:
+            odd.append(f"{opcode.name} at byte {at}")
+        elif opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(content):
+            odd.append(f"{argument} notes in {len(content)} bytes")  # a demand for memory
+    _refuse_foreign(foreign)
+    if odd:
+        raise Refused(f"holds a pickle with {odd[0]}, which no dict of tensors needs; do not trust the file")
 
     class OrderedDict(dict):
         def __setstate__(self, state):
@@ -210,17 +222,14 @@ def _unpickle(content: bytes):
             raise Refused(f"describes a tensor of shape {shape} with strides {strides} at {offset}, it is corrupt")
         return Stored(str(key), dtype, elements, offset, tuple(shape), tuple(strides))
 
-    known = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad, hooks: tensor,
-    }
-    known |= {("torch", name): name for name in STORAGES}  # mere words: nothing can be called or changed through them
+    ours = (OrderedDict, rebuild_tensor, lambda tensor, requires_grad, hooks: tensor)
+    # Of the storages the names are handed out: nothing can be called or changed through a word.
+    known = dict(zip(GLOBALS, (*ours, *STORAGES), strict=True))
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if (module, name) not in known:
-                foreign.append(f"{module}.{name}")
+                foreign.add(f"{module}.{name}")
             return known.get((module, name), Foreign)
 
         def persistent_load(self, saved):
@@ -234,7 +243,11 @@ def _unpickle(content: bytes):
     except Exception:
         if not foreign:  # else what is foreign is why
             raise
-    if foreign:
-        names = ", ".join(sorted(set(foreign)))
-        raise Refused(f"asks for {names}, which no dict of tensors needs and which was not run; do not trust the file")
+    _refuse_foreign(foreign)
     return found
+
+
+def _refuse_foreign(names: set[str]) -> None:
+    if names:
+        listed = ", ".join(sorted(names))
+        raise Refused(f"asks for {listed}, which no dict of tensors needs and which was not run; do not trust the file")
