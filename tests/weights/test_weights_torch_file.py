@@ -135,8 +135,8 @@ def test_a_module_saved_whole_is_refused_by_its_class(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "asks for 2147483647 notes"),
-        (b"\x80\x02c__main__\nx\n)\x81.", "a pickle with NEWOBJ"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "a pickle with 2147483647 notes"),
+        (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "a pickle with NEWOBJ"),
         (b"\x80\x02\x82\x01.", "a pickle with EXT1"),
         (b"\x80\x02(K\x01K\x02i__main__\nx\n.", "a pickle with INST"),
         (b"\x80\x02K\x05.", "holds a int, not a dict"),
