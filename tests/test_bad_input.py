@@ -161,7 +161,7 @@ def base_that_is_truncated(given):
     return given.train(f"base={given.folder / 'base'}")
 
 
-@case("has neither model.safetensors nor")
+@case("has no weights: no model.safetensors, pytorch_model.bin or")
 def base_without_weights(given):
     (given.copy() / "model.safetensors").unlink()
     return given.train(f"base={given.folder / 'base'}")

@@ -182,9 +182,3 @@ def test_a_base_in_another_dtype_is_another_base(tmp_path):
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder; give the folder of a base model"):
         read_base(tmp_path / "nowhere")
-
-
-def test_metas_format_is_refused_by_name(tmp_path):
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(UserError, match="is in Meta's own format, which is not supported"):
-        read_base(tmp_path)

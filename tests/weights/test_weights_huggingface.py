@@ -178,16 +178,18 @@ def test_one_file_and_an_index_are_one_too_many(sharded):
 
 def test_other_formats_are_refused_by_name(whole):
     (whole / "model.safetensors").rename(whole / "consolidated.00.pth")
-    (whole / "pytorch_model.bin").touch()
+    (whole / "model.gguf").touch()
     assert refusal(whole) == (
-        "has neither model.safetensors nor model.safetensors.index.json (found consolidated.00.pth, pytorch_model.bin, "
-        "which is not supported); give a folder of safetensors"
+        "has no weights: no model.safetensors, pytorch_model.bin or an index of several files (found consolidated.00.pth, "
+        "model.gguf, which is not supported); give the folder of a base"
     )
 
 
 def test_a_folder_of_nothing(whole):
     (whole / "model.safetensors").unlink()
-    assert refusal(whole).startswith("has neither model.safetensors nor model.safetensors.index.json; give")
+    assert refusal(whole).startswith(
+        "has no weights: no model.safetensors, pytorch_model.bin or an index of several files; give"
+    )
 
 
 def test_other_dtypes_are_refused_by_name(tmp_path):
