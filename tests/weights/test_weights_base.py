@@ -11,7 +11,8 @@ from torch_llama import torch
 
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
-from lowrank.weights.base import load_params, read_base, samples_of
+from lowrank.weights.base import load_params, read_base
+from lowrank.weights.fingerprint import samples_of
 from lowrank.weights.tensor_file import Tensor
 
 
