@@ -147,7 +147,6 @@ def write(
     dtypes: Mapping[str, np.dtype],
     pieces: Iterable[np.ndarray],
     identity: str,
-    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write the files of tensors and lowrank.json into an empty folder, never holding more than a piece.
 
@@ -157,7 +156,7 @@ def write(
     files: list[list[str]] = [[]]
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes(config).items()}
     for name, size in sizes.items():
-        if files[-1] and sum(sizes[other] for other in files[-1]) + size > file_bytes:
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > FILE_BYTES:
             files.append([])
         files[-1].append(name)
     table, opened, pieces = {}, {}, iter(pieces)
