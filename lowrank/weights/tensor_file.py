@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-AROUND = 2**16
+AROUND = 2**21  # Linux maps what the disk was read in, 2 MB at most, where one byte of it is asked for
 Index = tuple[slice, ...]  # within bounds, without steps, one for every axis
 
 
@@ -69,9 +69,10 @@ class TensorFile:
     def _release(self, start: int, end: int) -> None:
         """Give the pages between two bytes back; whoever reads them again finds them in the disk's cache.
 
-        Those around them too, which Linux maps along with a page that is asked for.
+        Those around them too, which were mapped along with them.
         """
-        start, end = start // AROUND * AROUND, min(-(-end // AROUND) * AROUND, self.size)
+        start = max(0, start - AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(end + AROUND, self.size)
         if end > start:
             self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
