@@ -1,29 +1,37 @@
 """A base: a folder of somebody's weights, opened, checked and fingerprinted, and its way into the parameter tree.
 
-Nothing is read before it is needed, and each device's part of a leaf is read from the files alone: the most that is
-ever held beside the parameters is this host's part of one leaf. A format joins by giving a table of tensors under
-Hugging Face's names.
+Nothing is read before it is needed, and then in pieces of some megabytes that go straight to their place on the devices:
+beside the finished parameters there are never more than a few pieces in memory, and each host reads its own shards
+alone. A format joins by giving a table of tensors under Hugging Face's names.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
-import hashlib
+import functools
+import itertools
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig, read_config
-from lowrank.weights import huggingface, meta
+from lowrank.weights import huggingface, meta, native
+from lowrank.weights.fingerprint import fingerprint
 from lowrank.weights.layout import check, layout, transpose
-from lowrank.weights.tensor_file import Tensor
+from lowrank.weights.tensor_file import Tensor, cut, rows_within
 
-SAMPLES, SAMPLE_WIDTH, SMALL_BYTES = 16, 2048, 65_536
+PIECE_BYTES = 2**24  # what goes to a device at once: many times what a transfer costs to start, little to hold
+BAND_BYTES = 2**20  # what is converted and transposed at once: it stays in the processor's cache
+AHEAD = 2  # pieces that are read while another is put into its place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,36 +50,13 @@ def read_base(folder: str | os.PathLike) -> Base:
     if (folder / meta.PARAMS).is_file() and not (folder / "config.json").is_file():
         config, tensors = meta.open_folder(folder)
     else:
-        config, tensors = read_config(folder), huggingface.open_folder(folder)
+        config = read_config(folder)
+        if (folder / native.MANIFEST).is_file():
+            tensors, identity = native.open_folder(folder, config)
+            return Base(folder, config, _tree(tensors, native.names(config), config.layers, transposed=False), identity)
+        tensors = huggingface.open_folder(folder)
     tensors = check(tensors, config, where=str(folder))
     return Base(folder, config, stored_params(tensors, config), fingerprint(tensors))
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and 16 samples along each tensor's diagonal (small tensors whole).
-
-    Fine-tuning moves nearly every weight of a tensor that it trains, so a sample of each tensor tells two models apart,
-    and 13 GB of weights cost 20 MB of reading.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.shape} {tensor.dtype}\n".encode())
-        for index in samples_of(tensor):
-            digest.update(tensor.read(index).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def samples_of(tensor: Tensor) -> list[tuple[slice, ...]]:
-    """The parts of a tensor that are hashed: each is up to 2048 elements of one row."""
-    if math.prod(tensor.shape) * tensor.dtype.itemsize <= SMALL_BYTES:
-        return [tuple(slice(0, size) for size in tensor.shape)]
-    widths = [1, *(min(size, SAMPLE_WIDTH) for size in tensor.shape[1:])]
-    steps = [(size - width) / (SAMPLES - 1) for size, width in zip(tensor.shape, widths, strict=True)]
-    return [
-        tuple(slice(int(step * i), int(step * i) + width) for step, width in zip(steps, widths, strict=True))
-        for i in range(SAMPLES)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +85,13 @@ class StoredLeaf:
         return self.read((slice(None),) * len(self.shape), dtype or self.dtype)
 
     def read(self, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """The part at `index` (a slice for every axis), in `dtype`; only that part of the files is touched."""
-        spans = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)]
-        out = np.empty([span.stop - span.start for span in spans], dtype)
+        """The part at `index` (a slice for every axis), in `dtype`, rounded to nearest even; the rest is not touched."""
+        spans = _spans(index, self.shape)
+        return self.read_into(np.empty([span.stop - span.start for span in spans], dtype), spans)
+
+    def read_into(self, out: np.ndarray, index: Iterable[slice]) -> np.ndarray:
+        """The same, in memory that is there already."""
+        spans = _spans(index, self.shape)
         if self.stacked:
             for place, tensor in zip(out, self.tensors[spans[0]], strict=True):
                 self._fill(place, tensor, spans[1:])
@@ -111,36 +100,142 @@ class StoredLeaf:
         return out
 
     def _fill(self, out: np.ndarray, tensor: Tensor, spans: list[slice]) -> None:
-        if not self.transposed:
-            out[...] = tensor.read(tuple(spans))
-        else:
-            transpose(tensor.read(tuple(reversed(spans))), out)
+        """Write a part of one tensor into `out`, a band of the tensor's rows after the other."""
+        rows, *columns = reversed(spans) if self.transposed else spans
+        width = math.prod(span.stop - span.start for span in columns)
+        for band in cut(rows, rows_within(BAND_BYTES, width * tensor.dtype.itemsize)):
+            part = tensor.read((band, *columns))
+            place = slice(band.start - rows.start, band.stop - rows.start)
+            if self.transposed:
+                transpose(part, out[:, place])
+            else:
+                out[place] = part
 
 
 def stored_params(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict:
     """The `params` tree with a `StoredLeaf` at every leaf, from tensors by Hugging Face's names."""
+    names = {path: name for path, (name, _) in layout(config).items()}
+    return _tree(tensors, names, config.layers, transposed=True)
+
+
+def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], layers: int, transposed: bool) -> dict:
+    """The same from any names: path -> name, with `{}` for the layer; `transposed`: kernels lie there as [out, in]."""
     tree: dict = {}
-    for path, (name, _) in layout(config).items():
+    for path, name in names.items():
         stacked = "{}" in name
-        of_layers = tuple(tensors[name.format(i)] for i in range(config.layers if stacked else 1))
+        of_layers = tuple(tensors[name.format(i)] for i in range(layers if stacked else 1))
         *parents, last = path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = StoredLeaf(of_layers, stacked, transposed=last == "kernel")
+        node[last] = StoredLeaf(of_layers, stacked, transposed and last == "kernel")
     return tree
+
+
+# ------------------------------------------------------------------------------------------------- onto the devices
 
 
 def load_params(base: Base, abstract: dict) -> dict:
     """The `params` tree in the dtypes and shardings (if any) that `abstract`, a tree of jax.ShapeDtypeStructs, says."""
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+        return jax.tree.map(lambda leaf, wanted: _load(leaf, wanted, pool), base.params, abstract)
 
-    def load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        if leaf.shape != wanted.shape:
-            raise ValueError(f"a leaf of shape {wanted.shape} is wanted, the config makes it {leaf.shape}")
-        if wanted.sharding is None:
-            return jax.device_put(np.asarray(leaf, wanted.dtype))
-        return jax.make_array_from_callback(
-            wanted.shape, wanted.sharding, lambda index: leaf.read(index, wanted.dtype), dtype=wanted.dtype
-        )
 
-    return jax.tree.map(load, base.params, abstract)
+def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futures.Executor) -> jax.Array:
+    """One leaf, made of zeros and filled in place: all devices get a piece of their shards at a time."""
+    if leaf.shape != wanted.shape:
+        raise ValueError(f"a leaf of shape {wanted.shape} is wanted, the config makes it {leaf.shape}")
+    shape, sharding = wanted.shape, wanted.sharding
+    shard, devices = shape, {(0,) * len(shape): [None]}  # where a shard begins -> the devices of this host that hold it
+    if sharding is not None:
+        shard, devices = sharding.shard_shape(shape), collections.defaultdict(list)
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            devices[tuple(span.start for span in _spans(index, shape))].append(device)
+
+    def read(piece: tuple[slice, ...], memory: np.ndarray) -> list[np.ndarray]:
+        """The same piece of each shard, in a row of `memory`; a shard that several devices hold is read once."""
+        sizes = [span.stop - span.start for span in piece]
+        parts = [row[: math.prod(sizes)].reshape(sizes) for row in memory]
+        for part, start in zip(parts, devices, strict=True):
+            leaf.read_into(part, [slice(at + s.start, at + s.stop) for at, s in zip(start, piece, strict=True)])
+        return parts
+
+    def put(parts: list[np.ndarray]) -> jax.Array:
+        places = zip(parts, devices.values(), strict=True)
+        arrays = [jax.device_put(part, device) for part, holders in places for device in holders]
+        if sharding is None:
+            return arrays[0]
+        whole = [n * size // own for n, size, own in zip(parts[0].shape, shape, shard, strict=True)]
+        return jax.make_array_from_single_device_arrays(tuple(whole), sharding, arrays)
+
+    together = 1 if sharding is None else len(sharding.device_set) // jax.process_count()  # the same on every host
+    pieces = list(_pieces(leaf, shard, PIECE_BYTES // max(leaf.dtype.itemsize, wanted.dtype.itemsize) // together))
+    largest = math.prod(span.stop for span in pieces[0])
+    if len(pieces) == 1:
+        return put(read(pieces[0], np.empty((len(devices), largest), wanted.dtype)))
+    # The same memory again and again, because malloc keeps much of what was freed: a piece is read into that of the
+    # piece before the one that is being placed.
+    memory = _aligned((AHEAD + 1, len(devices), largest), wanted.dtype)
+    array = jax.jit(functools.partial(jnp.zeros, shape, wanted.dtype), out_shardings=sharding)()
+    for piece, parts in zip(pieces, ahead(pool, read, zip(pieces, itertools.cycle(memory))), strict=True):
+        starts = np.array([span.start for span in piece], np.int32)
+        array = _place(array, put(parts), starts, sharding).block_until_ready()
+    return array
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that begins at a cache line: JAX on a CPU takes such an array as it lies, and would copy another."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _place(array: jax.Array, piece: jax.Array, starts: jax.Array, sharding: Any) -> jax.Array:
+    """Write the piece of each device into its shard, at `starts`; in place, because the array is donated."""
+
+    def place(array, piece, starts):
+        # As plain bits: XLA for CPUs updates an array of bfloat16 by converting all of it to float32 and back.
+        bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        array, piece = (jax.lax.bitcast_convert_type(x, bits) for x in (array, piece))
+        return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(array, piece, starts), dtype)
+
+    dtype = array.dtype
+    if isinstance(sharding, NamedSharding):
+        # Said device by device: left to itself, the compiler could as well gather the array to update it.
+        spec = sharding.spec
+        rules = {"mesh": sharding.mesh, "in_specs": (spec, spec, P()), "out_specs": spec, "check_vma": False}
+        place = jax.shard_map(place, **rules)
+    return place(array, piece, starts)
+
+
+def _pieces(leaf: StoredLeaf, shard: tuple[int, ...], largest: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a shard into pieces of at most so many elements: some layers, else some rows of one layer's tensor.
+
+    Rows are the tensor's own, so a transposed leaf is cut along its last axis: every byte of a file is read once.
+    """
+    inner = shard[1:] if leaf.stacked else shard
+    size = math.prod(inner)
+    axis = len(inner) - 1 if leaf.transposed else 0
+    rows = inner[axis] if size <= largest else rows_within(largest, size // inner[axis])
+    layers = cut(slice(0, shard[0]), max(1, largest // size)) if leaf.stacked else [None]
+    for layer, band in itertools.product(layers, cut(slice(0, inner[axis]), rows)):
+        spans = [slice(0, n) for n in inner]
+        spans[axis] = band
+        yield tuple(spans) if layer is None else (layer, *spans)
+
+
+def ahead(pool: concurrent.futures.Executor, function: Callable, items: Iterable) -> Iterator:
+    """`itertools.starmap(function, items)`, computed in the pool a few items ahead of whoever takes the results."""
+    items = iter(items)
+    waiting = collections.deque(pool.submit(function, *item) for item in itertools.islice(items, AHEAD))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(pool.submit(function, *item) for item in itertools.islice(items, 1))
+        yield result
+
+
+def _spans(index: Iterable[slice], shape: tuple[int, ...]) -> list[slice]:
+    """The same slices with their ends said."""
+    return [slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)]

@@ -42,10 +42,15 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 def transpose(source: np.ndarray, out: np.ndarray) -> None:
     """Write `source` [m, n] into `out` [n, m], in the dtype of `out`.
 
-    In bands of 16 rows, which stay in the processor's cache: 0.9 GB/s on one core, 0.2 with `out[...] = source.T`.
+    In bands of 64 rows, which stay in the processor's cache, moved apart by a cache line more than they were: of rows
+    that lie a power of two apart it holds only a few. 2.4 GB/s on one core in bfloat16; 0.2 with `out[...] = source.T`.
     """
-    for start in range(0, len(source), 16):
-        out[:, start : start + 16] = source[start : start + 16].T
+    columns = source.shape[1]
+    apart = np.empty((64, columns + 64 // out.dtype.itemsize), out.dtype)
+    for start in range(0, len(source), 64):
+        band = apart[: len(source) - start, :columns]
+        band[...] = source[start : start + 64]
+        out[:, start : start + 64] = band.T
 
 
 def ignored(name: str) -> bool:

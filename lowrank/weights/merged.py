@@ -11,7 +11,6 @@ import math
 import operator
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,21 +24,9 @@ from lowrank.model.architecture import ModelConfig, hf_config
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
 from lowrank.weights.layout import layout, transpose
-from lowrank.weights.new_folder import new_folder
+from lowrank.weights.new_folder import carry, new_folder
 
 SHARD_BYTES = 5 * 10**9
-# What makes a folder of weights a model that answers: taken over from the base, as far as it has them.
-CARRIED = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def merge(params: dict, lora: dict, scale: float, dtype: Any = None) -> dict:
@@ -100,9 +87,8 @@ def write_huggingface(
     config = dataclasses.replace(config, stored_dtype=dtype)
     with new_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
-        for name in CARRIED if carry_from else ():
-            if (pathlib.Path(carry_from) / name).is_file():
-                shutil.copyfile(pathlib.Path(carry_from) / name, partial / name)
+        if carry_from:
+            carry(carry_from, partial)
         _write_tensors(partial, params, config, shard_bytes)
         verify_huggingface(partial, params, config)
 

@@ -10,6 +10,19 @@ from safetensors import SafetensorError
 
 from lowrank.errors import UserError
 
+# What makes a folder of weights a model that answers: taken over from the base, as far as it has them.
+CARRIED = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -36,3 +49,10 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise UserError(str(error).replace(str(partial), str(folder))) from error.__cause__
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def carry(source: str | os.PathLike, target: pathlib.Path) -> None:
+    """Copy the tokenizer's files, the chat template and the generation config that `source` has."""
+    for name in CARRIED:
+        if (pathlib.Path(source) / name).is_file():
+            shutil.copyfile(pathlib.Path(source) / name, target / name)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+AROUND = 2**21  # Linux maps what the disk was read in, 2 MB at most, where one byte of it is asked for
 Index = tuple[slice, ...]  # within bounds, without steps, one for every axis
 
 
@@ -66,8 +67,21 @@ class TensorFile:
         return Tensor(tuple(shape), dtype, read)
 
     def release(self, start: int, end: int) -> None:
-        """Give the pages that lie wholly between two bytes back; whoever reads them again finds them in the disk's cache."""
-        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if length > 0:
-            self.map.madvise(mmap.MADV_DONTNEED, start, length)
+        """Give the pages between two bytes back; whoever reads them again finds them in the disk's cache.
+
+        Those around them too, which were mapped along with them.
+        """
+        start = max(0, start - AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(end + AROUND, self.size)
+        if end > start:
+            self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def rows_within(nbytes: int, row_bytes: int) -> int:
+    """How many rows fit in so many bytes, at least one; a power of two, so that larger cuts hold smaller ones whole."""
+    return 1 << max(0, (nbytes // max(1, row_bytes)).bit_length() - 1)
+
+
+def cut(span: slice, rows: int) -> list[slice]:
+    """A span in parts of so many rows; the last may have fewer."""
+    return [slice(start, min(start + rows, span.stop)) for start in range(span.start, span.stop, rows)]

@@ -1,5 +1,7 @@
 """Bases: every tensor of a transformers checkpoint arrives in its place, whole or sharded, and is fingerprinted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from torch_llama import torch
 
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
-from lowrank.weights.base import load_params, read_base, samples_of
+from lowrank.weights import base as base_lib
+from lowrank.weights.base import load_params, read_base
+from lowrank.weights.fingerprint import samples_of
 from lowrank.weights.tensor_file import Tensor
 
 
@@ -127,6 +131,74 @@ def test_each_shard_reads_only_its_part(tmp_path, monkeypatch):
     part = type(leaf)(spied, leaf.stacked, leaf.transposed).read((slice(1, 3), slice(6, 12), slice(None)), np.float32)
     assert asked == [(1, (slice(0, 20), slice(6, 12))), (2, (slice(0, 20), slice(6, 12)))]
     np.testing.assert_array_equal(part, np.asarray(leaf)[1:3, 6:12])
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces and bands of a few rows, so that a tiny model is loaded as a large one is; -> what was placed.
+
+    (bytes of a piece, whether the array stayed where it was), for each piece.
+    """
+    placed, place = [], base_lib._place
+
+    def spied(array, piece, starts, sharding):
+        before = [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+        array = place(array, piece, starts, sharding)
+        placed.append((piece.nbytes, before == [x.data.unsafe_buffer_pointer() for x in array.addressable_shards]))
+        return array
+
+    monkeypatch.setattr(base_lib, "_place", spied)
+    monkeypatch.setattr(base_lib, "PIECE_BYTES", 1024)
+    monkeypatch.setattr(base_lib, "BAND_BYTES", 256)
+    return placed
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16", "float32"])
+def test_a_large_leaf_is_filled_in_place_piece_by_piece(tmp_path, small_pieces, held, wanted):
+    model = torch_llama.make(dtype=held)
+    base = read_base(torch_llama.saved(model, tmp_path))
+    params = load_params(base, abstract(base, jnp.dtype(wanted)))
+    assert_equal(params, jax.tree.map(lambda x: x.astype(jnp.dtype(wanted)), expected(model)))
+    assert len(small_pieces) > 20
+    assert max(nbytes for nbytes, _ in small_pieces) <= 1024
+    assert all(in_place for _, in_place in small_pieces)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_large_leaves_are_sharded_along_any_axis_and_read_once(tmp_path, small_pieces, axis):
+    """Eight layers, for the stacked leaves are cut along them too. Two devices hold each shard, the file is read once."""
+    model = torch_llama.make(layers=8)
+    base = read_base(torch_llama.saved(model, tmp_path))
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    read = []
+    spied = lambda t: Tensor(t.shape, t.dtype, lambda index: (part := t.read(index), read.append(part.size))[0])  # noqa: E731
+    tree = jax.tree.map(
+        lambda leaf: type(leaf)(tuple(map(spied, leaf.tensors)), leaf.stacked, leaf.transposed), base.params
+    )
+    # A leaf of fewer axes is cut along its last one; 4 divides every size here.
+    cut = lambda leaf: P(*[None] * min(axis, len(leaf.shape) - 1), "fsdp")  # noqa: E731
+    wanted = abstract(base, jnp.bfloat16, lambda leaf: NamedSharding(mesh, cut(leaf)))
+    params = load_params(dataclasses.replace(base, params=tree), wanted)
+    assert_equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected(model)))
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
+    assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert len(small_pieces) > 20 and all(in_place for _, in_place in small_pieces)
+
+
+def test_a_leaf_without_a_sharding_is_committed_to_no_device(tmp_path, small_pieces):
+    base = read_base(torch_llama.saved(torch_llama.make(), tmp_path))
+    assert not any(leaf.committed for leaf in jax.tree.leaves(load_params(base, abstract(base))))
+
+
+def test_every_bit_arrives_also_of_what_is_no_number(tmp_path, small_pieces):
+    model = torch_llama.make(dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+        weight[:4, :4] = torch.tensor([float("nan"), -0.0, 1e-40, float("inf")])
+    base = read_base(torch_llama.saved(model, tmp_path))
+    found = np.asarray(load_params(base, abstract(base, jnp.bfloat16))["layers"]["mlp"]["up_proj"]["kernel"][1])
+    np.testing.assert_array_equal(found.view(np.uint16), weight.detach().view(torch.uint16).numpy().T)
 
 
 def test_a_stored_leaf_stands_in_for_an_array(tmp_path):

@@ -1,0 +1,189 @@
+"""The native base, as `lowrank.convert` writes it: our own leaves, layer by layer, just as they lie in memory.
+
+    lowrank.json                        format, fingerprint, and of each tensor its file, dtype, shape and check sums
+    params-00001-of-00003.safetensors   params.layers.3.self_attn.q_proj.kernel [in, out] and so on, 5 GB a file
+    config.json, the tokenizer …        as in a Hugging Face folder
+
+Nothing is transposed at loading, and any slice for any mesh is a few runs of bytes. The fingerprint is that of the
+Hugging Face folder with the same weights, so an adapter that was trained over one belongs to the other.
+
+Every MB of rows has a CRC-32, which is compared whenever these rows are read whole: on one device, loading reads all of
+them so, and so do merging and converting. Not compared are rows of which a device wants some columns only, nor what
+shares its MB with the rows of another device (powers of two of rows: with the usual shapes nothing does).
+"""
+
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lowrank.errors import UserError
+from lowrank.model.architecture import ModelConfig
+from lowrank.weights import huggingface
+from lowrank.weights.fingerprint import fingerprint
+from lowrank.weights.layout import grouped, layout
+from lowrank.weights.tensor_file import Tensor, cut, rows_within
+
+MANIFEST, FORMAT = "lowrank.json", 1
+FILE_BYTES = 5 * 10**9
+UNIT_BYTES = 2**20  # of a check sum
+CODES = {dtype: code for code, dtype in huggingface.DTYPES.items()}
+
+
+def names(config: ModelConfig) -> dict[str, str]:
+    """Path in `params` -> the name of its tensors in the files, with `{}` for the layer."""
+    return {path: "params." + path.replace("layers/", "layers/{}/").replace("/", ".") for path in layout(config)}
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name of every tensor in the files -> its shape, in the order in which they lie there."""
+    return {
+        name.format(layer): shape[::-1] if path.endswith("kernel") else shape
+        for (path, name), (_, shape) in zip(names(config).items(), layout(config).values(), strict=True)
+        for layer in range(config.layers if "{}" in name else 1)
+    }
+
+
+def units(shape: tuple[int, ...], dtype: np.dtype) -> list[slice]:
+    """The rows of a tensor that share a check sum."""
+    return cut(slice(0, shape[0]), rows_within(UNIT_BYTES, math.prod(shape[1:]) * dtype.itemsize))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_folder(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Tensor], str]:
+    """Every tensor by name, checked against config.json and lowrank.json, and the fingerprint of the weights."""
+    manifest = _read_manifest(folder / MANIFEST)
+    table, found, problems = manifest["tensors"], {}, []
+    for file in sorted({entry["file"] for entry in table.values()}):
+        if not (folder / file).is_file():
+            problems.append(f"{file} is missing")
+            continue
+        for name, tensor in huggingface.open_file(folder / file, problems).items():
+            if table.get(name, {}).get("file") == file:
+                found[name] = tensor
+            else:
+                problems.append(f"{name} is in {file}, {MANIFEST} does not put it there")
+    if not problems:  # else these would be false alarms
+        problems = _misfits(table, found, shapes(config))
+    if problems:
+        raise UserError(f"{folder}: {'; '.join(problems)}; copy the folder again, or convert again")
+    if fingerprint(found) != manifest["samples"]:
+        raise UserError(f"{folder}: holds other weights than its {MANIFEST} says; copy it again, or convert again")
+    checked = {
+        name: _checked(tensor, table[name]["crc32"].split(), f"{folder / table[name]['file']}: {name}")
+        for name, tensor in found.items()
+    }
+    return checked, manifest["fingerprint"]
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: has format {manifest['format']!r}, this lowrank reads {FORMAT}; update lowrank")
+        manifest["fingerprint"], manifest["samples"]
+        for entry in manifest["tensors"].values():
+            if pathlib.PurePath(entry["file"]).name != entry["file"]:
+                raise ValueError(f"{entry['file']!r} is outside the folder")
+            entry["dtype"], entry["shape"], entry["crc32"].split()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: does not describe a native base ({type(error).__name__}: {error}); copy it again"
+        ) from None
+    return manifest
+
+
+def _misfits(table: dict, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    """What the config wants, lowrank.json promises and the files hold has to be the same."""
+    said = {name: (entry["dtype"], entry["shape"], len(entry["crc32"].split())) for name, entry in table.items()}
+    held = {name: (CODES[t.dtype], [*t.shape], len(units(t.shape, t.dtype))) for name, t in found.items()}
+    groups = {
+        "missing": wanted.keys() - table.keys(),
+        "unknown to config.json": table.keys() - wanted.keys(),
+        f"in {MANIFEST} but in no file": table.keys() - found.keys(),
+        f"of another dtype or shape than {MANIFEST} says": {name for name in held if held[name] != said[name]},
+        "of another shape than config.json says": {
+            name for name in wanted.keys() & found.keys() if found[name].shape != wanted[name]
+        },
+    }
+    return [f"{problem}: {grouped(sorted(of))}" for problem, of in groups.items() if of]
+
+
+def _checked(tensor: Tensor, sums: list[str], where: str) -> Tensor:
+    """The same tensor, whose check sums are compared where rows are read whole."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part = tensor.read(index)
+        rows, *columns = index
+        if all(span == slice(0, size) for span, size in zip(columns, tensor.shape[1:], strict=True)):
+            for unit, expected in zip(units(tensor.shape, tensor.dtype), sums, strict=True):
+                inside = rows.start <= unit.start and unit.stop <= rows.stop
+                if inside and _crc32(part[unit.start - rows.start : unit.stop - rows.start]) != expected:
+                    raise UserError(
+                        f"{where}: rows {unit.start} to {unit.stop - 1} are not what was written; copy the file again, "
+                        "or convert again"
+                    )
+        return part
+
+    return Tensor(tensor.shape, tensor.dtype, read)
+
+
+def _crc32(rows: np.ndarray) -> str:
+    return f"{zlib.crc32(rows.view(np.uint8)):08x}"
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    dtypes: Mapping[str, np.dtype],
+    pieces: Iterable[np.ndarray],
+    identity: str,
+) -> None:
+    """Write the files of tensors and lowrank.json into an empty folder, never holding more than a piece.
+
+    `dtypes` is by tensor's name. `pieces` are the tensors in the order of `shapes`, each whole or in runs of rows that
+    hold units whole. `identity` is the fingerprint of the weights.
+    """
+    files: list[list[str]] = [[]]
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes(config).items()}
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > FILE_BYTES:
+            files.append([])
+        files[-1].append(name)
+    table, opened, pieces = {}, {}, iter(pieces)
+    for number, held in enumerate(files, 1):
+        path = folder / f"params-{number:05}-of-{len(files):05}.safetensors"
+        entries = {name: {"dtype": CODES[dtypes[name]], "shape": shapes(config)[name]} for name in held}
+        _write_file(path, entries, pieces)
+        table |= {name: {"file": path.name, **entry} for name, entry in entries.items()}
+        opened |= huggingface.open_file(path, [])
+    manifest = {"format": FORMAT, "fingerprint": identity, "samples": fingerprint(opened), "tensors": table}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_file(path: pathlib.Path, entries: dict[str, dict], pieces: Iterator[np.ndarray]) -> None:
+    """Write one safetensors file and each entry's check sums (the library's writer wants all of a file in memory)."""
+    header, end = {"__metadata__": {"format": "lowrank"}}, 0
+    for name, entry in entries.items():
+        start, end = end, end + math.prod(entry["shape"]) * huggingface.DTYPES[entry["dtype"]].itemsize
+        header[name] = {**entry, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry in entries.values():
+            rows, sums = units(entry["shape"], huggingface.DTYPES[entry["dtype"]]), []
+            while len(sums) < len(rows):
+                piece = next(pieces)
+                file.write(piece.view(np.uint8))
+                sums += [_crc32(part) for part in np.split(piece, range(rows[0].stop, len(piece), rows[0].stop))]
+            entry["crc32"] = " ".join(sums)
