@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from lowrank import command, inference
-from lowrank.data.tokenizer import load_tokenizer
+from lowrank.data.tokenizer import load_tokenizer, write_for_transformers
 from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
@@ -76,6 +76,7 @@ def main(arguments: list[str]):
             params = merged_params(adapter, base, shapes, dtype)
             carry_from = base.folder if base else load_tokenizer(run.tokenizer).path.parent
             write_huggingface(folder, params, architecture, dtype=dtype, carry_from=carry_from)
+            write_for_transformers(folder)
             del params  # one model is in memory at a time
         found = fixed_logits(load_export(folder, base))
         expected = fixed_logits(load_trained(adapter, base, architecture, tokenizer_of=run.tokenizer))

@@ -66,6 +66,8 @@ def test_an_exported_merged_model_computes_the_same_in_transformers(trained, ada
     assert finished.code == 0, finished.err
     assert_close(torch_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), adapted)
     assert (tmp_path / "out" / "tokenizer.model").is_file()
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("Once upon a time").input_ids
+    assert ids == lowrank.load(tmp_path / "out").encode("Once upon a time")
     assert_close(np.asarray(lowrank.load(tmp_path / "out").logits(IDS)), adapted)
 
 

@@ -5,7 +5,7 @@ One idea: there are three ways to read a text, and mixing them up is silent. `en
 so no space is put before it (Llama 1 and 2 put one before the first word). `encode_markup` reads what a chat
 template wrote, where "</s>" *is* the token. None of them adds BOS or EOS of its own accord.
 
-Left out: training a tokenizer, and the tiktoken files of Meta's Llama 3 (its Hugging Face folder has a tokenizer.json).
+Left out: training a tokenizer.
 """
 
 import json
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import sentencepiece
 import tokenizers
 
+from lowrank.data import tiktoken
 from lowrank.errors import UserError
 
 Offsets = list[tuple[int, int]]  # for each token: its first character, and the one after its last
@@ -67,11 +68,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: pathlib.Path):
         model = path.read_bytes()
-        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model[:200]):
-            raise UserError(
-                f"{path} is a tiktoken vocabulary (Meta's Llama 3), which lowrank does not read: "
-                "put the tokenizer.json of the model's Hugging Face folder beside it"
-            )
         try:
             self.fresh = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.continuing = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
@@ -83,6 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
         added = _added_tokens(path.parent)  # tokens that a fine-tune put behind SentencePiece's own
         bos, eos = (self.fresh.id_to_piece(i) if i >= 0 else "" for i in (self.fresh.bos_id(), self.fresh.eos_id()))
         super().__init__(path, pieces | added, markers | added, bos, eos)
+        self.unk_token = self.fresh.id_to_piece(self.fresh.unk_id())
         longest_first = sorted(map(re.escape, self.markers), key=len, reverse=True)
         self.marker = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
@@ -112,12 +109,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """`tokenizer.json`: everything newer, through Hugging Face's `tokenizers`."""
+    """`tokenizer.json`: everything newer, through Hugging Face's `tokenizers`; `spec` in place of the file's content."""
 
-    def __init__(self, path: pathlib.Path):
-        spec = _read_json(path)
+    def __init__(self, path: pathlib.Path, spec: dict | None = None, **edges):
+        spec = _read_json(path) if spec is None else spec
         # Files saved after training often cut and pad silently; and the post-processor moves offsets off the spaces.
-        spec |= {"truncation": None, "padding": None, "post_processor": None}
+        spec = spec | {"truncation": None, "padding": None, "post_processor": None}
         try:
             self.fresh = tokenizers.Tokenizer.from_str(json.dumps(spec))
             stages = {stage: _without_prefix(spec.get(stage)) for stage in ("normalizer", "pre_tokenizer", "decoder")}
@@ -126,7 +123,7 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{path} is not a tokenizer ({error}): copy it from the base again") from None
         added = self.fresh.get_added_tokens_decoder().items()
         markers = {token.content: i for i, token in added if token.special}
-        super().__init__(path, self.fresh.get_vocab(with_added_tokens=True), markers)
+        super().__init__(path, self.fresh.get_vocab(with_added_tokens=True), markers, **edges)
 
     def encode_batch(self, texts, continues=False):
         tokenizer = self.continuing if continues else self.fresh
@@ -142,6 +139,15 @@ class JsonTokenizer(Tokenizer):
         return (self.continuing if continues else self.fresh).decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+class TiktokenTokenizer(JsonTokenizer):
+    """`tokenizer.model` of Meta's Llama 3, which comes without a chat template: it has Meta's own prompt format."""
+
+    def __init__(self, path: pathlib.Path):
+        self.spec = tiktoken.read_spec(path)
+        super().__init__(path, self.spec, bos=tiktoken.BOS, eos=tiktoken.EOS)
+        self.chat_template = self.chat_template or tiktoken.CHAT_TEMPLATE
+
+
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """The tokenizer in a folder, or of one file.
 
@@ -152,13 +158,41 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path} has neither tokenizer.json nor tokenizer.model: put the base's tokenizer there")
+            above = path.parent / "tokenizer.model"  # where Meta's Llama 1 has it
+            hint = f", or name {above}, which is there" if above.is_file() else ""
+            raise UserError(
+                f"{path} has neither tokenizer.json nor tokenizer.model: put the base's tokenizer there{hint}"
+            )
         path = found[0]
     if not path.is_file():
         raise UserError(
             f"tokenizer {path} does not exist: name the base's folder, a tokenizer.json or a tokenizer.model"
         )
-    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if path.suffix == ".json":
+        return JsonTokenizer(path)
+    return TiktokenTokenizer(path) if tiktoken.is_tiktoken(path) else SentencePieceTokenizer(path)
+
+
+def write_for_transformers(folder: pathlib.Path) -> None:
+    """Add what transformers needs to read the `tokenizer.model` in a folder as it was meant, where it lies there alone.
+
+    Without a tokenizer_config.json transformers 5 gives a SentencePiece model's texts other ids and no BOS; tiktoken's
+    format it does not read at all, so a tokenizer.json takes its place.
+    """
+    model, settings = folder / "tokenizer.model", folder / "tokenizer_config.json"
+    if not model.is_file() or (folder / "tokenizer.json").is_file() or settings.is_file():
+        return
+    tokenizer = load_tokenizer(model)
+    fields = {"bos_token": tokenizer.bos_token or None, "eos_token": tokenizer.eos_token or None}
+    fields |= {"clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, TiktokenTokenizer):
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer.spec, ensure_ascii=False), encoding="utf-8")
+        fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+        model.unlink()
+    else:
+        fields |= {"tokenizer_class": "LlamaTokenizer", "unk_token": tokenizer.unk_token}
+        fields |= {"add_bos_token": tokenizer.bos_id is not None, "add_eos_token": False}
+    settings.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def check_vocab(tokenizer: Tokenizer, vocab: int, where: str | pathlib.Path) -> None:

@@ -132,7 +132,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(char_tokenizer):
         ("other.txt", b"", "has neither tokenizer.json nor tokenizer.model"),
         ("tokenizer.model", b"", "is not a SentencePiece model"),
         ("tokenizer.model", b"junk" * 9, "is not a SentencePiece model"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "lacks 254 of the 256 single bytes"),
         ("tokenizer.json", b"{", "is not valid JSON"),
         ("tokenizer.json", b"{}", "is not a tokenizer"),
     ],
