@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from lowrank import command, inference
+from lowrank import command
+from lowrank.adapters import Adapter, read_adapter
 from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
@@ -43,10 +44,9 @@ def main(arguments: list[str]):
     missing = [f"--{name}" for name in ("adapter", "to") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} missing; see --help")
-    adapter = inference.read_adapter(FLAGS.adapter)
-    base = find_base(adapter)
-    modules = measure(adapter, base)
-    others = measure(inference.read_adapter(FLAGS.other), base) if FLAGS.other else {}
+    base = find_base(read_adapter(FLAGS.adapter))
+    modules = measure(FLAGS.adapter, base)
+    others = measure(FLAGS.other, base) if FLAGS.other else {}
     shared = similarities(modules, others)
     with new_folder(FLAGS.to) as folder:
         rows = [[layer[name] for name in COLUMNS] for layers in modules.values() for layer in layers]
@@ -70,7 +70,7 @@ def main(arguments: list[str]):
     print(f"analysis of {sum(map(len, modules.values()))} updates in {FLAGS.to}; read {FLAGS.to}/analysis.md first")
 
 
-def find_base(adapter: inference.Adapter) -> Base:
+def find_base(adapter: Adapter) -> Base:
     named = FLAGS.base or (workdir.read_config(adapter.folder).base if adapter.step is not None else None)
     if not named:
         raise UserError(f"--base is missing: {adapter.folder} is not the workdir of a run, which would name its base")
@@ -80,8 +80,9 @@ def find_base(adapter: inference.Adapter) -> Base:
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
-def measure(adapter: inference.Adapter, base: Base) -> Modules:
+def measure(folder: str, base: Base) -> Modules:
     """Everything that concerns one adapter, of every projection that carries it."""
+    adapter = read_adapter(folder, layers=base.config.layers)
     if adapter.lora is None:
         raise UserError(f"{adapter.folder} is a full fine-tuning: there are no factors to analyse; give an adapter")
     if adapter.base not in (None, base.fingerprint):

@@ -239,6 +239,8 @@ def _convert(value, hint, commas: bool):
         if isinstance(value, str):
             return str(value)
         raise ValueError("a string")
+    if kind in PER_TARGET:
+        return _per_target(_literal(value) if isinstance(value, _Text) else value, *PER_TARGET[kind])
     if typing.get_origin(kind) is tuple:
         if isinstance(value, _Text):
             value = _literal(value) if value.strip().startswith(("(", "[")) else value
@@ -254,6 +256,27 @@ def _convert(value, hint, commas: bool):
     if type(value) is kind and kind is not float:
         return value
     raise ValueError({int: "a whole number", float: "a number", bool: "True or False"}[kind])
+
+
+# Of `lora.ranks` and `lora.alphas`: the annotation -> the type of a value, and what an error asks for.
+PER_TARGET = {
+    tuple[tuple[str, tuple[int, ...]], ...]: (
+        int,
+        "ranks of targets such as {'down_proj': 32, 'q_proj': (8, 8, 4, 0)}",
+    ),
+    tuple[tuple[str, tuple[float, ...]], ...]: (float, "alphas of targets such as {'down_proj': 64.0}"),
+}
+
+
+def _per_target(value, kind: type, wanted: str):
+    """A table from targets to one value, or to one for each layer, as pairs of tuples in the order of TARGETS."""
+    try:
+        table = {target: one if isinstance(one, (tuple, list)) else (one,) for target, one in dict(value).items()}
+        table = {target: tuple(_convert(one, kind, commas=False) for one in values) for target, values in table.items()}
+    except (TypeError, ValueError):
+        raise ValueError(wanted) from None
+    order = {target: i for i, target in enumerate(TARGETS)}
+    return tuple(sorted(table.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
 def _literal(text: str):
@@ -315,6 +338,14 @@ def _check(c: Config) -> list[str]:
     unknown = [target for target in c.lora.targets if target not in TARGETS]
     must(not unknown, "lora.targets", f"a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)")
     must(len(c.lora.targets) > 0, "lora.targets", "at least one target")
+    for key in ("lora.ranks", "lora.alphas"):
+        table = dict(get(key))
+        stray = [target for target in table if target not in c.lora.targets]
+        must(not stray, key, f"about lora.targets only ({', '.join(stray)} is none)")
+        least = 0 if key == "lora.ranks" else 1e-30
+        must(all(values and min(values) >= least for values in table.values()), key, "without negative values")
+    idle = [target for target, values in c.lora.ranks if values and not any(values)]
+    must(not idle, "lora.ranks", f"more than 0 somewhere ({', '.join(idle)}: leave it out of lora.targets)")
     must(len(set(c.lora.targets)) == len(c.lora.targets), "lora.targets", "without repetition")
     for key in ("lora.rank", "train.batch_size", "train.microbatches", "checkpoint.keep", "sample.max_new_tokens"):
         must(get(key) >= 1, key, "at least 1")

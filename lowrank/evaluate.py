@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from lowrank import command, inference
 from lowrank import config as config_lib
+from lowrank.adapters import Adapter, read_adapter
 from lowrank.config import FORMATS, DataConfig
 from lowrank.data import loader
 from lowrank.data.examples import Examples, encode_examples
@@ -60,7 +61,7 @@ def main(arguments: list[str]):
     mesh = mesh_lib.make_mesh(asked_for.mesh if asked_for else mesh_lib.MeshConfig())
 
     names = [FLAGS.adapter, FLAGS.other] if FLAGS.other else [FLAGS.adapter]
-    adapters = [inference.read_adapter(name) if name else None for name in names]
+    adapters = [read_adapter(name) if name else None for name in names]
     settings = data_settings(asked_for.data if asked_for else None, adapters)
     losses, made = [], []
     for adapter in adapters:
@@ -95,7 +96,7 @@ def main(arguments: list[str]):
         print(f"losses of {len(tokens):,} examples in {FLAGS.to}")
 
 
-def data_settings(asked_for: DataConfig | None, adapters: list[inference.Adapter | None]) -> DataConfig:
+def data_settings(asked_for: DataConfig | None, adapters: list[Adapter | None]) -> DataConfig:
     """How examples are made: as the flags say, else --config, else the runs of the adapters, which have to agree."""
     flagged = {name: getattr(FLAGS, name) for name in ("format", "max_length", "train_on_prompt")}
     flagged = {name: value for name, value in flagged.items() if value is not None}

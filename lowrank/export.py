@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from lowrank import command, inference
+from lowrank.adapters import Adapter, read_adapter
 from lowrank.data.tokenizer import load_tokenizer, write_for_transformers
 from lowrank.errors import UserError
 from lowrank.model import decoder
@@ -53,7 +54,7 @@ def main(arguments: list[str]):
         raise UserError(f"{', '.join(missing)} missing; see --help")
     workdir, to = pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.to)
     run = workdir_lib.read_config(workdir)
-    adapter = inference.read_adapter(workdir, FLAGS.step)
+    adapter = read_adapter(workdir, FLAGS.step)
     if FLAGS.format == "peft" and adapter.lora is None:
         raise UserError(f"workdir {workdir} is a full fine-tuning: there is no adapter; use --format=merged")
     if FLAGS.format == "peft" and FLAGS.dtype not in (None, "float32"):
@@ -100,7 +101,7 @@ def main(arguments: list[str]):
     print(f"exported to {to}; read back, every tensor equal, logits within {difference:.2g} of the largest ({dtype})")
 
 
-def open_base(named: str, adapter: inference.Adapter) -> Base:
+def open_base(named: str, adapter: Adapter) -> Base:
     """The base that was trained over, wherever it lies now."""
     base = read_base(FLAGS.base or named)
     if base.fingerprint != adapter.base:
@@ -110,12 +111,12 @@ def open_base(named: str, adapter: inference.Adapter) -> Base:
     return base
 
 
-def merged_params(adapter: inference.Adapter, base: Base | None, shapes: dict, dtype: str) -> dict:
+def merged_params(adapter: Adapter, base: Base | None, shapes: dict, dtype: str) -> dict:
     """The whole model's parameters: what a full fine-tuning holds, or the base with the adapter merged into it."""
     if adapter.lora is None:
         return jax.device_get(adapter.restore(shapes)["params"])
     lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])
-    return merge(base.params, lora, adapter.lora.scale, jnp.dtype(dtype))
+    return merge(base.params, lora, adapter.lora, jnp.dtype(dtype))
 
 
 # Models are held as they are stored and computed in float32: exact, and half the memory of holding them in float32.
@@ -128,7 +129,7 @@ def load_export(folder: pathlib.Path, base: Base | None) -> inference.Model:
 
 
 def load_trained(
-    adapter: inference.Adapter, base: Base | None, architecture: ModelConfig, tokenizer_of: str | None
+    adapter: Adapter, base: Base | None, architecture: ModelConfig, tokenizer_of: str | None
 ) -> inference.Model:
     if base is None:
         model = Decoder(architecture)

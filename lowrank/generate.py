@@ -15,6 +15,7 @@ import sys
 from absl import flags
 
 from lowrank import command, inference
+from lowrank.adapters import read_adapter
 from lowrank.data.examples import encode_prompt
 from lowrank.data.prompts import FORMATS, format_chat
 from lowrank.errors import UserError
@@ -50,7 +51,7 @@ def main(arguments: list[str]):
     if not 0 < FLAGS.top_p <= 1:
         raise UserError(f"--top_p={FLAGS.top_p} must be above 0 and at most 1")
     asked = None if FLAGS.chat else read_prompts()
-    adapter = inference.read_adapter(FLAGS.adapter) if FLAGS.adapter else None
+    adapter = read_adapter(FLAGS.adapter) if FLAGS.adapter else None
     model = inference.load(FLAGS.base, adapter, dtype=FLAGS.dtype)
 
     known = adapter.format if adapter else None

@@ -2,26 +2,23 @@
 
 import dataclasses
 import functools
-import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank.adapters import Adapter, read_adapter
 from lowrank.data import examples, prompts
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
-from lowrank.model.lora import LoraConfig, dot
+from lowrank.model.lora import dot
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.training import partition, workdir
-from lowrank.training.checkpoint import Checkpoints
 from lowrank.weights.base import load_params, read_base
-from lowrank.weights.peft import read_peft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +174,10 @@ def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | Non
     which has its range but three bits less). `param_dtype`: what the base is held in, if something else. `mesh`: the devices to lie on; None is one. Raises UserError.
     """
     source = read_base(base)
-    adapted = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
+    if isinstance(adapter, Adapter) and adapter.step is None:
+        adapter = adapter.folder  # of PEFT, whose settings are understood rightly only with the base's number of layers
+    opened = adapter is None or isinstance(adapter, Adapter)
+    adapted = adapter if opened else read_adapter(adapter, layers=source.config.layers)
     dtype = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
     tokenizer = load_tokenizer((adapted and adapted.tokenizer) or source.folder)
     check_vocab(tokenizer, source.config.vocab, tokenizer.path)
@@ -197,73 +197,6 @@ def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | Non
     if adapted is not None and adapted.base not in (None, source.fingerprint):
         warnings.warn(f"adapter {adapted.folder} was trained over other weights than those in {base}", stacklevel=2)
     return Model(model, variables, tokenizer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """What was trained, still on the disk. `lora` is None where it is a whole model, of a full fine-tuning."""
-
-    folder: pathlib.Path
-    lora: LoraConfig | None
-    format: str | None  # of the prompts it was trained on, if that is known
-    tokenizer: str | None  # that it was trained with, if not the base's own
-    base: str | None  # the fingerprint of the base it was trained over, if that is known
-    step: int | None  # after which step, if that is known
-    restore: Callable[[dict], dict]  # the trained leaves, laid out as the given ones; UserError if they do not fit
-
-
-def read_adapter(folder, step: int | None = None) -> Adapter:
-    """Open the adapter in a workdir (its latest step, or `step`) or in a PEFT folder."""
-    folder = pathlib.Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        tree, lora, _ = read_peft(folder)
-        return Adapter(
-            folder,
-            lora,
-            format=None,
-            tokenizer=None,
-            base=None,
-            step=None,
-            restore=lambda wanted: _fitted({"lora": tree}, wanted, folder),
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
-            "name the --workdir of a training run"
-        )
-    run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
-    step = _saved_step(folder, step)
-    return Adapter(
-        folder,
-        run.adapted,
-        run.data.format,
-        run.tokenizer,
-        trained_over,
-        step,
-        lambda wanted: _restored(folder, wanted, step),
-    )
-
-
-def _fitted(found: dict, wanted: dict, folder: pathlib.Path) -> dict:
-    misfits = partition.misfits(found, wanted)
-    if misfits:
-        raise UserError(f"adapter {folder} does not fit the model: {'; '.join(misfits)}")
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), found, wanted)
-
-
-def _saved_step(folder: pathlib.Path, step: int | None) -> int:
-    """`step` if there is a checkpoint of it; the latest, if none is named."""
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.manager.all_steps()
-    if not steps or (step is not None and step not in steps):
-        has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
-        raise UserError(f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}")
-    return max(steps) if step is None else step
-
-
-def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.restore_adapter(step, wanted)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from lowrank import command, inference
+from lowrank import adapters, command, inference
 from lowrank import config as config_lib
 from lowrank.config import Config
 from lowrank.data import examples as examples_lib
@@ -29,7 +29,6 @@ from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import LoraConfig
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import metrics as metrics_lib
 from lowrank.training import partition, report
@@ -61,8 +60,11 @@ def main(arguments: list[str]) -> int | None:
     mesh_lib.check_rows(mesh, config.train.batch_size, config.train.microbatches)
     mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
     begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
-    if config.init_adapter and not begun:  # once begun, a run no longer needs the adapter that it started from
-        open_adapter(config.init_adapter, config.lora)
+    if config.init_adapter:
+        config = adapters.with_ranks_of_start(
+            config, architecture.layers, pathlib.Path(FLAGS.workdir) if begun else None
+        )
+    adapters.refuse_other_layers(config.lora, architecture.layers)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -335,26 +337,9 @@ def initial_variables(config: Config, model: Decoder, base: Base | None, shapes:
     if "params" in made:
         variables["params"] = load_params(base, shapes["params"]) if base else fresh("params")
     if "lora" in made:
-        started = open_adapter(config.init_adapter, config.lora) if config.init_adapter else None
+        started = adapters.open_adapter(config, model.config.layers) if config.init_adapter else None
         variables["lora"] = started.restore({"lora": shapes["lora"]})["lora"] if started else fresh("lora")
     return variables
-
-
-def open_adapter(folder: str, lora: LoraConfig) -> inference.Adapter:
-    """The adapter to start from; refused if it means something else under this config's settings."""
-    adapter = inference.read_adapter(folder)
-    if adapter.lora is None:
-        raise UserError(f"config.init_adapter={folder} is a full fine-tuning: it holds no adapter")
-    differing = [
-        f"lora.{name} is {getattr(adapter.lora, name)} there and {getattr(lora, name)} here"
-        for name in ("rank", "alpha", "scaling")
-        if getattr(adapter.lora, name) != getattr(lora, name)
-    ]
-    if set(adapter.lora.targets) != set(lora.targets):
-        differing.append(f"lora.targets is {adapter.lora.targets} there and {lora.targets} here")
-    if differing:
-        raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}")
-    return adapter
 
 
 # ---- In the loop -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import running
 
-from lowrank import inference
+from lowrank.adapters import read_adapter
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import TARGETS
@@ -42,7 +42,7 @@ def test_a_row_for_every_layer_and_projection_with_the_numbers_of_the_whole_matr
     rows = table(analysed / "analysis.csv")
     targets = ("q_proj", "v_proj", "down_proj")
     assert [(row["projection"], row["layer"]) for row in rows] == [(t, str(i)) for t in targets for i in range(5)]
-    base, adapter = read_base(shared_data / "stories260k" / "hf"), inference.read_adapter(larger)
+    base, adapter = read_base(shared_data / "stories260k" / "hf"), read_adapter(larger)
     shapes, _ = decoder.abstract(Decoder(base.config, adapter.lora))
     factors = adapter.restore({"lora": shapes["lora"]})["lora"]["layers"]["mlp"]["down_proj"]
     kernel = np.asarray(base.params["layers"]["mlp"]["down_proj"]["kernel"][2])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import running
 
-from lowrank import inference
+from lowrank.adapters import read_adapter
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import TARGETS
@@ -138,7 +138,7 @@ def test_losses_and_the_final_adapter_are_those_of_peft(started, base, records, 
     # Float32 on both sides, sums in another order. Seen: losses within 8e-7; factors within 4e-5 of the largest, for where
     # a gradient is nearly zero Adam divides by what is nearly zero too, and its rounding shows.
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    adapter = inference.read_adapter(run)
+    adapter = read_adapter(run)
     shapes, _ = decoder.abstract(Decoder(read_base(base).config, adapter.lora))
     lora = adapter.restore({"lora": shapes["lora"]})["lora"]["layers"]
     state = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}

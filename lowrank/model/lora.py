@@ -25,8 +25,9 @@ class LoraConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = TARGETS
     scaling: str = "standard"  # "standard": alpha / rank; "rslora": alpha / sqrt(rank) (Kalajdzievski, 2023)
-    # Where a target's layers have other ranks than `rank`, or other alphas: (target, one for each layer). A rank of 0 is
-    # a layer without an adapter. The factors of a target are as wide as its largest rank, and zero beyond each layer's own.
+    # Where a target's layers have other ranks than `rank`, or other alphas: (target, one for each layer, or one for all).
+    # A rank of 0 is a layer without an adapter. A target's factors are as wide as its largest rank, and zero beyond a
+    # layer's own.
     ranks: tuple[tuple[str, tuple[int, ...]], ...] = ()
     alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
@@ -48,10 +49,10 @@ class LoraConfig:
         return max(dict(self.ranks).get(target, (self.rank,)))
 
     def ranks_of(self, target: str, layers: int) -> tuple[int, ...]:
-        return dict(self.ranks).get(target, (self.rank,) * layers)
+        return _spread(dict(self.ranks).get(target, (self.rank,)), layers)
 
     def alphas_of(self, target: str, layers: int) -> tuple[float, ...]:
-        return dict(self.alphas).get(target, (self.alpha,) * layers)
+        return _spread(dict(self.alphas).get(target, (self.alpha,)), layers)
 
     def scales_of(self, target: str, layers: int) -> tuple[float, ...]:
         ranks, alphas = self.ranks_of(target, layers), self.alphas_of(target, layers)
@@ -67,6 +68,10 @@ class LoraConfig:
             for target in self.targets
             if self.uneven
         }
+
+
+def _spread(values: tuple, layers: int) -> tuple:
+    return values * layers if len(values) == 1 else values
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import shlex
 import jax
 
 from lowrank.config import Config
+from lowrank.model.lora import LoraConfig
 from lowrank.training import metrics, partition
 from lowrank.training.metrics import human_bytes
 
@@ -20,7 +21,7 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
     if config.adapted:
         lora = config.lora
         lines.append(
-            f"adapter    rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g} ({lora.scaling}), "
+            f"adapter    {_describe_ranks(lora, a.layers)} ({lora.scaling}), "
             f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
         )
     opt_state = jax.eval_shape(optimizer.init, trainable)
@@ -42,6 +43,19 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
             f"({mesh.devices.size} x {mesh.devices.flat[0].device_kind}); computed in {config.dtype}, base held in {held}",
         ]
     )
+
+
+def _describe_ranks(lora: LoraConfig, layers: int) -> str:
+    if not lora.uneven:
+        return f"rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g}"
+    table = [
+        (rank, scale)
+        for target in lora.targets
+        for rank, scale in zip(lora.ranks_of(target, layers), lora.scales_of(target, layers), strict=True)
+    ]
+    ranks, scales = ([value for value in column if value] for column in zip(*table, strict=True))
+    without = f", none in {len(table) - len(ranks)} of {len(table)} places" if len(ranks) < len(table) else ""
+    return f"rank {min(ranks)} to {max(ranks)}{without}, scale {min(scales):g} to {max(scales):g}"
 
 
 def describe_data(config: Config, train, held_out, rows: int, fill: float, steps: int) -> str:

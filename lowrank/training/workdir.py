@@ -1,6 +1,7 @@
 """A workdir and whose it is: one run, one process at a time, and what may change when the run goes on."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import jax
 from lowrank import config as config_lib
 from lowrank.config import Config
 from lowrank.errors import UserError
+from lowrank.model.architecture import ModelConfig
 from lowrank.training import metrics
 
 # What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
@@ -24,6 +26,14 @@ FREE_ON_RESUME = (
     *("train.steps", "train.epochs", "eval.every", "checkpoint.every", "checkpoint.keep", "sample.every"),
     *("log.every", "log.tensorboard", "log.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 )
+
+
+# Of an architecture's fields, as JSON: those that are newer than a run have these values in it.
+DEFAULTS = {
+    field.name: json.loads(json.dumps(field.default))
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING
+}
 
 
 @contextlib.contextmanager
@@ -71,10 +81,13 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
 def resume_differences(before: dict, config: Config, identity: dict) -> list[str]:
     """What differs between the run in a workdir and this one, beyond what may: a line each."""
     differences = []
+    known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
     for name, value in json.loads(json.dumps(identity)).items():
-        if before["identity"].get(name) != value:
+        if known.get(name) != value:
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
-    was, now = (dict(flat(json.loads(json.dumps(values)))) for values in (before["config"], config_lib.to_dict(config)))
+    # Through the config and back, so that keys which are newer than the run have their defaults in it.
+    configs = (config_lib.to_dict(config_lib.from_dict(before["config"])), config_lib.to_dict(config))
+    was, now = (dict(flat(json.loads(json.dumps(values)))) for values in configs)
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_ON_RESUME and was.get(key) != now.get(key):
             differences.append(f"config.{key} was {was.get(key)} and is {now.get(key)}")

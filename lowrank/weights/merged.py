@@ -11,7 +11,7 @@ import math
 import operator
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig, hf_config
+from lowrank.model.lora import LoraConfig
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
 from lowrank.weights.layout import layout, transpose
@@ -29,20 +30,21 @@ from lowrank.weights.new_folder import carry, new_folder
 SHARD_BYTES = 5 * 10**9
 
 
-def merge(params: dict, lora: dict, scale: float, dtype: Any = None) -> dict:
+def merge(params: dict, lora: dict, config: LoraConfig, dtype: Any = None) -> dict:
     """The `params` tree with W + scale * lora_a @ lora_b for every kernel W [L, in, out] that has an adapter.
 
+    The scales are each target's and layer's own, as `config` says.
     `dtype` is the leaves' dtype in the answer, by default the one that each has. Leaves may be arrays of JAX or of
     numpy or a `StoredLeaf`; the merged ones are numpy's. An adapter that does not fit is an error that lists all.
     """
     problems: list[str] = []
-    merged = _merge(params, lora, scale, dtype, "", problems)
+    merged = _merge(params, lora, config, dtype, "", problems)
     if problems:
         raise UserError(f"the adapter does not fit the base: {'; '.join(problems)}; give the base it was trained on")
     return merged
 
 
-def _merge(node: Any, lora: Any, scale: float, dtype: Any, path: str, problems: list[str]) -> Any:
+def _merge(node: Any, lora: Any, config: LoraConfig, dtype: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(node, dict):
         return node if dtype is None else np.asarray(node).astype(dtype)
     if "lora_a" in lora and "kernel" in node:
@@ -50,22 +52,23 @@ def _merge(node: Any, lora: Any, scale: float, dtype: Any, path: str, problems: 
         layers, rows, columns = kernel.shape
         rank = lora_a.shape[-1]
         if lora_a.shape == (layers, rows, rank) and lora_b.shape == (layers, rank, columns):
-            return node | {"kernel": merged_kernel(kernel, lora_a, lora_b, scale, dtype or kernel.dtype)}
+            scales = config.scales_of(path.rpartition("/")[2], layers)
+            return node | {"kernel": merged_kernel(kernel, lora_a, lora_b, scales, dtype or kernel.dtype)}
         problems.append(f"{path}: {list(lora_a.shape)} @ {list(lora_b.shape)} beside a kernel {list(kernel.shape)}")
         return node
     problems += [f"{path}/{name}".strip("/") + ": not in the base" for name in lora if type(node.get(name)) is not dict]
     return {
-        name: _merge(child, lora.get(name, {}), scale, dtype, f"{path}/{name}".strip("/"), problems)
+        name: _merge(child, lora.get(name, {}), config, dtype, f"{path}/{name}".strip("/"), problems)
         for name, child in node.items()
     }
 
 
-def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, scale: float, dtype: Any) -> np.ndarray:
-    """W [L, in, out] + scale * A [L, in, rank] @ B [L, rank, out], in float32, rounded once to `dtype`."""
+def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, scales: Sequence[float], dtype: Any) -> np.ndarray:
+    """W [L, in, out] + scales [L] * A [L, in, rank] @ B [L, rank, out], in float32, rounded once to `dtype`."""
     out = np.empty(kernel.shape, dtype)
     for layer in range(len(out)):
         a, b = (np.asarray(factor[layer]).astype(np.float32) for factor in (lora_a, lora_b))
-        out[layer] = np.asarray(kernel[layer]).astype(np.float32) + np.float32(scale) * (a @ b)
+        out[layer] = np.asarray(kernel[layer]).astype(np.float32) + np.float32(scales[layer]) * (a @ b)
     return out
 
 

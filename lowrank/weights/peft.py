@@ -1,7 +1,12 @@
-"""Adapters in PEFT's format, written so that every PEFT release loads them, and read back.
+"""Adapters in PEFT's format: read with everything that changes what plain LoRA computes, and written back.
 
-PEFT holds an adapter layer by layer and as torch does: `lora_A` [rank, in] and `lora_B` [out, rank] are the transposes
-of our lora_a and lora_b. Left out, and refused by name: patterns of ranks, DoRA, modules saved whole, `.bin` files.
+PEFT holds an adapter module by module and as torch does: `lora_A` [rank, in] and `lora_B` [out, rank] are the transposes
+of our lora_a and lora_b. Which modules carry an adapter, of what rank and alpha, its settings say by lists, regexes and
+patterns over module names. Here these are asked about every module that a base has, so that lists and patterns of
+any kind end as one table of ranks and alphas; ranks that differ are held by zero padding to the largest.
+
+Left out, and refused by name: DoRA, biases, adapters on embeddings and the head, modules saved whole, and initial
+weights that were taken out of the base.
 """
 
 import dataclasses
@@ -9,7 +14,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,20 +25,243 @@ from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.weights.huggingface import open_file
 from lowrank.weights.layout import grouped
 from lowrank.weights.new_folder import new_folder
+from lowrank.weights.tensor_file import Tensor
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-KEY = "base_model.model.model.layers.{layer}.{block}.{target}.lora_{factor}.weight"
-KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+CONFIG, TENSORS, TENSORS_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MODULE = "model.layers.{layer}.{block}.{target}"
+KEY = "base_model.model.{module}.lora_{factor}.weight"
+KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.")
 BLOCKS = {target: "self_attn" if target in TARGETS[:4] else "mlp" for target in TARGETS}
+ALL_LINEAR = "all-linear"
 
-# Fields that change what an adapter computes, and their supported values; any other must be off (null, false, empty).
+UNDERSTOOD = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+# Other fields that may have a value, and which; all that are not named here must be off (null, false, empty).
 SUPPORTED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),  # the others may have changed the base too
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others may have changed the base too
 }
 HARMLESS = ("inference_mode", "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
+
+Modules = dict[tuple[str, int], tuple[int, float]]  # (target, layer) -> (rank, alpha), where there is an adapter
+
+
+def module_name(target: str, layer: int | str) -> str:
+    return MODULE.format(layer=layer, block=BLOCKS[target], target=target)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_peft(folder: str | os.PathLike, layers: int | None = None) -> tuple[dict, LoraConfig, str | None]:
+    """(the `lora` tree in float32 numpy arrays, its settings, the base's name) of a PEFT folder.
+
+    `layers` is how many the base has; where that is not known, as many as the tensors speak of.
+    """
+    folder = pathlib.Path(folder)
+    fields = _read_fields(folder / CONFIG)
+    file = next((folder / name for name in (TENSORS, TENSORS_BIN) if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder}: has neither {TENSORS} nor {TENSORS_BIN}; fetch or export the adapter again")
+    problems: list[str] = []
+    tensors = open_file(file, problems)
+    if not problems:
+        seen = [int(match[1]) for match in map(KEY_PATTERN.match, tensors) if match]
+        modules = _modules(fields, layers or 1 + max(seen, default=0), problems)
+        factors = _factors(tensors, modules, problems)
+    if problems:
+        of = f" (an adapter of {fields['base_model_name_or_path']})" if fields.get("base_model_name_or_path") else ""
+        raise UserError(f"{file}{of}: {'; '.join(problems)}; give the base it belongs to, or fetch the adapter again")
+    config = _config(fields, modules, layers or 1 + max(seen))
+    return _stacked(factors, config, layers or 1 + max(seen)), config, fields.get("base_model_name_or_path")
+
+
+def _modules(fields: dict[str, Any], layers: int, problems: list[str]) -> Modules:
+    """What the settings say of every module of a base with so many layers."""
+    modules = {}
+    for target in TARGETS:
+        for layer in range(layers):
+            name = module_name(target, layer)
+            if is_target(fields, name):
+                rank = _of_pattern(fields.get("rank_pattern"), name, fields["r"])
+                modules[target, layer] = (
+                    rank,
+                    float(_of_pattern(fields.get("alpha_pattern"), name, fields["lora_alpha"])),
+                )
+    if not modules:
+        problems.append(f"target_modules = {json.dumps(fields['target_modules'])} matches no projection of a Llama")
+    return modules
+
+
+def is_target(fields: dict[str, Any], name: str) -> bool:
+    """Whether a module carries an adapter: PEFT's `check_target_module_exists` and its shorthand for all linear layers."""
+    wanted, excluded = fields["target_modules"], fields.get("exclude_modules") or []
+    if re.fullmatch(excluded, name) if isinstance(excluded, str) else _is_named(excluded, name):
+        return False
+    if isinstance(wanted, str):
+        return wanted.lower() == ALL_LINEAR or re.fullmatch(wanted, name) is not None
+    if name in wanted:  # named in full: no other setting is asked
+        return True
+    return _is_named(wanted, name) and _in_chosen_layer(fields, name)
+
+
+def _is_named(names: list[str], name: str) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in names)
+
+
+def _in_chosen_layer(fields: dict[str, Any], name: str) -> bool:
+    chosen, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
+    if chosen is None or chosen == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    regexes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    match = next(filter(None, (re.match(regex, name) for regex in regexes)), None)
+    return match is not None and int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+
+
+def _of_pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches: PEFT's `get_pattern_key`."""
+    hits = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(hits, otherwise)
+
+
+def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) -> dict[tuple[str, int], list]:
+    """(target, layer) -> [lora_a [in, rank], lora_b [rank, out]], whole, in shape and finite; else `problems` says."""
+    wanted = {
+        (place, factor): KEY.format(module=module_name(*place), factor=factor) for place in modules for factor in "AB"
+    }
+    unknown = sorted(tensors.keys() - set(wanted.values()))
+    missing = [key for key in wanted.values() if key not in tensors]
+    if unknown and len(missing) == len(wanted):
+        form = KEY.format(module=module_name("q_proj", "*"), factor="A")
+        problems.append(f"no tensor has a name that target_modules stands for (such as {form})")
+    elif missing:
+        problems.append(f"missing: {grouped(missing)}")
+    if unknown:
+        problems.append(f"unknown: {grouped(unknown)}")
+    factors: dict = {}
+    odd, infinite = {}, []
+    for (place, factor), key in wanted.items():
+        if key in tensors:
+            shape, rank = tensors[key].shape, modules[place][0]
+            if len(shape) != 2 or shape[0 if factor == "A" else 1] != rank:
+                odd.setdefault(f"{list(shape)}, which does not fit a rank of {rank}", []).append(key)
+                continue
+            array = np.ascontiguousarray(tensors[key].whole().T, np.float32)
+            if not np.isfinite(array).all():
+                infinite.append(key)
+            factors.setdefault(place, []).append(array)
+    problems += [f"{grouped(keys)} is {shape}" for shape, keys in odd.items()]
+    if infinite:
+        problems.append(f"infinite or undefined values in {grouped(infinite)}")
+    if not problems:
+        for target in {target for target, _ in factors}:
+            sizes = {(a.shape[0], b.shape[1]) for (own, _), (a, b) in factors.items() if own == target}
+            if len(sizes) > 1:
+                problems.append(
+                    f"{target} has inputs and outputs of different sizes in different layers: {sorted(sizes)}"
+                )
+    return factors
+
+
+def _config(fields: dict[str, Any], modules: Modules, layers: int) -> LoraConfig:
+    """The table of ranks and alphas in few words: one rank and one alpha if all layers of all targets have them."""
+    targets = tuple(target for target in TARGETS if any(own == target for own, _ in modules))
+    pairs = {modules.get((target, layer), (0, None)) for target in targets for layer in range(layers)}
+    rank, alpha = pairs.pop() if len(pairs) == 1 else (fields["r"], float(fields["lora_alpha"]))
+    config = LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=fields.get("lora_dropout") or 0.0,
+        targets=targets,
+        scaling="rslora" if fields.get("use_rslora") else "standard",
+    )
+    table = {target: [modules.get((target, layer), (0, alpha)) for layer in range(layers)] for target in targets}
+    ranks = ((target, tuple(rank for rank, _ in table[target])) for target in targets)
+    alphas = ((target, tuple(alpha for _, alpha in table[target])) for target in targets)
+    return dataclasses.replace(
+        config,
+        ranks=tuple(entry for entry in ranks if set(entry[1]) != {rank}),
+        alphas=tuple(entry for entry in alphas if set(entry[1]) != {alpha}),
+    )
+
+
+def _stacked(factors: dict[tuple[str, int], list], config: LoraConfig, layers: int) -> dict:
+    """The `lora` tree: layers stacked, each factor padded with zeros to its target's largest rank."""
+    lora: dict = {"layers": {}}
+    for target in config.targets:
+        a, b = next(pair for (own, _), pair in factors.items() if own == target)
+        width = config.width(target)
+        lora_a = np.zeros((layers, a.shape[0], width), np.float32)
+        lora_b = np.zeros((layers, width, b.shape[1]), np.float32)
+        for layer in range(layers):
+            if (target, layer) in factors:
+                a, b = factors[target, layer]
+                lora_a[layer, :, : a.shape[1]], lora_b[layer, : b.shape[0]] = a, b
+        lora["layers"].setdefault(BLOCKS[target], {})[target] = {"lora_a": lora_a, "lora_b": lora_b}
+    return lora
+
+
+def _read_fields(path: pathlib.Path) -> dict[str, Any]:
+    """The settings, each understood, harmless or off; all that is wrong with them is one error."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields.items()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as PEFT's settings ({error}); give a PEFT folder") from None
+    problems = [
+        f"{name} = {json.dumps(value)} is not supported"
+        for name, value in fields.items()
+        if name not in UNDERSTOOD + HARMLESS and (value not in SUPPORTED[name] if name in SUPPORTED else value)
+    ]
+    problems += [
+        f"{name} is missing" for name in ("peft_type", "r", "lora_alpha", "target_modules") if name not in fields
+    ]
+    is_rank = lambda value: type(value) is int and value > 0  # noqa: E731
+    is_alpha = lambda value: type(value) in (int, float) and value > 0  # noqa: E731
+    is_names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)  # noqa: E731
+    is_regex = lambda value: isinstance(value, str) and (value == ALL_LINEAR or _compiles(value))  # noqa: E731
+    is_layers = lambda value: all(type(i) is int for i in (value if isinstance(value, list) else [value]))  # noqa: E731
+
+    def patterns_of(valid):
+        return lambda value: isinstance(value, dict) and all(_compiles(key) and valid(value[key]) for key in value)
+
+    checks = {
+        "r": (is_rank, "a positive integer"),
+        "lora_alpha": (is_alpha, "a positive number"),
+        "target_modules": (
+            lambda value: bool(value) and (is_names(value) or is_regex(value)),
+            "a list of names or a regex",
+        ),
+        "exclude_modules": (lambda value: is_names(value) or is_regex(value), "a list of names or a regex"),
+        "layers_to_transform": (is_layers, "a layer or a list of them"),
+        "layers_pattern": (lambda value: is_names(value) or is_regex(value), "a name or a list of them"),
+        "rank_pattern": (patterns_of(is_rank), "a table from patterns to ranks"),
+        "alpha_pattern": (patterns_of(is_alpha), "a table from patterns to alphas"),
+    }
+    for name, (valid, wanted) in checks.items():
+        if fields.get(name) is not None and not valid(fields[name]):
+            problems.append(f"{name} = {json.dumps(fields[name])} is not {wanted}")
+    if isinstance(fields.get("target_modules"), str) and fields.get("layers_to_transform") is not None:
+        problems.append("layers_to_transform does not go with a regex in target_modules")  # PEFT's own rule
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}; give an adapter that does without")
+    return fields
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, base_name: str) -> None:
@@ -41,28 +269,38 @@ def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, bas
 
     `base_name` is what PEFT looks the base up by: a path or a name on a hub. `folder` must not exist, or be empty.
     """
-    tensors = {}
+    tensors, rank_pattern, alpha_pattern, modules = {}, {}, {}, []
     for target in config.targets:
         factors = lora["layers"][BLOCKS[target]][target]
-        for letter, leaf in (("A", factors["lora_a"]), ("B", factors["lora_b"])):
-            for layer, factor in enumerate(np.asarray(leaf, np.float32)):
-                key = KEY.format(layer=layer, block=BLOCKS[target], target=target, factor=letter)
-                tensors[key] = np.ascontiguousarray(factor.T)  # save_file does not look at strides
+        layers = len(factors["lora_a"])
+        table = zip(config.ranks_of(target, layers), config.alphas_of(target, layers), strict=True)
+        for layer, (rank, alpha) in enumerate(table):
+            if not rank:
+                continue
+            name = module_name(target, layer)
+            modules.append(name)
+            for letter, factor in (("A", factors["lora_a"][layer][:, :rank]), ("B", factors["lora_b"][layer][:rank])):
+                factor = np.asarray(factor, np.float32)
+                # save_file does not look at strides
+                tensors[KEY.format(module=name, factor=letter)] = np.ascontiguousarray(factor.T)
+            rank_pattern |= {name: rank} if rank != config.rank else {}
+            alpha_pattern |= {name: _number(alpha)} if alpha != config.alpha else {}
+    everywhere = all(0 not in config.ranks_of(target, layers) for target in config.targets)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": list(config.targets),
+        "target_modules": list(config.targets) if everywhere else modules,
         "use_rslora": config.scaling == "rslora",
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "modules_to_save": None,
         "inference_mode": True,
     }
@@ -72,16 +310,29 @@ def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, bas
         verify_peft(partial, lora, config)
 
 
+def _number(alpha: float) -> int | float:
+    """PEFT's alphas are whole numbers where they can be."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
 def verify_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig) -> None:
-    """Raise unless the folder, read by our own reader, holds these very factors and settings."""
-    found, found_config, _ = read_peft(folder)
-    wrong = [] if found_config == dataclasses.replace(config, targets=_in_order(config.targets)) else [CONFIG]
-    expected, actual = dict(_leaves(lora)), dict(_leaves(found))
+    """Raise unless the folder, read by our own reader, holds these very factors, ranks and scales."""
+    expected = dict(_leaves(lora))
+    layers = len(next(iter(expected.values())))
+    found, found_config, _ = read_peft(folder, layers)
+    wrong = [] if _meaning(found_config, layers) == _meaning(config, layers) else [CONFIG]
+    actual = dict(_leaves(found))
     wrong += sorted(expected.keys() ^ actual.keys())
     both = expected.keys() & actual.keys()
     wrong += sorted(path for path in both if not np.array_equal(expected[path], actual[path], equal_nan=True))
     if wrong:
         raise UserError(f"{folder}: reads back other than it was written: {', '.join(wrong)}; check the disk")
+
+
+def _meaning(config: LoraConfig, layers: int) -> tuple:
+    """What settings mean, in whatever words."""
+    table = {t: (config.ranks_of(t, layers), config.scales_of(t, layers)) for t in config.targets}
+    return config.dropout, table
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -90,78 +341,3 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
         return
     for name, child in node.items():
         yield from _leaves(child, f"{path}/{name}".strip("/"))
-
-
-def _in_order(targets: Iterable[str]) -> tuple[str, ...]:
-    return tuple(target for target in TARGETS if target in set(targets))
-
-
-def read_peft(folder: str | os.PathLike) -> tuple[dict, LoraConfig, str | None]:
-    """(the `lora` tree in float32 numpy arrays, its settings, the base's name) of a PEFT folder."""
-    folder = pathlib.Path(folder)
-    config, base_name = _read_settings(folder / CONFIG)
-    if not (folder / TENSORS).is_file():
-        raise UserError(f"{folder}: has no {TENSORS}, the only supported format; save the adapter as safetensors")
-    problems: list[str] = []
-    tensors = open_file(folder / TENSORS, problems)
-    places = {}  # (block, target, lora_a or lora_b) -> {layer: key}
-    for key in tensors:
-        match = KEY_PATTERN.fullmatch(key)
-        if match and BLOCKS.get(match[3]) == match[2] and match[3] in config.targets:
-            places.setdefault((match[2], match[3], f"lora_{match[4].lower()}"), {})[int(match[1])] = key
-    known = {key for keys in places.values() for key in keys.values()}
-    unknown = [key for key in tensors if key not in known]
-    if unknown:
-        problems.append(f"unknown: {grouped(unknown)}")
-    layers = 1 + max((layer for keys in places.values() for layer in keys), default=0)
-    lora: dict = {"layers": {}}
-    missing = []
-    for target in config.targets:
-        for factor, rank_axis in (("lora_a", 0), ("lora_b", 1)):
-            keys = places.get((BLOCKS[target], target, factor), {})
-            wanted = KEY.format(layer="{}", block=BLOCKS[target], target=target, factor=factor[-1].upper())
-            missing += [wanted.format(layer) for layer in range(layers) if layer not in keys]
-            shapes = {tensors[key].shape for key in keys.values()}
-            if len(shapes) > 1 or any(len(shape) != 2 or shape[rank_axis] != config.rank for shape in shapes):
-                problems.append(
-                    f"{wanted.format('*')}: shapes {sorted(map(list, shapes))} do not fit r = {config.rank}"
-                )
-            elif len(keys) == layers:
-                stacked = np.stack([np.asarray(tensors[keys[layer]].whole().T, np.float32) for layer in range(layers)])
-                lora["layers"].setdefault(BLOCKS[target], {}).setdefault(target, {})[factor] = stacked
-    if missing:
-        problems.append(f"missing: {grouped(missing)}")
-    if problems:
-        raise UserError(f"{folder / TENSORS}: {'; '.join(problems)}; fetch or export the adapter again")
-    return lora, config, base_name
-
-
-def _read_settings(path: pathlib.Path) -> tuple[LoraConfig, str | None]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, targets = (fields.get(name) for name in ("r", "lora_alpha", "target_modules"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as PEFT's settings ({error}); give a PEFT folder") from None
-    known = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "base_model_name_or_path", *HARMLESS)
-    rest = {name: value for name, value in fields.items() if name not in known}
-    problems = [
-        f"{name} = {json.dumps(value)} is not supported"
-        for name, value in rest.items()
-        if (value not in SUPPORTED[name] if name in SUPPORTED else value)
-    ]
-    if not (type(rank) is int and rank > 0):
-        problems.append(f"r = {json.dumps(rank)} is not a positive integer")
-    if type(alpha) not in (int, float):
-        problems.append(f"lora_alpha = {json.dumps(alpha)} is not a number")
-    if not isinstance(targets, list) or not targets or set(targets) - set(TARGETS):
-        problems.append(f"target_modules = {json.dumps(targets)} is not a list of {', '.join(TARGETS)}")
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}; give an adapter that does without")
-    config = LoraConfig(
-        rank=rank,
-        alpha=float(alpha),
-        dropout=fields.get("lora_dropout") or 0.0,
-        targets=_in_order(targets),
-        scaling="rslora" if fields.get("use_rslora") else "standard",
-    )
-    return config, fields.get("base_model_name_or_path")

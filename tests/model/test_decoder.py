@@ -108,7 +108,7 @@ def test_the_bases_initial_weights_do_not_depend_on_the_adapter():
 def test_merged_equals_adapted(adapted):
     model, variables = adapted
     ids = np.arange(20).reshape(2, 10)
-    merged = merge(variables["params"], variables["lora"], model.lora.scale)
+    merged = merge(variables["params"], variables["lora"], model.lora)
     expected, found = logits(model, variables, ids), logits(Decoder(TINY), {"params": merged}, ids)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # rounded in another order
 

@@ -11,7 +11,7 @@ import torch_llama
 from torch_llama import torch
 
 from lowrank.errors import UserError
-from lowrank.model.lora import TARGETS
+from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.weights.base import read_base
 from lowrank.weights.merged import merge, verify_huggingface, write_huggingface
 
@@ -38,6 +38,11 @@ def random_lora(params, targets=TARGETS, rank=3, seed=0) -> dict:
     return tree
 
 
+def scaled(scale) -> LoraConfig:
+    """Settings of the adapters that `random_lora` makes."""
+    return LoraConfig(rank=3, alpha=3 * scale)
+
+
 @pytest.fixture(scope="module")
 def model():
     return torch_llama.make()
@@ -51,7 +56,7 @@ def base_folder(model, tmp_path_factory):
 def test_merging_adds_the_scaled_product_and_nothing_else(base_folder):
     _, params = read(base_folder)
     lora = random_lora(params, targets=("q_proj", "down_proj"))
-    merged = merge(params, lora, 0.5)
+    merged = merge(params, lora, scaled(0.5))
     for path in (("self_attn", "q_proj"), ("mlp", "down_proj")):
         factors, kernel = lora["layers"][path[0]][path[1]], params["layers"][path[0]][path[1]]["kernel"]
         wanted = kernel.astype(np.float64) + 0.5 * (factors["lora_a"].astype(np.float64) @ factors["lora_b"])
@@ -64,7 +69,7 @@ def test_merging_adds_the_scaled_product_and_nothing_else(base_folder):
 def test_a_zero_lora_b_merges_to_the_base_bit_for_bit(base_folder):
     _, params = read(base_folder, jnp.bfloat16)
     lora = jax.tree.map_with_path(lambda path, x: x * (path[-1].key == "lora_a"), random_lora(params))
-    merged = merge(params, lora, 2.0)
+    merged = merge(params, lora, scaled(2.0))
     assert jax.tree.map(lambda x: x.dtype.name, merged) == jax.tree.map(lambda x: "bfloat16", params)
     jax.tree.map(np.testing.assert_array_equal, merged, params)
 
@@ -73,7 +78,7 @@ def test_a_merged_kernel_is_rounded_once(base_folder):
     """In bfloat16, rounding the delta before adding it gives other digits; so the base is never rounded on the way."""
     _, params = read(base_folder)
     lora = random_lora(params)
-    exact, rounded = merge(params, lora, 0.5), merge(params, lora, 0.5, jnp.bfloat16)
+    exact, rounded = merge(params, lora, scaled(0.5)), merge(params, lora, scaled(0.5), jnp.bfloat16)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), exact, rounded)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(rounded)} == {"bfloat16"}
 
@@ -81,8 +86,8 @@ def test_a_merged_kernel_is_rounded_once(base_folder):
 def test_arrays_of_jax_and_stored_leaves_merge_the_same(base_folder):
     _, params = read(base_folder)
     lora = random_lora(params)
-    wanted = merge(params, lora, 0.25, np.float32)
-    stored = merge(read_base(base_folder).params, lora, 0.25, np.float32)
+    wanted = merge(params, lora, scaled(0.25), np.float32)
+    stored = merge(read_base(base_folder).params, lora, scaled(0.25), np.float32)
     jaxed = merge(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, lora), 0.25, np.float32)
     jax.tree.map(np.testing.assert_array_equal, stored, wanted)
     jax.tree.map(np.testing.assert_array_equal, jaxed, wanted)
@@ -92,7 +97,7 @@ def test_merging_leaves_its_arguments_alone(base_folder):
     _, params = read(base_folder)
     lora = random_lora(params)
     before = jax.tree.map(np.copy, (params, lora))
-    merge(params, lora, 1.0)
+    merge(params, lora, scaled(1.0))
     jax.tree.map(np.testing.assert_array_equal, (params, lora), before)
 
 
@@ -104,7 +109,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_all_offenders(base_folder)
     lora["layers"]["cross_attn"] = {"q_proj": q}
     lora["norm"] = lora["head"] = q
     with pytest.raises(UserError) as error:
-        merge(params, lora, 1.0)
+        merge(params, lora, scaled(1.0))
     assert str(error.value) == (
         "the adapter does not fit the base: head: not in the base; layers/cross_attn: not in the base; "
         "layers/self_attn/q_proj: [2, 24, 3] @ [3, 3, 32] beside a kernel [3, 24, 32]; norm/lora_a: not in the base; "
@@ -130,7 +135,7 @@ def test_transformers_loads_what_is_written(tmp_path, tied, shard_bytes):
 def test_a_merged_export_computes_what_the_adapted_model_does(model, base_folder, tmp_path):
     config, params = read(base_folder)
     lora = random_lora(params)
-    write_huggingface(tmp_path / "out", merge(params, lora, 0.125), config, dtype="float32")
+    write_huggingface(tmp_path / "out", merge(params, lora, scaled(0.125)), config, dtype="float32")
     adapted = torch_llama.make()
     torch_llama.add_delta(adapted, lora, 0.125)
     merged = torch_llama.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
