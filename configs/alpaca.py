@@ -43,6 +43,8 @@ def get_config():
     config.lora.dropout = 0.05
     config.lora.targets = ("q_proj", "v_proj")
     config.lora.scaling = "standard"
+    config.lora.ranks = {}  # where they differ: {"down_proj": 32, "q_proj": a rank for each layer}
+    config.lora.alphas = {}
 
     config.train = ml_collections.ConfigDict()
     config.train.mode = "lora"

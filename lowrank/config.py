@@ -271,7 +271,8 @@ PER_TARGET = {
 def _per_target(value, kind: type, wanted: str):
     """A table from targets to one value, or to one for each layer, as pairs of tuples in the order of TARGETS."""
     try:
-        table = {target: one if isinstance(one, (tuple, list)) else (one,) for target, one in dict(value).items()}
+        table = {target: _literal(one) if isinstance(one, _Text) else one for target, one in dict(value).items()}
+        table = {target: one if isinstance(one, (tuple, list)) else (one,) for target, one in table.items()}
         table = {target: tuple(_convert(one, kind, commas=False) for one in values) for target, values in table.items()}
     except (TypeError, ValueError):
         raise ValueError(wanted) from None
@@ -342,8 +343,11 @@ def _check(c: Config) -> list[str]:
         table = dict(get(key))
         stray = [target for target in table if target not in c.lora.targets]
         must(not stray, key, f"about lora.targets only ({', '.join(stray)} is none)")
-        least = 0 if key == "lora.ranks" else 1e-30
-        must(all(values and min(values) >= least for values in table.values()), key, "without negative values")
+        values = [one for several in table.values() for one in several or (-1,)]
+        if key == "lora.ranks":
+            must(all(one >= 0 for one in values), key, "made of ranks of 0 (no adapter there) or more")
+        else:
+            must(all(one > 0 for one in values), key, "made of alphas above 0")
     idle = [target for target, values in c.lora.ranks if values and not any(values)]
     must(not idle, "lora.ranks", f"more than 0 somewhere ({', '.join(idle)}: leave it out of lora.targets)")
     must(len(set(c.lora.targets)) == len(c.lora.targets), "lora.targets", "without repetition")

@@ -1,6 +1,7 @@
 """The config: what a file and the command line may say, and every mistake answered by name, all of them at once."""
 
 import ast
+import json
 import pathlib
 
 import pytest
@@ -96,6 +97,27 @@ def test_overrides_of_every_kind(write, key, text, value, spaced):
     flags = [f"--config.{key}", text] if spaced else [f"--config.{key}={text}"]
     found = get(read(write("c.train.epochs = 1.0", "c.mesh = {'data': 1}"), flags), key)
     assert found == value and type(found) is type(value)
+
+
+UNEVEN = (("q_proj", (8, 8, 4, 0)), ("down_proj", (32,)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--config.lora.ranks={'down_proj': 32, 'q_proj': (8, 8, 4, 0)}",
+        "--config.lora.ranks=[['q_proj', [8, 8, 4, 0]], ['down_proj', [32]]]",
+    ],
+)
+def test_ranks_that_differ_are_a_table_of_targets(write, override):
+    assert read(write(), [override]).lora.ranks == UNEVEN
+    in_file = read(write("c.lora = dict(ranks={'down_proj': 32, 'q_proj': (8, 8, 4, 0)}, alphas={'q_proj': 2})"), [])
+    assert in_file.lora.ranks == UNEVEN and in_file.lora.alphas == (("q_proj", (2.0,)),)
+    assert (
+        read(write(), ["--config.lora.ranks.q_proj=(8, 8, 4, 0)", "--config.lora.ranks.down_proj=32"]).lora.ranks
+        == UNEVEN
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(in_file)))) == in_file
 
 
 def test_an_override_goes_before_the_file_and_the_last_one_before_the_others(write):
@@ -217,6 +239,12 @@ def test_a_file_of_the_wrong_type_is_refused(write, line):
         (["--config.data.eval=f", "--config.data.eval_examples=3"], "config.data.eval_examples=3 must be 0 where"),
         (["--config.data.seed=-1"], "config.data.seed=-1 must be"),
         (["--config.seed=4294967296"], "config.seed=4294967296 must be"),
+        (["--config.lora.ranks={'x_proj': 3}"], "must be about lora.targets only (x_proj is none)"),
+        (["--config.lora.ranks={'q_proj': -1}"], "must be made of ranks of 0 (no adapter there) or more"),
+        (["--config.lora.ranks={'q_proj': 0}"], "must be more than 0 somewhere (q_proj: leave it out of lora.targets)"),
+        (["--config.lora.alphas={'q_proj': 0}"], "must be made of alphas above 0"),
+        (["--config.lora.ranks=8"], "is not ranks of targets such as {'down_proj': 32"),
+        (["--config.lora.ranks={'q_proj': 1.5}"], "is not ranks of targets such as"),
         (["--config.lora.rank"], "--config.lora.rank has no value; write --config.lora.rank=VALUE"),
         (["--config.lora.rank", "--config.seed=1"], "--config.lora.rank has no value"),
         (["--config.lora.rank.deep=1"], "config.lora.rank"),

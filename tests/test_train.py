@@ -143,6 +143,27 @@ def test_init_adapter_that_means_something_else_is_refused_with_all_differences(
 
 
 @pytest.mark.parametrize("packing", [True, False])
+def test_ranks_for_another_number_of_layers_are_refused(tiny, tmp_path):
+    overrides = ("--config.lora.ranks={'q_proj': (1, 2), 'v_proj': 3}", "--config.lora.alphas={'o_proj': (1, 2, 3)}")
+    finished = train(tiny, tmp_path / "run", *overrides)
+    assert finished.code == 1 and not (tmp_path / "run").exists()
+    assert (
+        "config.lora.ranks.q_proj has 2 values; config.lora.alphas.o_proj has 3 values; the base has 5 layers"
+        in finished.err
+    )
+
+
+def test_a_run_from_before_a_key_or_a_field_existed_goes_on(tiny, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((run / "config.json").read_text())
+    del record["config"]["lora"]["ranks"], record["identity"]["architecture"]["windows"]
+    (run / "config.json").write_text(json.dumps(record))
+    finished = train(tiny, run, "--config.train.steps=7")
+    assert finished.code == 0 and "resumed from step 6" in finished.out, finished.err
+    finished = train(tiny, run, "--config.train.steps=7", "--config.lora.ranks={'q_proj': 1}")
+    assert finished.code == 1 and "config.lora.ranks was [] and is [['q_proj', [1]]]" in finished.err
+
+
 def test_evaluation_covers_every_example_once_whatever_the_batch_size(tiny, tmp_path, packing):
     class Enough(BaseException):
         pass

@@ -137,7 +137,7 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
     unknown = sorted(tensors.keys() - set(wanted.values()))
     missing = [key for key in wanted.values() if key not in tensors]
     if unknown and len(missing) == len(wanted):
-        form = KEY.format(module=module_name("q_proj", "*"), factor="A")
+        form = KEY.format(module=module_name(next(iter(modules))[0], "*"), factor="A")
         problems.append(f"no tensor has a name that target_modules stands for (such as {form})")
     elif missing:
         problems.append(f"missing: {grouped(missing)}")

@@ -88,7 +88,7 @@ def test_arrays_of_jax_and_stored_leaves_merge_the_same(base_folder):
     lora = random_lora(params)
     wanted = merge(params, lora, scaled(0.25), np.float32)
     stored = merge(read_base(base_folder).params, lora, scaled(0.25), np.float32)
-    jaxed = merge(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, lora), 0.25, np.float32)
+    jaxed = merge(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, lora), scaled(0.25), np.float32)
     jax.tree.map(np.testing.assert_array_equal, stored, wanted)
     jax.tree.map(np.testing.assert_array_equal, jaxed, wanted)
 

@@ -140,11 +140,12 @@ def test_settings_that_are_not_understood_are_refused_by_name(written):
     path = written[0] / "adapter_config.json"
     change = {
         "use_dora": True,
-        "rank_pattern": {"q_proj": 8},
+        "rank_pattern": {"q_proj": -8},
         "bias": "all",
         "init_lora_weights": "pissa",
-        "layers_to_transform": [0, 1],
-        "target_modules": ["q_proj", "lm_head"],
+        "layers_to_transform": [0, "1"],
+        "target_modules": ["q_proj", 7],
+        "alpha_pattern": {"(": 8},
         "r": 0,
         "something_new": 7,
         "something_off": False,
@@ -152,10 +153,10 @@ def test_settings_that_are_not_understood_are_refused_by_name(written):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert refusal(written[0]) == (
         f'{path}: use_dora = true is not supported; bias = "all" is not supported; init_lora_weights = "pissa" is not '
-        'supported; rank_pattern = {"q_proj": 8} is not supported; layers_to_transform = [0, 1] is not supported; '
-        "something_new = 7 is not supported; r = 0 is not a positive integer; "
-        'target_modules = ["q_proj", "lm_head"] is not a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, '
-        "down_proj; give an adapter that does without"
+        "supported; something_new = 7 is not supported; r = 0 is not a positive integer; "
+        'target_modules = ["q_proj", 7] is not a list of names or a regex; layers_to_transform = [0, "1"] is not a layer '
+        'or a list of them; rank_pattern = {"q_proj": -8} is not a table from patterns to ranks; '
+        'alpha_pattern = {"(": 8} is not a table from patterns to alphas; give an adapter that does without'
     )
 
 
@@ -167,7 +168,8 @@ def test_keys_that_match_nothing_are_refused_with_all_names(written):
     save_file(wrong, path)
     text = refusal(written[0])
     assert "unknown: base_model.model.layers.{0,1,2}.mlp.down_proj.lora_A.weight" in text
-    assert "missing: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in text
+    form = "base_model.model.model.layers.*.self_attn.q_proj.lora_A.weight"
+    assert f"no tensor has a name that target_modules stands for (such as {form})" in text
 
 
 def test_missing_layers_and_wrong_shapes_are_one_error(written):
@@ -178,15 +180,17 @@ def test_missing_layers_and_wrong_shapes_are_one_error(written):
     tensors["base_model.model.lm_head.weight"] = np.zeros((40, 24), np.float32)
     save_file(tensors, path)
     assert refusal(written[0]) == (
-        f"{path}: unknown: base_model.model.lm_head.weight; base_model.model.model.layers.*.self_attn.v_proj."
-        "lora_B.weight: shapes [[16, 3], [16, 4]] do not fit r = 3; missing: "
-        "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight; fetch or export the adapter again"
+        f"{path} (an adapter of someone/base): missing: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight; "
+        "unknown: base_model.model.lm_head.weight; base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight is "
+        "[16, 4], which does not fit a rank of 3; give the base it belongs to, or fetch the adapter again"
     )
 
 
 def test_no_adapter_folder_no_tensors_and_broken_json(written, tmp_path):
     assert "nowhere/adapter_config.json: cannot be read as PEFT's settings" in refusal(tmp_path / "nowhere")
     (written[0] / "adapter_model.safetensors").rename(written[0] / "adapter_model.bin")
-    assert "has no adapter_model.safetensors, the only supported format" in refusal(written[0])
+    assert "adapter_model.bin is no file of torch.save (no zip archive)" in refusal(written[0])
+    (written[0] / "adapter_model.bin").unlink()
+    assert "has neither adapter_model.safetensors nor adapter_model.bin" in refusal(written[0])
     (written[0] / "adapter_config.json").write_text("[]")
     assert "adapter_config.json: cannot be read as PEFT's settings" in refusal(written[0])
