@@ -5,9 +5,10 @@
     python bench/import_speed.py --shape=1.1b --folder=/tmp/import_speed --format=native    # of the converted base
 
 Makes a checkpoint of random weights in bfloat16, in shards of 5 GB, if the folder does not have it. Import (onto one CPU
-device, in bfloat16), cat, convert and cp take turns, each with the files out of the disk's cache at its start. Memory is
-what the process has at its peak beyond what it had before and the finished arrays, in sizes of the largest single tensor:
-all of it (VmHWM, with the pages of mapped files), and what is its own (RssAnon, looked at every 2 ms).
+device, in bfloat16), cat, convert and cp take turns, each with the files out of the disk's cache at its start; cp is
+followed by a sync, because convert ends with one. Memory is what the process has at its peak beyond what it had before
+and the finished arrays, in sizes of the largest single tensor: all of it (VmHWM, with the pages of mapped files), and
+what is its own (RssAnon, looked at every 2 ms).
 """
 
 import dataclasses
@@ -165,7 +166,7 @@ def main(_):
     candidates = {
         "cat": lambda: theirs(f"cat {source}/*.safetensors > /dev/null"),
         "import": lambda: ours("import"),
-        "cp": lambda: theirs(f"cp -r {source} {target}"),
+        "cp": lambda: theirs(f"cp -r {source} {target} && sync {target}/*"),
         "convert": lambda: ours("convert"),
     }
     results = {name: [] for name in candidates}

@@ -1,8 +1,8 @@
 """A base: a folder of somebody's weights, opened, checked and fingerprinted, and its way into the parameter tree.
 
 Nothing is read before it is needed, and then in pieces of some megabytes that go straight to their place on the devices:
-beside the finished parameters there are never more than a few pieces in memory, and each host reads its own shards
-alone. A format joins by giving a table of tensors under Hugging Face's names.
+beside the finished parameters there are never more than a few pieces in memory. Each host reads its own shards alone.
+A format joins by giving a table of tensors under Hugging Face's names.
 """
 
 import collections
