@@ -5,14 +5,17 @@
     python bench/import_speed.py --shape=1.1b --folder=/tmp/import_speed --format=native    # of the converted base
 
 Makes a checkpoint of random weights in bfloat16, in shards of 5 GB, if the folder does not have it. Import (onto one CPU
-device, in bfloat16), cat, convert and cp take turns, each with the files out of the disk's cache at its start. Memory is
-what the process has at its peak beyond what it had before and the finished arrays, in sizes of the largest single tensor:
-all of it (VmHWM, with the pages of mapped files), and what is its own (RssAnon, looked at every 2 ms).
+device, in bfloat16), cat, touch (a byte of every page of as much new memory: what a virtual machine may need long for),
+convert and cp take turns, each with the files out of the disk's cache at its start; cp is followed by a sync, because
+convert ends with one. Memory is what the process has at its peak beyond what it had before and the finished arrays, in
+sizes of the largest single tensor: all of it (VmHWM, with the pages of mapped files), and what is its own (RssAnon,
+looked at every 2 ms).
 """
 
 import dataclasses
 import json
 import math
+import mmap
 import os
 import pathlib
 import shutil
@@ -36,7 +39,9 @@ flags.DEFINE_enum("shape", "1.1b", ["1.1b", "7b"], "Of TinyLlama or of Llama 2 7
 flags.DEFINE_string("folder", None, "Where the checkpoint and its copies are made.", required=True)
 flags.DEFINE_enum("format", "hf", ["hf", "native"], "What is imported and converted.")
 flags.DEFINE_integer("rounds", 3, "Each is measured so often.")
-flags.DEFINE_enum("only", None, ["import", "convert"], "Measure one in this process, once (what this script starts).")
+flags.DEFINE_enum(
+    "only", None, ["touch", "import", "convert"], "Measure one in this process, once (what this script starts)."
+)
 FLAGS = flags.FLAGS
 
 FILE_BYTES = 5 * 10**9
@@ -110,8 +115,12 @@ def measure(source: pathlib.Path, target: pathlib.Path) -> dict:
     watcher.start()
     wall, cpu = time.perf_counter(), time.process_time()
     base = read_base(source)
-    if FLAGS.only == "import":
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), base.params)
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), base.params)
+    if FLAGS.only == "touch":
+        params = np.empty(sum(leaf.size for leaf in jax.tree.leaves(wanted)), jnp.bfloat16)
+        params[:: mmap.PAGESIZE // 2] = 1
+        finished = params.nbytes
+    elif FLAGS.only == "import":
         params = jax.block_until_ready(load_params(base, wanted))
         finished = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     else:
@@ -164,8 +173,9 @@ def main(_):
 
     candidates = {
         "cat": lambda: theirs(f"cat {source}/*.safetensors > /dev/null"),
+        "touch": lambda: ours("touch"),
         "import": lambda: ours("import"),
-        "cp": lambda: theirs(f"cp -r {source} {target}"),
+        "cp": lambda: theirs(f"cp -r {source} {target} && sync {target}/*"),
         "convert": lambda: ours("convert"),
     }
     results = {name: [] for name in candidates}

@@ -1,8 +1,8 @@
 """A base: a folder of somebody's weights, opened, checked and fingerprinted, and its way into the parameter tree.
 
 Nothing is read before it is needed, and then in pieces of some megabytes that go straight to their place on the devices:
-beside the finished parameters there are never more than a few pieces in memory, and each host reads its own shards
-alone. A format joins by giving a table of tensors under Hugging Face's names.
+beside the finished parameters there are never more than a few pieces in memory. Each host reads its own shards alone.
+A format joins by giving a table of tensors under Hugging Face's names.
 """
 
 import collections
@@ -142,20 +142,18 @@ def load_params(base: Base, abstract: dict) -> dict:
 
 
 def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futures.Executor) -> jax.Array:
-    """One leaf, made of zeros and filled in place: all devices get a piece of their shards at a time."""
+    """One leaf, filled in place: all shards of this host get a piece at a time, read while the one before is placed."""
     if leaf.shape != wanted.shape:
         raise ValueError(f"a leaf of shape {wanted.shape} is wanted, the config makes it {leaf.shape}")
-    shape, sharding = wanted.shape, wanted.sharding
+    shape, dtype, sharding = wanted.shape, wanted.dtype, wanted.sharding
     shard, devices = shape, {(0,) * len(shape): [None]}  # where a shard begins -> the devices of this host that hold it
     if sharding is not None:
         shard, devices = sharding.shard_shape(shape), collections.defaultdict(list)
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             devices[tuple(span.start for span in _spans(index, shape))].append(device)
 
-    def read(piece: tuple[slice, ...], memory: np.ndarray) -> list[np.ndarray]:
-        """The same piece of each shard, in a row of `memory`; a shard that several devices hold is read once."""
-        sizes = [span.stop - span.start for span in piece]
-        parts = [row[: math.prod(sizes)].reshape(sizes) for row in memory]
+    def read(piece: tuple[slice, ...], parts: list[np.ndarray]) -> list[np.ndarray]:
+        """The same piece of each shard; a shard that several devices hold is read once."""
         for part, start in zip(parts, devices, strict=True):
             leaf.read_into(part, [slice(at + s.start, at + s.stop) for at, s in zip(start, piece, strict=True)])
         return parts
@@ -169,22 +167,31 @@ def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futur
         return jax.make_array_from_single_device_arrays(tuple(whole), sharding, arrays)
 
     together = 1 if sharding is None else len(sharding.device_set) // jax.process_count()  # the same on every host
-    pieces = list(_pieces(leaf, shard, PIECE_BYTES // max(leaf.dtype.itemsize, wanted.dtype.itemsize) // together))
-    largest = math.prod(span.stop for span in pieces[0])
-    if len(pieces) == 1:
-        return put(read(pieces[0], np.empty((len(devices), largest), wanted.dtype)))
+    pieces = list(_pieces(leaf, shard, PIECE_BYTES // max(leaf.dtype.itemsize, dtype.itemsize) // together))
+    if len(pieces) == 1 or _in_host_memory(sharding):
+        shards = [_aligned(shard, dtype) for _ in devices]
+        for _ in ahead(pool, read, ((piece, [held[piece] for held in shards]) for piece in pieces)):
+            pass
+        return put(shards)
     # The same memory again and again, because malloc keeps much of what was freed: a piece is read into that of the
     # piece before the one that is being placed.
-    memory = _aligned((AHEAD + 1, len(devices), largest), wanted.dtype)
-    array = jax.jit(functools.partial(jnp.zeros, shape, wanted.dtype), out_shardings=sharding)()
-    for piece, parts in zip(pieces, ahead(pool, read, zip(pieces, itertools.cycle(memory))), strict=True):
+    sizes = [[span.stop - span.start for span in piece] for piece in pieces]
+    memory = itertools.cycle(_aligned((AHEAD + 1, len(devices), math.prod(sizes[0])), dtype))
+    todo = ((p, [row[: math.prod(n)].reshape(n) for row in m]) for p, n, m in zip(pieces, sizes, memory))  # noqa: B905
+    array = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    for piece, parts in zip(pieces, ahead(pool, read, todo), strict=True):
         starts = np.array([span.start for span in piece], np.int32)
         array = _place(array, put(parts), starts, sharding).block_until_ready()
     return array
 
 
+def _in_host_memory(sharding: Any) -> bool:
+    """Whether the devices are CPUs: what is read for them is in its place already."""
+    return jax.default_backend() == "cpu" if sharding is None else next(iter(sharding.device_set)).platform == "cpu"
+
+
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that begins at a cache line: JAX on a CPU takes such an array as it lies, and would copy another."""
+    """Memory that begins at a cache line: for a CPU, JAX takes such an array as it lies, and would copy another."""
     nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -194,14 +201,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _place(array: jax.Array, piece: jax.Array, starts: jax.Array, sharding: Any) -> jax.Array:
     """Write the piece of each device into its shard, at `starts`; in place, because the array is donated."""
-
-    def place(array, piece, starts):
-        # As plain bits: XLA for CPUs updates an array of bfloat16 by converting all of it to float32 and back.
-        bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        array, piece = (jax.lax.bitcast_convert_type(x, bits) for x in (array, piece))
-        return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(array, piece, starts), dtype)
-
-    dtype = array.dtype
+    place = jax.lax.dynamic_update_slice
     if isinstance(sharding, NamedSharding):
         # Said device by device: left to itself, the compiler could as well gather the array to update it.
         spec = sharding.spec

@@ -135,9 +135,9 @@ def test_each_shard_reads_only_its_part(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Pieces and bands of a few rows, so that a tiny model is loaded as a large one is; -> what was placed.
+    """Pieces and bands of a few rows, so that a tiny model is loaded as a large one onto an accelerator.
 
-    (bytes of a piece, whether the array stayed where it was), for each piece.
+    -> (bytes of a piece, whether the array stayed where it was), for each piece that was placed.
     """
     placed, place = [], base_lib._place
 
@@ -148,6 +148,7 @@ def small_pieces(monkeypatch):
         return array
 
     monkeypatch.setattr(base_lib, "_place", spied)
+    monkeypatch.setattr(base_lib, "_in_host_memory", lambda sharding: False)
     monkeypatch.setattr(base_lib, "PIECE_BYTES", 1024)
     monkeypatch.setattr(base_lib, "BAND_BYTES", 256)
     return placed
@@ -163,6 +164,19 @@ def test_a_large_leaf_is_filled_in_place_piece_by_piece(tmp_path, small_pieces, 
     assert len(small_pieces) > 20
     assert max(nbytes for nbytes, _ in small_pieces) <= 1024
     assert all(in_place for _, in_place in small_pieces)
+
+
+def test_on_a_cpu_a_large_leaf_is_read_into_its_place(tmp_path, small_pieces, monkeypatch):
+    """The array is the very memory that was read into: there is no second copy, not even for a moment."""
+    monkeypatch.setattr(base_lib, "_in_host_memory", lambda sharding: True)
+    made, aligned = [], base_lib._aligned
+    monkeypatch.setattr(base_lib, "_aligned", lambda *arguments: made.append(aligned(*arguments)) or made[-1])
+    model = torch_llama.make()
+    base = read_base(torch_llama.saved(model, tmp_path))
+    params = load_params(base, abstract(base, jnp.bfloat16))
+    assert_equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected(model)))
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)] == [memory.ctypes.data for memory in made]
+    assert small_pieces == []
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -191,7 +205,7 @@ def test_a_leaf_without_a_sharding_is_committed_to_no_device(tmp_path, small_pie
     assert not any(leaf.committed for leaf in jax.tree.leaves(load_params(base, abstract(base))))
 
 
-def test_every_bit_arrives_also_of_what_is_no_number(tmp_path, small_pieces):
+def test_every_bit_arrives_also_of_what_is_no_number(tmp_path):
     model = torch_llama.make(dtype=torch.bfloat16)
     with torch.no_grad():
         weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
