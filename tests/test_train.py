@@ -142,7 +142,6 @@ def test_init_adapter_that_means_something_else_is_refused_with_all_differences(
     assert "targets is" in finished.err
 
 
-@pytest.mark.parametrize("packing", [True, False])
 def test_ranks_for_another_number_of_layers_are_refused(tiny, tmp_path):
     overrides = ("--config.lora.ranks={'q_proj': (1, 2), 'v_proj': 3}", "--config.lora.alphas={'o_proj': (1, 2, 3)}")
     finished = train(tiny, tmp_path / "run", *overrides)
@@ -164,6 +163,7 @@ def test_a_run_from_before_a_key_or_a_field_existed_goes_on(tiny, trained, tmp_p
     assert finished.code == 1 and "config.lora.ranks was [] and is [['q_proj', [1]]]" in finished.err
 
 
+@pytest.mark.parametrize("packing", [True, False])
 def test_evaluation_covers_every_example_once_whatever_the_batch_size(tiny, tmp_path, packing):
     class Enough(BaseException):
         pass
