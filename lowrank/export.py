@@ -9,6 +9,7 @@ is a model card, written from the run.
 """
 
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from lowrank.model.decoder import Decoder
 from lowrank.training import metrics, partition
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.card import model_card
+from lowrank.weights import native
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.merged import merge, write_huggingface
 from lowrank.weights.new_folder import new_folder
@@ -65,6 +67,11 @@ def main(arguments: list[str]):
     architecture = base.config if base else SIZES[run.architecture]
     shapes, _ = decoder.abstract(Decoder(architecture, adapter.lora))
     base_name = FLAGS.base_name or str(FLAGS.base or run.base or run.architecture)
+    if base and not FLAGS.base_name and (base.folder / native.MANIFEST).is_file():
+        print(
+            f"{base.folder} is a native base, which others cannot load; --base_name=NAME says what to load",
+            file=sys.stderr,
+        )
 
     with new_folder(to) as folder:
         if FLAGS.format == "peft":

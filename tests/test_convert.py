@@ -49,10 +49,12 @@ def test_the_published_text_comes_out_of_the_native_base(shared_data, native):
 
 
 def test_every_folder_of_the_same_weights_becomes_the_same_base(shared_data, native, tmp_path):
-    assert convert(shared_data / "stories260k" / "hf_sharded", tmp_path / "sharded").code == 0
+    for name in ("hf_sharded", "hf_bin", "meta"):
+        assert convert(shared_data / "stories260k" / name, tmp_path / name).code == 0
     assert convert(native, tmp_path / "again").code == 0
     files = lambda folder: {path.name: path.read_bytes() for path in folder.glob("*.*") if "config" not in path.name}  # noqa: E731
-    assert files(tmp_path / "sharded") == files(tmp_path / "again") == files(native)
+    for name in ("hf_sharded", "hf_bin", "meta", "again"):
+        assert files(tmp_path / name) == files(native), name
 
 
 def test_training_over_the_native_base_is_bitwise_the_same(tiny, trained, native, tmp_path):
