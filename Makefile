@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/import_speed.py --shape=1.1b --folder=runs/import_speed
+	rm -rf runs/import_speed
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
