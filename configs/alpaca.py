@@ -3,7 +3,7 @@
     python -m lowrank.train --config=configs/alpaca.py --workdir=runs/alpaca \
         --config.base=DIR --config.data.train=alpaca_data_cleaned.json
 
-`base` is a folder with a LLaMA checkpoint (config.json, *.safetensors, its tokenizer), `data.train` a JSON list or JSON
+`base` is a folder with a LLaMA checkpoint (of Hugging Face or Meta, with its tokenizer), `data.train` a JSON list or JSON
 lines of records with instruction, input (may be empty) and output.
 
 Where the values come from: rank, alpha, dropout, targets, learning rate, warm-up, batch and length are those of

@@ -282,7 +282,7 @@ def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
         base = read_base(pathlib.Path(config.base))
         architecture = base.config
     else:
-        raise UserError("config.base is missing; say --config.base=DIR, the folder of a Hugging Face checkpoint")
+        raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
     tokenizer = load_tokenizer(pathlib.Path(config.tokenizer or config.base))
     check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
     if config.data.max_length > architecture.max_length:
