@@ -102,13 +102,19 @@ def open_adapter(config: Config, layers: int) -> Adapter:
     if set(adapter.lora.targets) != set(lora.targets):
         differing.append(f"lora.targets is {adapter.lora.targets} there and {lora.targets} here")
     elif lora.uneven:
-        for name, of in (("ranks", LoraConfig.ranks_of), ("alphas", LoraConfig.alphas_of)):
+        for name, of in (("ranks", LoraConfig.ranks_of), ("alphas", _alphas_in_use)):
             there, here = ({t: of(own, t, layers) for t in lora.targets} for own in (adapter.lora, lora))
             if there != here:
                 differing.append(f"lora.{name} is {there} there and {here} here")
     if differing:
         raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}")
     return adapter
+
+
+def _alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | None, ...]:
+    """None where the rank is 0: there PEFT's files do not hold an alpha, so nothing can differ."""
+    pairs = zip(lora.ranks_of(target, layers), lora.alphas_of(target, layers), strict=False)
+    return tuple(alpha if rank else None for rank, alpha in pairs)
 
 
 def with_ranks_of_start(config: Config, layers: int, begun: pathlib.Path | None) -> Config:

@@ -276,6 +276,8 @@ def _per_target(value, kind: type, wanted: str):
         table = {target: tuple(_convert(one, kind, commas=False) for one in values) for target, values in table.items()}
     except (TypeError, ValueError):
         raise ValueError(wanted) from None
+    if not all(isinstance(target, str) for target in table):
+        raise ValueError(wanted)
     order = {target: i for i, target in enumerate(TARGETS)}
     return tuple(sorted(table.items(), key=lambda entry: order.get(entry[0], len(order))))
 

@@ -243,6 +243,7 @@ def test_a_file_of_the_wrong_type_is_refused(write, line):
         (["--config.lora.ranks={'q_proj': -1}"], "must be made of ranks of 0 (no adapter there) or more"),
         (["--config.lora.ranks={'q_proj': 0}"], "must be more than 0 somewhere (q_proj: leave it out of lora.targets)"),
         (["--config.lora.alphas={'q_proj': 0}"], "must be made of alphas above 0"),
+        (["--config.lora.ranks={1: 8}"], "is not ranks of targets such as"),
         (["--config.lora.ranks=8"], "is not ranks of targets such as {'down_proj': 32"),
         (["--config.lora.ranks={'q_proj': 1.5}"], "is not ranks of targets such as"),
         (["--config.lora.rank"], "--config.lora.rank has no value; write --config.lora.rank=VALUE"),

@@ -142,6 +142,25 @@ def test_init_adapter_that_means_something_else_is_refused_with_all_differences(
     assert "targets is" in finished.err
 
 
+def test_an_uneven_run_is_started_from_through_peft_with_the_same_ranks_said(tiny, tmp_path):
+    """PEFT's files have no alpha for a layer without an adapter: what the config says of it there differs from nothing."""
+    uneven = ("--config.lora.ranks={'v_proj': (1, 0, 3, 3, 3)}", "--config.lora.alphas={'v_proj': 6}")
+    settings = ("--config.lora.targets=q_proj,v_proj", "--config.train.steps=1", "--config.eval.every=0", *uneven)
+    settings = (*settings, "--config.sample.every=0")
+    first, peft, second = tmp_path / "first", tmp_path / "peft", tmp_path / "second"
+    assert train(tiny, first, *settings).code == 0
+    assert running.run("export", f"--workdir={first}", "--format=peft", f"--to={peft}").code == 0
+    spy = Spy()
+    finished = train(tiny, second, *settings, f"--config.init_adapter={peft}", changes={"make_train_step": spy})
+    assert finished.code == 0, finished.err
+    source = arrays(first, 1, "adapter")
+    assert all(np.array_equal(leaf, source[name]) for name, leaf in named_leaves(spy.first[0]).items())
+    finished = train(
+        tiny, tmp_path / "other", *settings, f"--config.init_adapter={peft}", "--config.lora.alphas={'v_proj': 7}"
+    )
+    assert finished.code == 1 and "lora.alphas is" in finished.err and "(7.0, None, 7.0, 7.0, 7.0)" in finished.err
+
+
 def test_ranks_for_another_number_of_layers_are_refused(tiny, tmp_path):
     overrides = ("--config.lora.ranks={'q_proj': (1, 2), 'v_proj': 3}", "--config.lora.alphas={'o_proj': (1, 2, 3)}")
     finished = train(tiny, tmp_path / "run", *overrides)

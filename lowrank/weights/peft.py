@@ -30,9 +30,8 @@ from lowrank.weights.tensor_file import Tensor
 CONFIG, TENSORS, TENSORS_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODULE = "model.layers.{layer}.{block}.{target}"
 KEY = "base_model.model.{module}.lora_{factor}.weight"
-KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.")
+KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d{1,3})\.")  # a longer number is a damaged key's
 BLOCKS = {target: "self_attn" if target in TARGETS[:4] else "mlp" for target in TARGETS}
-ALL_LINEAR = "all-linear"
 
 UNDERSTOOD = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"),
@@ -45,7 +44,10 @@ SUPPORTED = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others may have changed the base too
 }
-HARMLESS = ("inference_mode", "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
+HARMLESS = (
+    *("inference_mode", "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"),
+    "runtime_config",  # PEFT ignores it in files, too
+)
 
 Modules = dict[tuple[str, int], tuple[int, float]]  # (target, layer) -> (rank, alpha), where there is an adapter
 
@@ -92,6 +94,9 @@ def _modules(fields: dict[str, Any], layers: int, problems: list[str]) -> Module
                     rank,
                     float(_of_pattern(fields.get("alpha_pattern"), name, fields["lora_alpha"])),
                 )
+    tables = [name for name in ("model.embed_tokens", "lm_head") if is_target(fields, name)]
+    if tables and not _is_all_linear(fields["target_modules"]):  # which leaves them out
+        problems.append(f"target_modules puts adapters on {' and '.join(tables)}, which is not supported")
     if not modules:
         problems.append(f"target_modules = {json.dumps(fields['target_modules'])} matches no projection of a Llama")
     return modules
@@ -103,10 +108,14 @@ def is_target(fields: dict[str, Any], name: str) -> bool:
     if re.fullmatch(excluded, name) if isinstance(excluded, str) else _is_named(excluded, name):
         return False
     if isinstance(wanted, str):
-        return wanted.lower() == ALL_LINEAR or re.fullmatch(wanted, name) is not None
+        return _is_all_linear(wanted) or re.fullmatch(wanted, name) is not None
     if name in wanted:  # named in full: no other setting is asked
         return True
     return _is_named(wanted, name) and _in_chosen_layer(fields, name)
+
+
+def _is_all_linear(wanted: Any) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
 
 
 def _is_named(names: list[str], name: str) -> bool:
@@ -137,7 +146,8 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
     unknown = sorted(tensors.keys() - set(wanted.values()))
     missing = [key for key in wanted.values() if key not in tensors]
     if unknown and len(missing) == len(wanted):
-        form = KEY.format(module=module_name(next(iter(modules))[0], "*"), factor="A")
+        target, _ = next(iter(modules), (TARGETS[0], 0))
+        form = KEY.format(module=module_name(target, "*"), factor="A")
         problems.append(f"no tensor has a name that target_modules stands for (such as {form})")
     elif missing:
         problems.append(f"missing: {grouped(missing)}")
@@ -219,12 +229,12 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
         if name not in UNDERSTOOD + HARMLESS and (value not in SUPPORTED[name] if name in SUPPORTED else value)
     ]
     problems += [
-        f"{name} is missing" for name in ("peft_type", "r", "lora_alpha", "target_modules") if name not in fields
+        f"{name} is missing" for name in ("peft_type", "r", "lora_alpha", "target_modules") if fields.get(name) is None
     ]
     is_rank = lambda value: type(value) is int and value > 0  # noqa: E731
-    is_alpha = lambda value: type(value) in (int, float) and value > 0  # noqa: E731
+    is_alpha = lambda value: type(value) in (int, float) and 0 < value < 1e30  # noqa: E731
     is_names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)  # noqa: E731
-    is_regex = lambda value: isinstance(value, str) and (value == ALL_LINEAR or _compiles(value))  # noqa: E731
+    is_regex = lambda value: isinstance(value, str) and (_is_all_linear(value) or _compiles(value))  # noqa: E731
     is_layers = lambda value: all(type(i) is int for i in (value if isinstance(value, list) else [value]))  # noqa: E731
 
     def patterns_of(valid):
@@ -233,6 +243,12 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
     checks = {
         "r": (is_rank, "a positive integer"),
         "lora_alpha": (is_alpha, "a positive number"),
+        "lora_dropout": (
+            lambda value: type(value) in (int, float) and 0 <= value < 1,
+            "from 0 up to, not including, 1",
+        ),
+        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "base_model_name_or_path": (lambda value: isinstance(value, str), "a name or a path"),
         "target_modules": (
             lambda value: bool(value) and (is_names(value) or is_regex(value)),
             "a list of names or a regex",
@@ -254,8 +270,9 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _compiles(pattern: str) -> bool:
+    """Whether a regex works inside of another, as patterns are used."""
     try:
-        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")
     except re.error:
         return False
     return True

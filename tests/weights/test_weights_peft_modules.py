@@ -196,7 +196,7 @@ def test_every_field_of_peft_is_understood_harmless_or_refused_when_it_is_set(tm
             {"target_modules": ["q_proj", "embed_tokens"]},
             "base_model.model.model.embed_tokens.lora_embedding_A",
         ),
-        ({"target_modules": ["q_proj", "lm_head"]}, "base_model.model.lm_head.lora_A.weight"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules puts adapters on lm_head"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices = "),
     ],
 )
@@ -205,6 +205,64 @@ def test_what_peft_can_do_beyond_is_refused_by_name(tmp_path, settings, said):
     with pytest.raises(UserError) as error:
         read_peft(tmp_path, LAYERS)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target_modules": None}, "target_modules is missing"),
+        ({"lora_alpha": None, "r": None}, "r is missing; lora_alpha is missing"),
+        ({"lora_alpha": float("inf")}, "lora_alpha = Infinity is not a positive number"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "is not a table from patterns to alphas"),
+        ({"lora_dropout": 1.5}, "lora_dropout = 1.5 is not"),
+        ({"lora_dropout": "some"}, 'lora_dropout = "some" is not'),
+        ({"use_rslora": "false"}, 'use_rslora = "false" is not true or false'),
+        ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path = "),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules puts adapters on lm_head, which is not supported"),
+        ({"target_modules": ".*"}, "target_modules puts adapters on model.embed_tokens and lm_head"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "is not a table from patterns to ranks"),
+        ({"target_modules": ["c_attn"]}, '["c_attn"] matches no projection'),
+        ({"exclude_modules": ".*"}, "matches no projection"),
+        ({"layers_to_transform": [7]}, "unknown: base_model.model.model.layers.{0,1,2}.self_attn.q_proj.lora_A.weight"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_one_line(tmp_path, change, said):
+    adapted({"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        read_peft(tmp_path, LAYERS)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_layer_of_an_absurd_number_is_an_unknown_key(tmp_path):
+    """A damaged digit must not make the reader count that far, nor list that many missing layers."""
+    adapted({"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    far = "base_model.model.model.layers.200000.self_attn.q_proj.lora_A.weight"
+    save_file(tensors | {far: np.zeros((2, 24), np.float32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError) as error:
+        read_peft(tmp_path)
+    assert f"unknown: {far}" in str(error.value) and "missing" not in str(error.value)
+
+
+def test_what_peft_ignores_in_a_file_is_ignored(tmp_path):
+    adapted({"target_modules": ["q_proj"]}).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runtime_config": {"ephemeral_gpu_offload": False}}))
+    assert read_peft(tmp_path, LAYERS)[1].targets == ("q_proj",)
+
+
+def test_overlapping_patterns_mean_what_peft_makes_of_the_file(tmp_path):
+    """PEFT sorts the patterns when it saves and takes the first that matches: a file may say other than the training did."""
+    model = adapted({"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 9, ".*_proj": 3}})
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert model.get_submodule(name).scaling["default"] == 9 / 2
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(torch_llama.make(), tmp_path)
+    assert again.get_submodule(name).scaling["default"] == 3 / 2
+    assert read_peft(tmp_path, LAYERS)[1].scales_of("q_proj", LAYERS) == (1.5, 1.5, 1.5)
 
 
 def test_an_adapter_of_another_base_is_refused_with_every_misfit(base, tmp_path):
