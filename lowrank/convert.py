@@ -28,6 +28,7 @@ import rich.progress
 from absl import flags
 
 from lowrank import command
+from lowrank.data.tokenizer import COMPANIONS
 from lowrank.errors import UserError
 from lowrank.model.architecture import hf_config
 from lowrank.weights import native
@@ -66,7 +67,7 @@ def convert(base: Base, to: str, dtype: str | None = None) -> str:
     bar = rich.progress.Progress(console=rich.console.Console(stderr=True), disable=not sys.stderr.isatty())
     with new_folder(to) as partial, bar, concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
         (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
-        carry(base.folder, partial)
+        carry(base.folder, partial, (*COMPANIONS, "generation_config.json"))
         pieces = bar.track(ahead(pool, read, spare(parts)), total=len(parts), description="writing")
         native.write(partial, config, {part.name: part.dtype for part in parts}, pieces, identity)
 

@@ -18,7 +18,7 @@ from absl import flags
 
 from lowrank import command, inference
 from lowrank.adapters import Adapter, read_adapter
-from lowrank.data.tokenizer import load_tokenizer, write_for_transformers
+from lowrank.data.tokenizer import load_tokenizer, write_tokenizer
 from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
@@ -29,7 +29,7 @@ from lowrank.training.card import model_card
 from lowrank.weights import native
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.merged import merge, write_huggingface
-from lowrank.weights.new_folder import new_folder
+from lowrank.weights.new_folder import carry, new_folder
 from lowrank.weights.peft import write_peft
 
 flags.DEFINE_string("workdir", None, "The workdir of the run.")
@@ -82,9 +82,10 @@ def main(arguments: list[str]):
             dtype = FLAGS.dtype or ("float32" if adapter.lora is None else architecture.stored_dtype)
             trained = shapes["lora" if adapter.lora else "params"]
             params = merged_params(adapter, base, shapes, dtype)
-            carry_from = base.folder if base else load_tokenizer(run.tokenizer).path.parent
-            write_huggingface(folder, params, architecture, dtype=dtype, carry_from=carry_from)
-            write_for_transformers(folder)
+            write_huggingface(folder, params, architecture, dtype=dtype)
+            write_tokenizer(load_tokenizer(run.tokenizer or base.folder), folder)
+            if base:
+                carry(base.folder, folder, ["generation_config.json"])
             del params  # one model is in memory at a time
         found = fixed_logits(load_export(folder, base))
         expected = fixed_logits(load_trained(adapter, base, architecture, tokenizer_of=run.tokenizer))

@@ -119,6 +119,23 @@ def test_the_card_of_a_merged_model_names_the_base_as_told(trained, tmp_path):
     assert "(step 6)" not in card
 
 
+def test_tokenizer_chat_template_and_generation_config_come_along(base, trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    richer = shutil.copytree(base, tmp_path / "base", copy_function=shutil.copyfile)
+    (richer / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (richer / "generation_config.json").write_text('{"temperature": 0.5}')
+    (richer / "training_args.bin").write_text("not for others")
+    assert export(trained, "merged", tmp_path / "out", f"--base={richer}").code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("README.md", "config.json", "model.safetensors", "generation_config.json", "chat_template.jinja"),
+        *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
+    assert lowrank.load(tmp_path / "out").tokenizer.chat_template == "{{ messages[0].content }}"
+
+
 def test_a_dtype_for_an_adapter_is_refused(trained, tmp_path):
     finished = export(trained, "peft", tmp_path / "out", "--dtype=bfloat16")
     assert finished.code == 1 and "--dtype=bfloat16 is for --format=merged" in finished.err

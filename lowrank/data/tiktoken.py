@@ -1,112 +1,144 @@
-"""Meta's Llama 3 vocabulary, `tokenizer.model` in tiktoken's format, as a tokenizer.json describes a tokenizer.
+"""The vocabulary file of Meta's Llama 3, as the tokenizer.json that Hugging Face would have made of it.
 
-The file has a line for each token: its bytes in base64, and its rank, which is its id. tiktoken joins again and again
-the two neighbours whose union has the lowest rank; a byte-pair model does the same with a list of pairs, so the list is
-every way to cut a token into two tokens, in the order of the tokens' ranks. What the file does not say is in Meta's
-code (github.com/meta-llama/llama-models, `models/llama3/tokenizer.py`): how text is cut into words, and 256 special
-tokens behind the others. Their names are those of Llama 3.1 and later; Llama 3 called the pad, eom and python_tag ones
-reserved. `transformers` made the models' tokenizer.json in the same way.
+One idea: the file is a list of byte strings with ranks (a line each: base64, a space, the rank), and tiktoken joins, over
+and over, the two neighbours whose concatenation has the lowest rank. That is byte-pair encoding whose merges are every
+way to cut a token into two tokens, in the order of the ranks, so the library that reads a tokenizer.json can do the work.
+The rest of the tokenizer stands in Meta's code and not in the file: how a text is split into words, the 256 special
+tokens after the 128,000 ranks, and how a chat is written.
+
+Left out: the tiktoken files of other models (OpenAI's, Llama 4's), which split texts differently and have other tokens.
 """
 
-import base64
 import binascii
 import pathlib
 import re
 
 from lowrank.errors import UserError
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+RANKS = 128_000
+
+# The special tokens by the names of Hugging Face's Llama 3.1, 3.2 and 3.3 (their tokenizer.json). Meta's own code (the
+# llama-models repository) calls 128005 <|step_id|> and so counts the reserved ones after <|python_tag|> from 2; in
+# Llama 3.0 these are reserved tokens: <|finetune_right_pad_id|> (2), 128005 (3), <|eom_id|> (4), <|python_tag|> (5).
 NAMED = {
-    0: BOS,
-    1: EOS,
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
     4: "<|finetune_right_pad_id|>",
     6: "<|start_header_id|>",
     7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
+    8: "<|eom_id|>",  # the end of a message that a tool is to answer
+    9: "<|eot_id|>",  # the end of a turn
     10: "<|python_tag|>",
 }
-SPECIAL_TOKENS = 256
-# Meta's prompt format (llama.com/docs, "Prompt format"); what is between the generation tags is trained.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
-    "{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content | trim }}{{ '<|eot_id|>' }}{% endgeneration %}"
-    "{% else %}{{ message.content | trim + '<|eot_id|>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+BOS, EOS = NAMED[0], NAMED[1]
+
+# How Llama 3 splits a text into words: contractions, words with the sign before them, at most three digits, signs, spaces.
+WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# Meta's prompt format, without the dates that Hugging Face's template for 3.1 puts into the system's turn.
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+{{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" }}
+{%- if message.role == "assistant" %}
+{%- generation %}{{ message.content | trim }}<|eot_id|>{% endgeneration %}
+{%- else %}
+{{- message.content | trim }}<|eot_id|>
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
+{%- endif %}
+"""
 
 
 def is_tiktoken(path: pathlib.Path) -> bool:
-    with open(path, "rb") as file:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(200)) is not None
+    """Whether a file begins as a tiktoken vocabulary does (a SentencePiece model begins with a line break)."""
+    with path.open("rb") as file:
+        return re.match(rb"\S+ \d+\r?\n", file.read(200)) is not None
 
 
-def read_spec(path: pathlib.Path) -> dict:
-    """The content of a tokenizer.json that encodes as tiktoken does. UserError if the file is not a whole vocabulary."""
-    ranks = _read_ranks(path)
-    letters = _letters()
-    spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
-        cuts = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
-        merges += [(spelt[a], spelt[b]) for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
-    special = [_special(i) for i in range(SPECIAL_TOKENS)]
+def read_ranks(path: pathlib.Path) -> list[bytes]:
+    """The vocabulary's byte strings in the order of their ranks; UserError where the file is damaged."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            encoded, rank = line.split()
+            token, rank = binascii.a2b_base64(encoded, strict_mode=True), int(rank)
+        except ValueError:
+            raise _damaged(path, f"line {number} is not a base64 text and a rank") from None
+        if token in ranks:
+            raise _damaged(path, f"line {number} has the token of rank {ranks[token]} again")
+        ranks[token] = rank
+    if len(ranks) < RANKS:
+        raise _damaged(path, f"it ends after {len(ranks)} of Llama 3's {RANKS} ranks")
+    if len(ranks) > RANKS:
+        raise UserError(
+            f"{path} has {len(ranks)} ranks and Llama 3's vocabulary {RANKS}: of tiktoken files lowrank reads only Llama 3's; "
+            "put the tokenizer.json of the model's Hugging Face folder beside it"
+        )
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    wrong = next((i for i, token in enumerate(tokens) if ranks[token] != i), None)
+    if wrong is not None:
+        raise _damaged(path, f"rank {wrong} is missing or there twice")
+    bytes_left = [f"0x{i:02x}" for i in range(256) if bytes([i]) not in ranks]
+    if bytes_left:
+        raise _damaged(path, f"it has no token for the bytes {', '.join(bytes_left)}")
+    return tokens
+
+
+def _damaged(path: pathlib.Path, what: str) -> UserError:
+    return UserError(f"{path} is a damaged tiktoken vocabulary ({what}): copy tokenizer.model from the base again")
+
+
+def tokenizer_json(tokens: list[bytes]) -> dict:
+    """The content of a tokenizer.json that gives tiktoken's ids.
+
+    A whole word that is a token is looked up (`ignore_merges`), as in tiktoken. Otherwise both join the neighbours of the
+    lowest rank, the leftmost first. That a token is listed with all of its cuts changes nothing: what happens inside a
+    stretch of text that becomes one token does not depend on what is around it, so only one of its cuts ever occurs.
+    """
+    spelt = {token: token.decode("latin-1").translate(BYTE_SPELLING) for token in tokens}
+    merges = [
+        [spelt[token[:cut]], spelt[token[cut:]]]
+        for token in tokens
+        for cut in range(1, len(token))
+        if token[:cut] in spelt and token[cut:] in spelt
+    ]
+    reserved = (f"<|reserved_special_token_{i}|>" for i in range(256))
+    special = [NAMED.get(i) or next(reserved) for i in range(256)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
-    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "ignore_merges": True, "vocab": {spelt[token]: rank for token, rank in ranks.items()}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": len(ranks) + i, "content": name, **flags} for i, name in enumerate(special)],
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": RANKS + i, "content": text} | flags for i, text in enumerate(special)],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
-        "post_processor": _bos_first(len(ranks)),
-        "decoder": as_bytes,
-        "model": model | {"merges": merges},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "unk_token": None,
+            "ignore_merges": True,
+            "vocab": {text: rank for rank, text in enumerate(spelt.values())},
+            "merges": merges,
+        },
     }
 
 
-def _read_ranks(path: pathlib.Path) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
-        try:
-            token, rank = line.split()
-            token, rank = base64.b64decode(token, validate=True), int(rank)
-        except (ValueError, binascii.Error):
-            raise UserError(f"{path}, line {number + 1}: not a token in base64 and its rank; copy it again") from None
-        if token in ranks or rank != number:
-            wrong = "repeats a token" if token in ranks else f"has rank {rank}, not {number}"
-            raise UserError(f"{path}, line {number + 1}: {wrong}; copy it again")
-        ranks[token] = rank
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise UserError(f"{path}: lacks {len(missing)} of the 256 single bytes, so not all text has ids; copy it again")
-    return ranks
-
-
-def _letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in a tokenizer.json: itself, or one from 256 on (GPT-2's scheme)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+def _byte_spelling() -> dict[int, str]:
+    """GPT-2's spelling of bytes in a tokenizer.json: printable Latin-1 as itself, the others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def _special(i: int) -> str:
-    """The name of the i-th special token; those without one of their own are reserved, and counted."""
-    return NAMED.get(i) or f"<|reserved_special_token_{i - sum(named < i for named in NAMED)}|>"
-
-
-def _bos_first(bos_id: int) -> dict:
-    """What puts BOS before a text in transformers; lowrank puts it there itself."""
-    bos, text = ({"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}})
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, text],
-        "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {BOS: {"id": BOS, "ids": [bos_id], "tokens": [BOS]}},
-    }
+BYTE_SPELLING = _byte_spelling()

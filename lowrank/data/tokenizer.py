@@ -5,18 +5,20 @@ One idea: there are three ways to read a text, and mixing them up is silent. `en
 so no space is put before it (Llama 1 and 2 put one before the first word). `encode_markup` reads what a chat
 template wrote, where "</s>" *is* the token. None of them adds BOS or EOS of its own accord.
 
+`write_tokenizer` puts a tokenizer beside exported weights, in files that transformers reads as lowrank does.
 Left out: training a tokenizer.
 """
 
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Sequence
 
 import sentencepiece
 import tokenizers
 
-from lowrank.data import tiktoken
+from lowrank.data import sentencepieces, tiktoken
 from lowrank.errors import UserError
 
 Offsets = list[tuple[int, int]]  # for each token: its first character, and the one after its last
@@ -24,6 +26,18 @@ Offsets = list[tuple[int, int]]  # for each token: its first character, and the 
 # Appended to a SentencePiece model this turns `add_dummy_prefix` off: protocol buffers laid end to end are merged,
 # and these four bytes say {normalizer_spec: {add_dummy_prefix: false}}. Some releases of the library offer no flag.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+# What a tokenizer may consist of beside its tokenizer.json or tokenizer.model.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class Tokenizer:
@@ -79,7 +93,6 @@ class SentencePieceTokenizer(Tokenizer):
         added = _added_tokens(path.parent)  # tokens that a fine-tune put behind SentencePiece's own
         bos, eos = (self.fresh.id_to_piece(i) if i >= 0 else "" for i in (self.fresh.bos_id(), self.fresh.eos_id()))
         super().__init__(path, pieces | added, markers | added, bos, eos)
-        self.unk_token = self.fresh.id_to_piece(self.fresh.unk_id())
         longest_first = sorted(map(re.escape, self.markers), key=len, reverse=True)
         self.marker = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
@@ -109,21 +122,25 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """`tokenizer.json`: everything newer, through Hugging Face's `tokenizers`; `spec` in place of the file's content."""
+    """`tokenizer.json`: everything newer, through Hugging Face's `tokenizers`."""
 
-    def __init__(self, path: pathlib.Path, spec: dict | None = None, **edges):
-        spec = _read_json(path) if spec is None else spec
+    def __init__(self, path: pathlib.Path):
+        self._start(path, _read_json(path))
+
+    def _start(self, path, spec, bos="", eos=""):
         # Files saved after training often cut and pad silently; and the post-processor moves offsets off the spaces.
-        spec = spec | {"truncation": None, "padding": None, "post_processor": None}
+        spec |= {"truncation": None, "padding": None, "post_processor": None}
         try:
             self.fresh = tokenizers.Tokenizer.from_str(json.dumps(spec))
             stages = {stage: _without_prefix(spec.get(stage)) for stage in ("normalizer", "pre_tokenizer", "decoder")}
-            self.continuing = tokenizers.Tokenizer.from_str(json.dumps(spec | stages))
+            self.continuing = self.fresh  # of most tokenizers the two are one, and a large one takes a second to build
+            if spec | stages != spec:
+                self.continuing = tokenizers.Tokenizer.from_str(json.dumps(spec | stages))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer ({error}): copy it from the base again") from None
         added = self.fresh.get_added_tokens_decoder().items()
         markers = {token.content: i for i, token in added if token.special}
-        super().__init__(path, self.fresh.get_vocab(with_added_tokens=True), markers, **edges)
+        super().__init__(path, self.fresh.get_vocab(with_added_tokens=True), markers, bos, eos)
 
     def encode_batch(self, texts, continues=False):
         tokenizer = self.continuing if continues else self.fresh
@@ -140,11 +157,11 @@ class JsonTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(JsonTokenizer):
-    """`tokenizer.model` of Meta's Llama 3, which comes without a chat template: it has Meta's own prompt format."""
+    """The tiktoken `tokenizer.model` of Meta's Llama 3, made into a tokenizer.json in memory."""
 
     def __init__(self, path: pathlib.Path):
-        self.spec = tiktoken.read_spec(path)
-        super().__init__(path, self.spec, bos=tiktoken.BOS, eos=tiktoken.EOS)
+        spec = tiktoken.tokenizer_json(tiktoken.read_ranks(path))
+        self._start(path, spec, tiktoken.BOS, tiktoken.EOS)
         self.chat_template = self.chat_template or tiktoken.CHAT_TEMPLATE
 
 
@@ -158,11 +175,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:
-            above = path.parent / "tokenizer.model"  # where Meta's Llama 1 has it
-            hint = f", or name {above}, which is there" if above.is_file() else ""
-            raise UserError(
-                f"{path} has neither tokenizer.json nor tokenizer.model: put the base's tokenizer there{hint}"
-            )
+            above = path.resolve().parent / "tokenizer.model"  # Meta's first Llama: one for all the sizes' folders
+            remedy = f"add --config.tokenizer={above}" if above.is_file() else "put the base's tokenizer there"
+            raise UserError(f"{path} has neither tokenizer.json nor tokenizer.model: {remedy}")
         path = found[0]
     if not path.is_file():
         raise UserError(
@@ -173,26 +188,56 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     return TiktokenTokenizer(path) if tiktoken.is_tiktoken(path) else SentencePieceTokenizer(path)
 
 
-def write_for_transformers(folder: pathlib.Path) -> None:
-    """Add what transformers needs to read the `tokenizer.model` in a folder as it was meant, where it lies there alone.
+def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
+    """Put a tokenizer's files into an existing folder, so that transformers reads the same ids there as lowrank.
 
-    Without a tokenizer_config.json transformers 5 gives a SentencePiece model's texts other ids and no BOS; tiktoken's
-    format it does not read at all, so a tokenizer.json takes its place.
+    Mostly these are the files beside it, as they are. But transformers does not read a tiktoken file, and of a
+    SentencePiece model alone, with no settings, it makes other ids and no BOS: a tokenizer.json and settings are written.
+    (Not of the rare model that `sentencepieces` cannot convert: that one is copied.)
     """
-    model, settings = folder / "tokenizer.model", folder / "tokenizer_config.json"
-    if not model.is_file() or (folder / "tokenizer.json").is_file() or settings.is_file():
-        return
-    tokenizer = load_tokenizer(model)
-    fields = {"bos_token": tokenizer.bos_token or None, "eos_token": tokenizer.eos_token or None}
-    fields |= {"clean_up_tokenization_spaces": False}
-    if isinstance(tokenizer, TiktokenTokenizer):
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer.spec, ensure_ascii=False), encoding="utf-8")
-        fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
-        model.unlink()
-    else:
-        fields |= {"tokenizer_class": "LlamaTokenizer", "unk_token": tokenizer.unk_token}
-        fields |= {"add_bos_token": tokenizer.bos_id is not None, "add_eos_token": False}
-    settings.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    folder, source = pathlib.Path(folder), tokenizer.path.parent
+    is_json, is_tiktoken = type(tokenizer) is JsonTokenizer, type(tokenizer) is TiktokenTokenizer
+    spec = None
+    if is_tiktoken:
+        spec = tiktoken.tokenizer_json(tiktoken.read_ranks(tokenizer.path))
+    elif not is_json and not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        spec = sentencepieces.tokenizer_json(tokenizer.fresh, tokenizer.markers)
+
+    for name in COMPANIONS:
+        if (source / name).is_file() and source / name != tokenizer.path:
+            shutil.copyfile(source / name, folder / name)
+    if not is_tiktoken:
+        shutil.copyfile(tokenizer.path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
+    if spec:
+        spec["post_processor"] = _bos_first(tokenizer)
+        unk = spec["model"]["unk_token"]
+        named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "unk_token": unk}
+        config = {
+            # Not LlamaTokenizer: of a tokenizer.json that takes the vocabulary and builds its own splitting around it.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: token for name, token in named.items() if token},
+            "add_bos_token": tokenizer.bos_id is not None,
+            "clean_up_tokenization_spaces": False,
+        }
+        if tokenizer.chat_template:
+            config["chat_template"] = tokenizer.chat_template
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _bos_first(tokenizer: Tokenizer) -> dict | None:
+    """The stage of a tokenizer.json that puts BOS before each text, where the tokenizer has one."""
+    if tokenizer.bos_id is None:
+        return None
+    bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    known = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_id], "tokens": [tokenizer.bos_token]}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, bos, second],
+        "special_tokens": {tokenizer.bos_token: known},
+    }
 
 
 def check_vocab(tokenizer: Tokenizer, vocab: int, where: str | pathlib.Path) -> None:

@@ -25,7 +25,7 @@ from lowrank.model.lora import LoraConfig
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
 from lowrank.weights.layout import layout, transpose
-from lowrank.weights.new_folder import carry, new_folder
+from lowrank.weights.new_folder import new_folder
 
 SHARD_BYTES = 5 * 10**9
 
@@ -78,20 +78,17 @@ def write_huggingface(
     config: ModelConfig,
     *,
     dtype: str,
-    carry_from: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a `params` tree as a Hugging Face folder, its tensors in `dtype`, and read it back before it gets its name.
 
-    `carry_from` is the base's folder, whose tokenizer files come along. `folder` must not exist, or be empty.
+    `folder` must not exist, or be empty. The tokenizer is not this function's.
     """
     if len(jax.tree.leaves(params)) != len(layout(config)):
         raise ValueError("params has more or fewer leaves than its config; they would be lost")
     config = dataclasses.replace(config, stored_dtype=dtype)
     with new_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
-        if carry_from:
-            carry(carry_from, partial)
         _write_tensors(partial, params, config, shard_bytes)
         verify_huggingface(partial, params, config)
 

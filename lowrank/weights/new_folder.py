@@ -4,24 +4,11 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from safetensors import SafetensorError
 
 from lowrank.errors import UserError
-
-# What makes a folder of weights a model that answers: taken over from the base, as far as it has them.
-CARRIED = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @contextlib.contextmanager
@@ -51,8 +38,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def carry(source: str | os.PathLike, target: pathlib.Path) -> None:
-    """Copy the tokenizer's files, the chat template and the generation config that `source` has."""
-    for name in CARRIED:
+def carry(source: str | os.PathLike, target: pathlib.Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that `source` has."""
+    for name in names:
         if (pathlib.Path(source) / name).is_file():
             shutil.copyfile(pathlib.Path(source) / name, target / name)

@@ -167,21 +167,6 @@ def test_a_written_base_is_in_the_dtype_asked_for_and_says_so(base_folder, tmp_p
     assert again.dtype == torch.bfloat16
 
 
-def test_tokenizer_files_come_along(base_folder, tmp_path):
-    config, params = read(base_folder)
-    (tmp_path / "from").mkdir()
-    for name in ("tokenizer.model", "chat_template.jinja", "training_args.bin", "config.json"):
-        (tmp_path / "from" / name).write_text(name)
-    write_huggingface(tmp_path / "out", params, config, dtype="float32", carry_from=tmp_path / "from")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "chat_template.jinja",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.model",
-    ]
-    assert (tmp_path / "out" / "tokenizer.model").read_text() == "tokenizer.model"
-
-
 def test_what_is_written_is_as_readable_as_any_new_file(base_folder, tmp_path):
     """safetensors makes files that only their owner may read; an export is there to be handed on."""
     config, params = read(base_folder)
@@ -193,9 +178,8 @@ def test_what_is_written_is_as_readable_as_any_new_file(base_folder, tmp_path):
 
 def test_stories260k_is_written_as_it_was_read(shared_data, tmp_path):
     base = read_base(shared_data / "stories260k" / "hf")
-    write_huggingface(tmp_path / "out", base.params, base.config, dtype="float32", carry_from=base.folder)
+    write_huggingface(tmp_path / "out", base.params, base.config, dtype="float32")
     assert read_base(tmp_path / "out").fingerprint == base.fingerprint
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base.folder / "tokenizer.model").read_bytes()
 
 
 def test_an_existing_folder_is_refused_and_an_empty_one_taken(base_folder, tmp_path):
