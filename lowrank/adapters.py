@@ -11,6 +11,7 @@ from lowrank.errors import UserError
 from lowrank.model.lora import LoraConfig
 from lowrank.training import partition, workdir
 from lowrank.training.checkpoint import Checkpoints
+from lowrank.weights.base import Base
 from lowrank.weights.peft import read_peft
 
 
@@ -47,7 +48,7 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
     if not (folder / "config.json").is_file():
         raise UserError(
             f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
-            "name the --workdir of a training run"
+            "name the --workdir of a training run or the folder of a PEFT adapter"
         )
     run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
     step = _saved_step(folder, step)
@@ -88,12 +89,16 @@ def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
 # ---- A run that starts from an adapter --------------------------------------------------------------------------------
 
 
-def open_adapter(config: Config, layers: int) -> Adapter:
+def open_adapter(config: Config, base: Base) -> Adapter:
     """The adapter to start from; refused if it means something else under this config's settings."""
-    folder, lora = config.init_adapter, config.lora
+    folder, lora, layers = config.init_adapter, config.lora, base.config.layers
     adapter = read_adapter(folder, layers=layers)
     if adapter.lora is None:
-        raise UserError(f"config.init_adapter={folder} is a full fine-tuning: it holds no adapter")
+        raise UserError(f"config.init_adapter={folder} is a full fine-tuning: it holds no adapter; name another run")
+    if adapter.base not in (None, base.fingerprint):
+        raise UserError(
+            f"config.init_adapter={folder} was trained over other weights than those in {base.folder}; give its own base"
+        )
     differing = [
         f"lora.{name} is {getattr(adapter.lora, name)} there and {getattr(lora, name)} here"
         for name in ("rank", "alpha", "scaling")
@@ -107,7 +112,10 @@ def open_adapter(config: Config, layers: int) -> Adapter:
             if there != here:
                 differing.append(f"lora.{name} is {there} there and {here} here")
     if differing:
-        raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}")
+        own = {"rank": adapter.lora.rank, "alpha": adapter.lora.alpha, "scaling": adapter.lora.scaling}
+        own |= {"targets": ",".join(adapter.lora.targets)}
+        flags = " ".join(f"--config.lora.{name}={value}" for name, value in own.items())
+        raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}; say {flags}")
     return adapter
 
 
@@ -117,12 +125,12 @@ def _alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | 
     return tuple(alpha if rank else None for rank, alpha in pairs)
 
 
-def with_ranks_of_start(config: Config, layers: int, begun: pathlib.Path | None) -> Config:
+def with_ranks_of_start(config: Config, base: Base, begun: pathlib.Path | None) -> Config:
     """The config with the ranks and alphas of the adapter that the run starts from, where these are uneven.
 
     Once begun, a run no longer needs that adapter: its own config.json knows them.
     """
-    lora = workdir.read_config(begun).lora if begun else open_adapter(config, layers).lora
+    lora = workdir.read_config(begun).lora if begun else open_adapter(config, base).lora
     if config.lora.uneven:
         return config
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, ranks=lora.ranks, alphas=lora.alphas))

@@ -48,6 +48,10 @@ def main(arguments: list[str]):
     modules = measure(FLAGS.adapter, base)
     others = measure(FLAGS.other, base) if FLAGS.other else {}
     shared = similarities(modules, others)
+    if others and not shared:
+        raise UserError(
+            f"{FLAGS.adapter} and {FLAGS.other} have no projection of any layer in common: nothing to compare"
+        )
     with new_folder(FLAGS.to) as folder:
         rows = [[layer[name] for name in COLUMNS] for layers in modules.values() for layer in layers]
         write_csv(folder / "analysis.csv", COLUMNS, rows)
@@ -86,7 +90,10 @@ def measure(folder: str, base: Base) -> Modules:
     if adapter.lora is None:
         raise UserError(f"{adapter.folder} is a full fine-tuning: there are no factors to analyse; give an adapter")
     if adapter.base not in (None, base.fingerprint):
-        raise UserError(f"{adapter.folder} was trained over other weights than those in {base.folder}; give its --base")
+        raise UserError(
+            f"{adapter.folder} was trained over other weights than those in {base.folder}; give its own base, and to compare "
+            "two adapters both of the same one"
+        )
     shapes, _ = decoder.abstract(Decoder(base.config, adapter.lora))
     lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])["layers"]
     modules: Modules = {}
@@ -107,8 +114,11 @@ def measure(folder: str, base: Base) -> Modules:
             )
             module = dict(zip(COLUMNS, numbers, strict=True)) | {"update": update, "lora_a": lora_a}
             modules.setdefault(target, []).append(module)
-    if not all(module["update_norm"] for layers in modules.values() for module in layers):
-        raise UserError(f"{adapter.folder}: an update is zero; nothing was trained yet, so there is nothing to analyse")
+    zero = [f"{m['projection']} in layer {m['layer']}" for ms in modules.values() for m in ms if not m["update_norm"]]
+    if zero:
+        raise UserError(
+            f"{adapter.folder}: the update of {', '.join(zero)} is zero: it was not trained yet; train it first"
+        )
     return modules
 
 
@@ -121,11 +131,10 @@ def similarities(modules: Modules, others: Modules) -> dict[tuple[str, str], dic
     shared = {}
     for target in (target for target in modules if target in others):
         by_layer = {module["layer"]: module for module in others[target]}
-        for of, directions_of in directions.items():
+        pairs = [(module, by_layer[module["layer"]]) for module in modules[target] if module["layer"] in by_layer]
+        for of, directions_of in directions.items() if pairs else ():
             shared[target, of] = {
-                module["layer"]: subspaces.similarity(directions_of(module), directions_of(by_layer[module["layer"]]))
-                for module in modules[target]
-                if module["layer"] in by_layer
+                one["layer"]: subspaces.similarity(directions_of(one), directions_of(other)) for one, other in pairs
             }
     return shared
 
@@ -156,6 +165,12 @@ def _pyplot():
     return pyplot
 
 
+def whole_numbers(axis, most: int = 10):
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+
+
 def draw_values(file: pathlib.Path, modules: Modules):
     """A panel for each projection, a line for each layer."""
     plt = _pyplot()
@@ -165,19 +180,22 @@ def draw_values(file: pathlib.Path, modules: Modules):
         rows, columns, figsize=(3.2 * columns + 1, 2.8 * rows), sharey=True, squeeze=False, layout="constrained"
     )
     last = max(layer["layer"] for layers in modules.values() for layer in layers)
-    shades = plt.cm.ScalarMappable(plt.Normalize(0, max(last, 1)), "viridis")
+    dark = plt.matplotlib.colors.ListedColormap(plt.get_cmap("viridis")(np.linspace(0, 0.9, max(2, last + 1))))
+    shades = plt.cm.ScalarMappable(
+        plt.Normalize(-0.5, last + 0.5), dark
+    )  # a shade for each layer, none of them too pale
     for axis, (target, layers) in zip(axes.flat, modules.items(), strict=False):
         for layer in layers:
             values = layer["update"].values
             axis.plot(range(1, len(values) + 1), values, color=shades.to_rgba(layer["layer"]), marker=".", linewidth=1)
         axis.set(title=target, yscale="log", xlabel="i")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(modules) :]:
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel("singular value of ΔW")
-    figure.colorbar(shades, ax=axes, label="layer").ax.yaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(figure.colorbar(shades, ax=axes, label="layer").ax.yaxis)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
@@ -200,7 +218,7 @@ def draw_modules(file: pathlib.Path, modules: Modules):
         image = axis.imshow(table, aspect="auto", cmap="viridis", vmin=0)
         axis.set(title=title, xticks=range(len(modules)))
         axis.set_xticklabels(list(modules), rotation=45, ha="right")
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axis.yaxis)
         figure.colorbar(image, ax=axis)
     axes[0].set_ylabel("layer")
     figure.savefig(file, dpi=120)
@@ -220,7 +238,7 @@ def draw_similarity(file: pathlib.Path, target: str, of: str, maps: dict[int, np
         image = axis.imshow(phi, cmap="viridis", vmin=0, vmax=1, aspect="auto", extent=extent)
         axis.set_title(f"layer {layer}", fontsize=9)
         for side in (axis.xaxis, axis.yaxis):
-            side.get_major_locator().set_params(integer=True, nbins=4)
+            whole_numbers(side, most=4)
     for axis in axes.flat[len(maps) :]:
         axis.set_axis_off()
     figure.colorbar(image, ax=axes, label="φ(i, j)")
@@ -239,13 +257,13 @@ def describe(modules: Modules, shared, base: Base) -> str:
     lines = [
         f"# What `{FLAGS.adapter}` does to its base",
         "",
-        "Means over layers; `analysis.csv` has every layer. ‖·‖ is the Frobenius norm.",
+        "Geometric means over layers; `analysis.csv` has every layer. ‖·‖ is the Frobenius norm, `rank` directions are looked at.",
         "",
-        "| projection | rank | ‖ΔW‖ / ‖W‖ | effective rank | share of the first direction | amplification | of W's own directions |",
+        "| projection | rank | ‖ΔW‖ / ‖W‖ | effective rank | share of the first direction | amplification | ‖ΔW‖ / W in its own strongest directions |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for target, layers in modules.items():
-        mean = lambda number: float(np.mean([number(layer) for layer in layers]))  # noqa: B023, E731
+        mean = lambda number: float(np.exp(np.mean([np.log(number(layer)) for layer in layers])))  # noqa: B023, E731
         ranks = sorted({layer["rank"] for layer in layers})
         lines.append(
             f"| {target} | {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'} "
@@ -255,16 +273,17 @@ def describe(modules: Modules, shared, base: Base) -> str:
         )
     everywhere = [layer for layers in modules.values() for layer in layers]
     strongest = max(everywhere, key=lambda layer: layer["update_norm"] / layer["base_norm"])
-    used = np.mean([layer["effective_rank"] / layer["rank"] for layer in everywhere])
-    beside_random = np.mean([layer["base_through_update"] / layer["base_through_random"] for layer in everywhere])
-    beside_own = np.mean([layer["base_through_update"] / layer["base_through_base"] for layer in everywhere])
+    used = np.mean([layer["effective_rank"] / len(layer["update"].values) for layer in everywhere])
+    power = {name: sum(layer[name] ** 2 for layer in everywhere) ** 0.5 for name in COLUMNS if name.startswith("base_")}
+    beside_random = power["base_through_update"] / power["base_through_random"]
+    beside_own = power["base_through_update"] / power["base_through_base"]
     lines += [
         "",
         "- **Where**: the strongest update, relative to its kernel, is that of "
         f"`{strongest['projection']}` in layer {strongest['layer']} ({strongest['update_norm'] / strongest['base_norm']:.4f} of ‖W‖).",
-        f"- **How many directions**: on average the effective rank is {used:.0%} of the rank. Singular values: `singular_values.png`.",
+        f"- **How many directions**: on average the effective rank is {used:.0%} of the directions there are. Singular values: `singular_values.png`.",
         "- **What is amplified** (paper, section 7.3): amplification is ‖ΔW‖ over the norm of W seen through ΔW's own "
-        "directions. W is there "
+        "directions. W is there, over all layers, "
         f"{beside_random:.1f} times as strong as through random directions, and {beside_own:.2f} times as strong as through its own strongest.",
     ]
     if shared:
@@ -273,6 +292,7 @@ def describe(modules: Modules, shared, base: Base) -> str:
             "φ(i, j) is 1 where the first i directions of one adapter and the first j of the other span the same space "
             "(section 7.2); two random spaces would have max(i, j) / in. Means over layers.",
             "",
+            *common_start(),
             "| projection | of | φ(1, 1) | φ of all | random, of all |",
             "| --- | --- | --- | --- | --- |",
         ]
@@ -284,6 +304,19 @@ def describe(modules: Modules, shared, base: Base) -> str:
             name = "ΔW" if of == "update" else of
             lines.append(f"| {target} | {name} | {first:.3f} | {whole:.3f} | {by_chance:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def common_start() -> list[str]:
+    """What to say where both runs drew their first lora_a from the same seed."""
+    configs = [
+        workdir.read_config(pathlib.Path(folder))
+        for folder in (FLAGS.adapter, FLAGS.other)
+        if (pathlib.Path(folder) / "config.json").is_file()
+    ]
+    if len(configs) < 2 or configs[0].seed != configs[1].seed:
+        return []
+    said = f"Both runs have seed {configs[0].seed}: where their ranks are equal they began with the very same lora_a, and what"
+    return [f"{said} they share there says little. Compare runs with different seeds.", ""]
 
 
 if __name__ == "__main__":

@@ -344,7 +344,12 @@ def _check(c: Config) -> list[str]:
     for key in ("lora.ranks", "lora.alphas"):
         table = dict(get(key))
         stray = [target for target in table if target not in c.lora.targets]
-        must(not stray, key, f"about lora.targets only ({', '.join(stray)} is none)")
+        if stray:
+            close = difflib.get_close_matches(stray[0], c.lora.targets, n=1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            errors.append(
+                f"config.{key} names {', '.join(stray)}, which config.lora.targets does not{meant}; leave it out"
+            )
         values = [one for several in table.values() for one in several or (-1,)]
         if key == "lora.ranks":
             must(all(one >= 0 for one in values), key, "made of ranks of 0 (no adapter there) or more")

@@ -46,6 +46,7 @@ flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Held and computed in;
 FLAGS = flags.FLAGS
 
 Z = 1.959964  # the normal distribution's 97.5 % quantile: two-sided intervals of 95 %
+HEEDED = ("config.data.format", "config.data.max_length", "config.data.train_on_prompt", "config.mesh")
 FEW = 30  # examples, below which that distribution makes an interval too narrow
 
 
@@ -57,6 +58,11 @@ def main(arguments: list[str]):
         raise UserError(f"{' and '.join(missing)} missing; see --help")
     if FLAGS.to and pathlib.Path(FLAGS.to).exists():
         raise UserError(f"--to={FLAGS.to} exists; give a new name or remove it")
+    if FLAGS.to and not pathlib.Path(FLAGS.to).parent.is_dir():
+        raise UserError(f"--to={FLAGS.to}: its folder does not exist; make it first")
+    idle = [argument for argument in arguments if not argument.lstrip("-").startswith(HEEDED)]
+    if idle:
+        raise UserError(f"{' '.join(idle)} would change nothing: of --config only {', '.join(HEEDED)} are looked at")
     asked_for = config_lib.read(FLAGS.config, arguments) if FLAGS.config else None
     mesh = mesh_lib.make_mesh(asked_for.mesh if asked_for else mesh_lib.MeshConfig())
 
@@ -71,7 +77,7 @@ def main(arguments: list[str]):
         if made[-1] != made[0]:
             raise UserError("the two adapters have other tokenizers, so their losses cannot be compared")
         if len(made) == 1:
-            print(describe(examples))
+            print(describe(examples, settings))
         losses.append(example_losses(model, examples, settings.max_length, mesh))
         del model  # one at a time
 
@@ -79,17 +85,23 @@ def main(arguments: list[str]):
     width = max(len(name or "base") for name in names)
     for name, loss in zip(names, losses, strict=True):
         mean, half = mean_and_interval(loss, tokens)
-        low, high = (math.exp(min(mean + sign * half, 700)) for sign in (-1, 1))
-        print(
-            f"{name or 'base':<{width}}  loss {mean:.6f} ± {half:.6f}  "
-            f"perplexity {math.exp(min(mean, 700)):.4f} ({low:.4f} to {high:.4f})"
-        )
+        within, around = "", ""
+        if half is not None:
+            within = f" ± {half:.6f}"
+            around = f" ({perplexity(mean - half)} to {perplexity(mean + half)})"
+        print(f"{name or 'base':<{width}}  loss {mean:.6f}{within}  perplexity {perplexity(mean)}{around}")
     if FLAGS.other:
         mean, half = mean_and_interval(losses[0] - losses[1], tokens)
         first = names[0] or "base"
-        verdict = "no difference can be told" if abs(mean) <= half else f"{first if mean < 0 else names[1]} is better"
-        print(f"{first} minus {names[1]}: loss {mean:+.6f} ± {half:.6f}, example by example: {verdict}")
-    if len(tokens) < FEW:
+        if half is None:
+            print(f"{first} minus {names[1]}: loss {mean:+.6f}")
+        else:
+            better = f"{first if mean < 0 else names[1]} is better"
+            verdict = "no difference can be told" if abs(mean) <= half else better
+            print(f"{first} minus {names[1]}: loss {mean:+.6f} ± {half:.6f}, example by example: {verdict}")
+    if len(tokens) == 1:
+        print("note: there is no interval from one example")
+    elif len(tokens) < FEW:
         print(f"note: intervals from {len(tokens)} examples are too narrow; {FEW} or more make them trustworthy")
     if FLAGS.to:
         write(pathlib.Path(FLAGS.to), examples, tokens, losses)
@@ -129,8 +141,11 @@ def read_examples(settings: DataConfig, model: inference.Model) -> Examples:
     )
 
 
-def describe(examples: Examples) -> str:
+def describe(examples: Examples, settings: DataConfig) -> str:
+    what = "all tokens" if settings.format == "text" or settings.train_on_prompt else "responses"
     return (
+        f"format {settings.format}, {settings.max_length} tokens at most, {what} predicted (--format, --max_length and "
+        f"--train_on_prompt change that)\n"
         f"{FLAGS.data}: {len(examples.examples):,} examples, {examples.trained_tokens:,} tokens to predict; "
         f"{examples.truncated:,} truncated, {examples.dropped:,} dropped with nothing to predict"
     )
@@ -158,8 +173,12 @@ def example_losses(model: inference.Model, examples: Examples, max_length: int, 
     return sums
 
 
-def mean_and_interval(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Sums and token counts of examples -> (mean over tokens, half the width of its 95 % interval).
+def perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.4f}" if loss < 30 else f"{math.exp(min(loss, 700)):.3g}"
+
+
+def mean_and_interval(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float | None]:
+    """Sums and token counts of examples -> (mean over tokens, half the width of its 95 % interval; None for one example).
 
     The mean is a ratio of two sums over examples; its variance is that of the ratio's linear part (Cochran, Sampling
     Techniques, 1977, section 6.3).
@@ -167,7 +186,7 @@ def mean_and_interval(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, floa
     mean = sums.sum() / tokens.sum()
     count = len(sums)
     if count < 2:
-        return float(mean), math.inf
+        return float(mean), None
     deviation = sums - mean * tokens
     variance = count / (count - 1) * np.sum(deviation**2) / tokens.sum() ** 2
     return float(mean), Z * math.sqrt(variance)

@@ -23,6 +23,7 @@ from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
+from lowrank.model.lora import padding
 from lowrank.training import metrics, partition
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.card import model_card
@@ -101,7 +102,7 @@ def main(arguments: list[str]):
             lines=metrics.read_lines(workdir / "metrics.jsonl"),
             step=adapter.step,
             lora=adapter.lora,
-            trained=partition.count(trained),
+            trained=partition.count(trained) - (padding(adapter.lora, architecture) if adapter.lora else 0),
             base=base_name,
             export=export | {"tolerance": TOLERANCE[dtype]},
         )

@@ -61,9 +61,7 @@ def main(arguments: list[str]) -> int | None:
     mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
     begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
     if config.init_adapter:
-        config = adapters.with_ranks_of_start(
-            config, architecture.layers, pathlib.Path(FLAGS.workdir) if begun else None
-        )
+        config = adapters.with_ranks_of_start(config, base, pathlib.Path(FLAGS.workdir) if begun else None)
     adapters.refuse_other_layers(config.lora, architecture.layers)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
@@ -73,6 +71,8 @@ def main(arguments: list[str]) -> int | None:
     model = Decoder(architecture, config.adapted, dtype, param_dtype, config.remat)
     shapes, axes = decoder.abstract(model)
     shapes = mesh_lib.laid_out(mesh, axes, shapes)
+    if config.init_adapter and not begun:  # whether it fits is found out before there is a workdir
+        adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})
     mask = partition.trainable_mask(shapes, config.train.mode)
     trainable_shapes, frozen_shapes = partition.split(shapes, mask)
     schedule = learning_rate_schedule(config.optim, steps)
@@ -337,7 +337,7 @@ def initial_variables(config: Config, model: Decoder, base: Base | None, shapes:
     if "params" in made:
         variables["params"] = load_params(base, shapes["params"]) if base else fresh("params")
     if "lora" in made:
-        started = adapters.open_adapter(config, model.config.layers) if config.init_adapter else None
+        started = adapters.open_adapter(config, base) if config.init_adapter else None
         variables["lora"] = started.restore({"lora": shapes["lora"]})["lora"] if started else fresh("lora")
     return variables
 

@@ -95,6 +95,27 @@ def test_pictures_and_the_page(analysed, larger):
     assert "| down_proj | 6 |" in page and "| q_proj | ΔW |" in page
 
 
+def test_runs_of_one_seed_are_said_to_have_begun_alike(trained, larger, tmp_path):
+    finished = running.run("analyze", f"--adapter={trained}", f"--other={trained}", f"--to={tmp_path / 'same'}")
+    assert finished.code == 0 and "Both runs have seed 0" in (tmp_path / "same" / "analysis.md").read_text()
+    finished = running.run("analyze", f"--adapter={trained}", f"--other={larger}", f"--to={tmp_path / 'two'}")
+    assert finished.code == 0 and "Both runs have seed" not in (tmp_path / "two" / "analysis.md").read_text()
+
+
+def test_adapters_with_nothing_in_common_are_refused(tiny, trained, tmp_path):
+    runs = []
+    for i, ranks in enumerate(("{'q_proj': (1, 0, 0, 0, 0)}", "{'q_proj': (0, 1, 1, 1, 1)}")):
+        runs.append(tmp_path / f"run{i}")
+        flags = ("--config.lora.targets=q_proj", f"--config.lora.ranks={ranks}", "--config.train.steps=3")
+        finished = running.run("train", tiny, f"--workdir={runs[-1]}", *flags, "--config.sample.every=0")
+        assert finished.code == 0, finished.err
+    finished = running.run("analyze", f"--adapter={runs[0]}", f"--other={runs[1]}", f"--to={tmp_path / 'out'}")
+    assert finished.code == 1 and "have no projection of any layer in common" in finished.err
+    finished = running.run("analyze", f"--adapter={runs[0]}", f"--to={tmp_path / 'out'}")
+    assert finished.code == 0, finished.err  # one layer, rank 1
+    assert len(table(tmp_path / "out" / "analysis.csv")) == 1
+
+
 def test_mistakes_get_one_line(trained, shared_data, tmp_path):
     exported = tmp_path / "lora"
     assert running.run("export", f"--workdir={trained}", "--format=peft", f"--to={exported}").code == 0

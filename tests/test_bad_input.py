@@ -293,7 +293,7 @@ def workdir_of_another_run(given):
     return given.train("lora.rank=2", "optim.weight_decay=0.5")
 
 
-@case("config.json is not the config.json of a run")
+@case("config.json does not hold a run (no config.json)")
 def workdir_with_a_broken_config(given):
     (given.folder / "run").mkdir()
     (given.folder / "run" / "config.json").write_text('{"model_type": "llama"}')
@@ -427,7 +427,7 @@ def export_without_flags(given):
     return []
 
 
-@case("is not the config.json of a run", command="export")
+@case("does not hold a run (no config.json)", command="export")
 def export_of_no_run(given):
     return [f"--workdir={given.folder}", "--format=peft", f"--to={given.folder / 'out'}"]
 

@@ -239,7 +239,7 @@ def test_a_file_of_the_wrong_type_is_refused(write, line):
         (["--config.data.eval=f", "--config.data.eval_examples=3"], "config.data.eval_examples=3 must be 0 where"),
         (["--config.data.seed=-1"], "config.data.seed=-1 must be"),
         (["--config.seed=4294967296"], "config.seed=4294967296 must be"),
-        (["--config.lora.ranks={'x_proj': 3}"], "must be about lora.targets only (x_proj is none)"),
+        (["--config.lora.ranks={'x_proj': 3}"], "config.lora.ranks names x_proj, which config.lora.targets does not"),
         (["--config.lora.ranks={'q_proj': -1}"], "must be made of ranks of 0 (no adapter there) or more"),
         (["--config.lora.ranks={'q_proj': 0}"], "must be more than 0 somewhere (q_proj: leave it out of lora.targets)"),
         (["--config.lora.alphas={'q_proj': 0}"], "must be made of alphas above 0"),

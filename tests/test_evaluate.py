@@ -1,7 +1,6 @@
 """The evaluating command: the training run's own number, whatever the rows look like, and differences with intervals."""
 
 import json
-import math
 import pathlib
 
 import numpy as np
@@ -38,7 +37,8 @@ def loss_of(finished, name) -> float:
 def test_the_loss_is_that_of_the_training_run(base, trained, held_out):
     logged = [line["eval/loss"] for line in running.lines(trained / "metrics.jsonl") if "eval/loss" in line]
     finished = evaluate(base, held_out, f"--adapter={trained}")
-    assert finished.out.startswith(f"{held_out}: 10 examples, ")
+    assert finished.out.startswith("format completion, 64 tokens at most, responses predicted (")
+    assert f"{held_out}: 10 examples, " in finished.out
     assert loss_of(finished, trained) == pytest.approx(logged[-1], abs=1e-6)  # six digits are shown
     without = evaluate(base, held_out, "--format=completion", "--max_length=64")
     assert loss_of(without, "base") == pytest.approx(logged[0], abs=1e-6)
@@ -68,7 +68,7 @@ def test_the_mean_is_over_tokens_and_a_pair_is_compared_example_by_example(base,
     assert loss_of(finished, trained) == pytest.approx((two * tokens).sum() / tokens.sum(), abs=1e-6)
     difference = ((one - two) * tokens).sum() / tokens.sum()
     assert f"base minus {trained}: loss {difference:+.6f} ± " in finished.out
-    assert finished.out.splitlines()[3].endswith(f"{trained} is better")
+    assert finished.out.splitlines()[4].endswith(f"{trained} is better")
     assert "intervals from 10 examples are too narrow" in finished.out
 
 
@@ -89,7 +89,13 @@ def test_the_interval_covers_as_often_as_it_says():
 
 
 def test_one_example_has_no_interval():
-    assert mean_and_interval(np.array([6.0]), np.array([3.0])) == (2.0, math.inf)
+    assert mean_and_interval(np.array([6.0]), np.array([3.0])) == (2.0, None)
+
+
+def test_one_example_has_a_loss_and_no_interval(base, held_out, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(json.loads(held_out.read_text())[:1]))
+    finished = evaluate(base, tmp_path / "one.json", "--format=completion")
+    assert finished.code == 0 and "±" not in finished.out and "there is no interval from one example" in finished.out
 
 
 def test_settings_come_from_the_config_and_flags_go_before_it(base, tiny, held_out, trained):
@@ -100,7 +106,7 @@ def test_settings_come_from_the_config_and_flags_go_before_it(base, tiny, held_o
     assert loss_of(shorter, "base") == loss_of(flags, "base") != loss_of(from_config, "base")
 
 
-def test_mistakes_get_one_line(base, trained, held_out, tmp_path):
+def test_mistakes_get_one_line(base, tiny, trained, held_out, tmp_path):
     (tmp_path / "there.jsonl").write_text("mine")
     for arguments, said in (
         ((base, held_out, "--max_length=4096"), "--max_length=4096 is more than the model reads (512)"),
@@ -108,6 +114,8 @@ def test_mistakes_get_one_line(base, trained, held_out, tmp_path):
         ((base, held_out, f"--to={tmp_path / 'there.jsonl'}"), "there.jsonl exists; give a new name"),
         ((base, held_out, "--config.data.max_length=9"), "unknown argument --config.data.max_length=9"),
         ((base, held_out, f"--adapter={tmp_path}"), "is neither a workdir"),
+        ((base, held_out, f"--to={tmp_path / 'absent' / 'x.jsonl'}"), "its folder does not exist"),
+        ((base, held_out, tiny, "--config.dtype=bfloat16"), "--config.dtype=bfloat16 would change nothing"),
     ):
         finished = evaluate(*arguments)
         assert (finished.code, finished.err.count("\n")) == (1, 1) and said in finished.err

@@ -80,7 +80,7 @@ def test_the_card_of_an_adapter_says_what_it_is_and_its_code_loads_it(base, trai
         "library_name: peft",
         "# my-adapter",
         f"| base | `{base}`, fingerprint `bca83376f29f5c2c7a73b7986301a6db` |",
-        "| rank, alpha | 4, 8 (scale 2, standard) |",
+        "| adapter | rank 4, alpha 8, scale 2 (standard) |",
         "| targets | q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj |",
         "| trained parameters | 23,120 |",
         "| data | `data.json`, sha256 begins `",
@@ -113,6 +113,7 @@ def test_the_card_of_a_merged_model_names_the_base_as_told(trained, tmp_path):
         "base_model: someone/stories",
         "With a LoRA adapter merged into it: `someone/stories`",
         "| steps | 4 of 4 rows",
+        "python -m lowrank.generate --base=out --format=completion --prompt=TEXT",
         f"the largest difference was {difference} of the largest logit (allowed for bfloat16: 0.05)",
     ):
         assert said in card

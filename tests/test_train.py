@@ -161,6 +161,33 @@ def test_an_uneven_run_is_started_from_through_peft_with_the_same_ranks_said(tin
     assert finished.code == 1 and "lora.alphas is" in finished.err and "(7.0, None, 7.0, 7.0, 7.0)" in finished.err
 
 
+def test_an_adapter_to_start_from_that_does_not_fit_leaves_no_workdir(tiny, trained, tmp_path, shared_data):
+    other = shutil.copytree(shared_data / "stories260k" / "hf", tmp_path / "other", copy_function=shutil.copyfile)
+    with open(other / "model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(np.float32(0.123).tobytes())
+    finished = train(tiny, tmp_path / "run", f"--config.init_adapter={trained}", f"--config.base={other}")
+    assert (
+        finished.code == 1
+        and f"was trained over other weights than those in {other}; give its own base" in finished.err
+    )
+    lora = tmp_path / "lora"
+    assert running.run("export", f"--workdir={trained}", "--format=peft", f"--to={lora}").code == 0
+    demo = running.ROOT / "configs" / "demo" / "base"
+    finished = train(tiny, tmp_path / "run", f"--config.init_adapter={lora}", f"--config.base={demo}")
+    assert finished.code == 1 and "give" in finished.err and finished.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_zeros_of_uneven_ranks_are_not_counted_as_trained(tiny, tmp_path):
+    finished = train(
+        tiny, tmp_path / "run", "--dry_run", "--config.lora.ranks={'q_proj': (8, 8, 4, 0, 2), 'down_proj': 1}"
+    )
+    # 22 ranks x (64 + 64) of q_proj, 5 x (172 + 64) of down_proj, and rank 4 in five layers of the other five
+    others = 4 * 5 * ((64 + 32) * 2 + (64 + 64) + 2 * (64 + 172))
+    assert f"trainable  {22 * 128 + 5 * 236 + others:,} of " in finished.out, finished.out + finished.err
+
+
 def test_ranks_for_another_number_of_layers_are_refused(tiny, tmp_path):
     overrides = ("--config.lora.ranks={'q_proj': (1, 2), 'v_proj': 3}", "--config.lora.alphas={'o_proj': (1, 2, 3)}")
     finished = train(tiny, tmp_path / "run", *overrides)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank.model.architecture import ATTENTION, MLP
+from lowrank.model.architecture import ATTENTION, MLP, ModelConfig
 
 TARGETS = ATTENTION + MLP
 
@@ -68,6 +68,15 @@ class LoraConfig:
             for target in self.targets
             if self.uneven
         }
+
+
+def padding(lora: LoraConfig, config: ModelConfig) -> int:
+    """Elements of an uneven adapter's factors that are zero and stay zero."""
+    total = 0
+    for target in lora.targets:
+        inputs, outputs = config.projections()[target]
+        total += sum(lora.width(target) - rank for rank in lora.ranks_of(target, config.layers)) * (inputs + outputs)
+    return total
 
 
 def _spread(values: tuple, layers: int) -> tuple:

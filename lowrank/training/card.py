@@ -7,6 +7,7 @@ import pathlib
 
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
 from lowrank.model.lora import LoraConfig
+from lowrank.training.report import describe_ranks
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
@@ -65,10 +66,11 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
     if not c["architecture"]:
         facts["base"] = f"`{base}`, fingerprint `{identity['base']}`"
     if lora:
-        even = "" if not lora.uneven else ", not the same in every module: see `adapter_config.json`"
-        facts["rank, alpha"] = f"{lora.rank}, {lora.alpha:g} (scale {lora.scale:g}, {lora.scaling}){even}"
+        facts["adapter"] = f"{describe_ranks(lora, identity['architecture']['layers'])} ({lora.scaling})"
         facts["targets"] = ", ".join(lora.targets)
         facts["dropout"] = f"{lora.dropout:g}"
+        if c["init_adapter"]:
+            facts["started from"] = f"another adapter, `{pathlib.Path(c['init_adapter']).name}`"
     facts |= {
         "trained parameters": f"{trained:,}",
         "data": f"`{pathlib.Path(data['train']).name}`, sha256 begins `{identity['data.train']}`",
@@ -90,7 +92,7 @@ def _table(facts: dict[str, str]) -> str:
 
 
 def _losses(lines: list[dict], step: int) -> str:
-    """The first, the best and the exported step's, as they were logged."""
+    """The first and the last up to the exported step, as they were logged."""
     rows = []
     for name, shown in (
         ("train/loss", "training, a step's own"),
@@ -112,6 +114,8 @@ def _prompts(form: str) -> str:
 
 def _loading(record: dict, base: str, lora: LoraConfig | None, export: dict) -> str:
     name, form = export["name"], record["config"]["data"]["format"]
+    here = base if pathlib.Path(base).exists() else "DIR"  # lowrank reads folders, not names on a hub
+    download = [] if here == base else ["", f"(`DIR`: the folder that `{base}` was downloaded to.)"]
     if export["format"] == "merged":
         return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -134,12 +138,12 @@ python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
         "```",
         "",
         "```",
-        f"python -m lowrank.generate --base={base} --adapter={name} --format={form} --prompt=TEXT",
+        f"python -m lowrank.generate --base={here} --adapter={name} --format={form} --prompt=TEXT",
     ]
     rank = next((rank for rank in VLLM_RANKS if rank >= lora.rank), None)
     if rank and not lora.uneven:  # vLLM takes one rank and one alpha for all modules
         lines.append(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}")
-    return "\n".join([*lines, "```"])
+    return "\n".join([*lines, "```", *download])
 
 
 def _verification(export: dict) -> str:

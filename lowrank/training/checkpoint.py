@@ -122,7 +122,9 @@ class Checkpoints:
         """-> the trainable tree saved at `step`, laid out as the given one; UserError if their leaves differ."""
         misfits = partition.misfits(dict(self.manager.item_metadata(step).adapter), nested(trainable))
         if misfits:
-            raise UserError(f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}")
+            raise UserError(
+                f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}; give its own base"
+            )
         restored = self._read(step, adapter=ocp.args.StandardRestore(nested(_abstract(trainable))))
         return _fill(trainable, restored.adapter)
 

@@ -7,7 +7,7 @@ import shlex
 import jax
 
 from lowrank.config import Config
-from lowrank.model.lora import LoraConfig
+from lowrank.model.lora import LoraConfig, padding
 from lowrank.training import metrics, partition
 from lowrank.training.metrics import human_bytes
 
@@ -21,7 +21,7 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
     if config.adapted:
         lora = config.lora
         lines.append(
-            f"adapter    {_describe_ranks(lora, a.layers)} ({lora.scaling}), "
+            f"adapter    {describe_ranks(lora, a.layers)} ({lora.scaling}), "
             f"dropout {lora.dropout:g}, on {', '.join(lora.targets)}"
         )
     opt_state = jax.eval_shape(optimizer.init, trainable)
@@ -30,10 +30,13 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
         ("adapter" if config.adapted else "model", trainable, "trained"),
         ("optimizer", opt_state, "state"),
     )
+    zeros = padding(config.lora, a) if config.adapted else 0  # in memory, but nothing that is trained
     for name, tree, what in groups:
         size = human_bytes(partition.nbytes(tree))
-        lines.append(f"{name:<10} {partition.count(tree):>15,} {what:<8} {size:>10}")
-    trained, total = partition.count(trainable), partition.count(trainable) + partition.count(frozen)
+        count = partition.count(tree) - (zeros if name == "adapter" else 0)
+        lines.append(f"{name:<10} {count:>15,} {what:<8} {size:>10}")
+    trained = partition.count(trainable) - zeros
+    total = trained + partition.count(frozen)
     held = "float32" if config.train.mode == "full" else config.param_dtype
     return "\n".join(
         [
@@ -45,7 +48,7 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
     )
 
 
-def _describe_ranks(lora: LoraConfig, layers: int) -> str:
+def describe_ranks(lora: LoraConfig, layers: int) -> str:
     if not lora.uneven:
         return f"rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g}"
     table = [

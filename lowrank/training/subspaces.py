@@ -22,7 +22,7 @@ def decompose(lora_a: np.ndarray, lora_b: np.ndarray, scale: float) -> Update:
     """lora_a [in, rank], lora_b [rank, out] -> the singular value decomposition of scale · lora_a @ lora_b, in float64."""
     q_a, r_a = np.linalg.qr(lora_a.astype(np.float64))
     q_b, r_b = np.linalg.qr(lora_b.T.astype(np.float64))
-    left, values, right = np.linalg.svd(scale * r_a @ r_b.T)
+    left, values, right = np.linalg.svd(scale * r_a @ r_b.T, full_matrices=False)
     return Update(q_a @ left, values, q_b @ right.T)
 
 
@@ -57,7 +57,7 @@ class Amplification(NamedTuple):
     base: float  # ‖W‖
     through_update: float  # ‖left.T W right‖: how much of W lies in the directions that the update acts in
     through_base: float  # the same through W's own `rank` strongest directions
-    through_random: float  # and through random ones
+    through_random: float  # and through random ones: the root of the mean of ‖·‖², rank ‖W‖ / sqrt(in · out)
 
     @property
     def factor(self) -> float:
@@ -66,17 +66,17 @@ class Amplification(NamedTuple):
 
 
 def amplification(kernel: np.ndarray, update: Update, rank: int) -> Amplification:
-    """kernel [in, out]; `rank`: how many of the update's directions are looked at."""
+    """kernel [in, out]; `rank`: how many of the update's directions are looked at, no more than there are."""
     kernel = kernel.astype(np.float64)
+    rank = min(rank, *kernel.shape)
     left, right = update.left[:, :rank], update.right[:, :rank]
-    draw = np.random.default_rng(0)
-    random = [np.linalg.qr(draw.normal(size=(size, rank)))[0] for size in kernel.shape]
+    norm = np.linalg.norm(kernel)
     return Amplification(
         update=float(np.linalg.norm(update.values[:rank])),
-        base=float(np.linalg.norm(kernel)),
+        base=float(norm),
         through_update=float(np.linalg.norm(left.T @ kernel @ right)),
         through_base=float(np.linalg.norm(strongest_values(kernel, rank))),
-        through_random=float(np.linalg.norm(random[0].T @ kernel @ random[1])),
+        through_random=float(rank * norm / np.sqrt(kernel.size)),
     )
 
 

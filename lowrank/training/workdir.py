@@ -134,6 +134,8 @@ def git_revision() -> str | None:
 def read_record(workdir: pathlib.Path) -> dict:
     """What `open_workdir` wrote: command, config, identity, versions."""
     file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"workdir {workdir} does not hold a run (no config.json); name the --workdir of a training run")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         record["config"], record["identity"]

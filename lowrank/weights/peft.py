@@ -71,15 +71,16 @@ def read_peft(folder: str | os.PathLike, layers: int | None = None) -> tuple[dic
         raise UserError(f"{folder}: has neither {TENSORS} nor {TENSORS_BIN}; fetch or export the adapter again")
     problems: list[str] = []
     tensors = open_file(file, problems)
-    if not problems:
-        seen = [int(match[1]) for match in map(KEY_PATTERN.match, tensors) if match]
-        modules = _modules(fields, layers or 1 + max(seen, default=0), problems)
-        factors = _factors(tensors, modules, problems)
+    if problems:
+        raise UserError(f"{folder}: {'; '.join(problems)}; fetch the adapter again")
+    layers = layers or 1 + max((int(match[1]) for match in map(KEY_PATTERN.match, tensors) if match), default=0)
+    modules = _modules(fields, layers, problems)
+    factors = _factors(tensors, modules, problems)
     if problems:
         of = f" (an adapter of {fields['base_model_name_or_path']})" if fields.get("base_model_name_or_path") else ""
         raise UserError(f"{file}{of}: {'; '.join(problems)}; give the base it belongs to, or fetch the adapter again")
-    config = _config(fields, modules, layers or 1 + max(seen))
-    return _stacked(factors, config, layers or 1 + max(seen)), config, fields.get("base_model_name_or_path")
+    config = _config(fields, modules, layers)
+    return _stacked(factors, config, layers), config, fields.get("base_model_name_or_path")
 
 
 def _modules(fields: dict[str, Any], layers: int, problems: list[str]) -> Modules:
