@@ -222,6 +222,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
         if tokenizer.chat_template:
             config["chat_template"] = tokenizer.chat_template
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        config = _read_json(source / "tokenizer_config.json") | config  # which may know more, a pad token for one
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
