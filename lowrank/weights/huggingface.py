@@ -74,14 +74,7 @@ def open_file(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
     """Every tensor of one file by name, safetensors or torch's; what is wrong with the file joins `problems`."""
     if path.suffix == ".safetensors":
         return _open_safetensors(path, problems)
-    tensors = open_torch_file(path, problems)
-    odd = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values()}
-    problems += [
-        f"{name} is held in {dtype}, supported are {', '.join(DTYPES)}"
-        for name, dtype in odd.items()
-        if not ignored(name)
-    ]
-    return {name: tensor for name, tensor in tensors.items() if name not in odd}
+    return open_torch_file(path, problems)
 
 
 def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:

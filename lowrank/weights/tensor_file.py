@@ -9,10 +9,12 @@ import dataclasses
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 
+CHECKED_AT_ONCE = 2**24
 AROUND = 2**21  # Linux maps what the disk was read in, 2 MB at most, where one byte of it is asked for
 Index = tuple[slice, ...]  # within bounds, without steps, one for every axis
 
@@ -61,12 +63,21 @@ class TensorFile:
             starts = sum(span.start * stride for span, stride in zip(index, strides, strict=True))
             ends = sum((span.stop - 1) * stride for span, stride in zip(index, strides, strict=True))
             del whole  # a view of the map
-            self.release(offset + starts, offset + ends + dtype.itemsize)
+            self._release(offset + starts, offset + ends + dtype.itemsize)
             return part
 
         return Tensor(tuple(shape), dtype, read)
 
-    def release(self, start: int, end: int) -> None:
+    def checksum(self, offset: int, size: int) -> int:
+        """CRC-32 of some bytes, of which little is in memory at a time."""
+        crc = 0
+        for at in range(offset, offset + size, CHECKED_AT_ONCE):
+            end = min(at + CHECKED_AT_ONCE, offset + size)
+            crc = zlib.crc32(memoryview(self.map)[at:end], crc)
+            self._release(at, end)
+        return crc
+
+    def _release(self, start: int, end: int) -> None:
         """Give the pages between two bytes back; whoever reads them again finds them in the disk's cache.
 
         Those around them too, which were mapped along with them.

@@ -1,253 +1,355 @@
-"""PyTorch's own files (`.bin`, `.pth`, `.pt`): tensors read over a map of the file, without torch and without trust.
+"""PyTorch's own files (`.bin`, `.pth`, `.pt`), read without PyTorch and without running anything that they hold.
 
-`torch.save` writes a zip archive in which tensors lie uncompressed, and beside them a pickle that says where. A pickle is
-a program that may call anything. Here it can call three small functions of ours; any other global is noted, not run, and
-refused by name.
+Such a file is a zip of stored entries: `data.pkl`, a pickle of a dict of tensors, and `data/KEY`, the bytes they lie in.
+A pickle is a program. Here it is run by an interpreter of its own, which knows the instructions that `torch.save` writes
+for a dict of tensors and handles three functions itself: there is nothing in it that could import, look up or call
+anything else. What it does not know is refused by name.
 
-Each tensor's storage has a CRC-32 in the archive, which is compared before the first read of more than 64 KB of it: so a
-fingerprint stays cheap, and no damaged tensor is loaded (0.24 s of CPU time a GB).
-Left out: what torch wrote before 1.6 (2020), which is no zip archive.
+The tensors stay in the file's map. The zip holds a checksum of every entry: it is compared as soon as more of a tensor
+is read than a fingerprint samples, and at once in small entries. So opening 13 GB reads some megabytes, and no damaged
+weight is ever loaded. Left out: files from before PyTorch 1.6 (2020), and from big-endian machines.
 """
 
+import contextlib
+import dataclasses
 import io
 import math
 import os
 import pathlib
-import pickle
 import pickletools
+import struct
 import zipfile
-import zlib
-from typing import NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from lowrank.errors import UserError
+from lowrank.weights.layout import ignored
 from lowrank.weights.tensor_file import Index, Tensor, TensorFile
 
-STORAGES = {  # torch's classes -> dtypes; a tensor of another than a model's dtypes is left to the caller to refuse
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "DoubleStorage": np.dtype(np.float64),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+SUPPORTED = ("float32", "float16", "bfloat16")
+# What a storage's elements are, by the name that it is pickled under.
+STORAGES = {
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
 }
-GLOBALS = (
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    *(("torch", name) for name in STORAGES),
+DICT, TENSOR, PARAMETER = (
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
 )
-# What a pickle of a dict of tensors is made of. The others could make objects, or memory, out of nothing.
-OPCODES = frozenset(
+KNOWN = {DICT, TENSOR, PARAMETER, *STORAGES}
+
+# Bytes of one tensor that are read before its entry's checksum, where the entry is larger than that. A fingerprint takes
+# 16 samples of up to 2048 float32, and a row of the embedding tells that the head is another matrix.
+UNCHECKED = 262_144
+BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that files began with until 2020
+
+# What this file and the standard library raise on bytes that are not what they should be.
+DAMAGE = (
+    ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError, RuntimeError, struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def open_torch_file(path: str | os.PathLike, problems: list[str]) -> dict[str, Tensor]:
+    """Every tensor of a file that holds a dict of them, by name; what is wrong with the file joins `problems`.
+
+    Reading a tensor raises UserError if the bytes that it lies in do not have their checksum.
     """
-    PROTO FRAME STOP MARK POP POP_MARK GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID
-    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS
-    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
-    """.split()
-)
-SMALL_BYTES = 65_536
-CHUNK_BYTES = 2**24
+    path = pathlib.Path(path)
+    try:
+        entries = _entries(TensorFile(path))
+        values = _dict_in(entries)
+    except Refused as refused:
+        problems.append(f"{path.name} {refused}")
+        return {}
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({error.strerror or error})")
+        return {}
+    except DAMAGE as error:
+        problems.append(f"{path.name} cannot be read ({' '.join(str(error).split())}), it is truncated or corrupt")
+        return {}
+    tensors = {}
+    for name, value in values.items():
+        if not isinstance(value, View):
+            if not ignored(name):
+                problems.append(f"{path.name}: {name} is {_kind(value)}, not a tensor")
+        elif value.storage.dtype.name in SUPPORTED:
+            tensors[name] = _tensor(value)
+        elif not ignored(name):
+            problems.append(f"{name} is held in {value.storage.dtype.name}, supported are {', '.join(SUPPORTED)}")
+    return tensors
 
 
-class Stored(NamedTuple):
-    """A tensor as the pickle describes it; offset and strides in elements of its storage."""
+class Refused(Exception):
+    """The file may be whole, but it is none that can be read; the text goes on after the file's name."""
 
-    key: str
+
+# ------------------------------------------------------------------------------------------------------------- the zip
+
+
+class Entry:
+    """An entry of the zip: where its bytes lie in the file, and whether they have their checksum."""
+
+    def __init__(self, file: TensorFile, info: zipfile.ZipInfo):
+        self.file, self.name, self.size, self.checksum = file, info.filename, info.file_size, info.CRC
+        # The directory says where an entry's header lies; only that header says how much padding follows it.
+        header = file.map[info.header_offset : info.header_offset + 30]
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError(f"{self.name} is not where the directory says")
+        length, extra = struct.unpack("<HH", header[26:])
+        name = file.map[info.header_offset + 30 : info.header_offset + 30 + length]
+        if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+            raise ValueError(f"{self.name} has another name in the directory")
+        self.offset = info.header_offset + 30 + length + extra
+        if self.offset + self.size > file.size:
+            raise ValueError(f"{self.name} reaches beyond the end of the file")
+        self.found_sound = False
+
+    def is_sound(self) -> bool:
+        if not self.found_sound:
+            self.found_sound = self.file.checksum(self.offset, self.size) == self.checksum
+        return self.found_sound
+
+    def content(self) -> bytes:
+        if not self.is_sound():
+            raise ValueError(f"{self.name} does not have its checksum")
+        return self.file.map[self.offset : self.offset + self.size]
+
+
+def _entries(file: TensorFile) -> dict[str, Entry]:
+    """The zip's entries, named without the folder that all of them lie in."""
+    start = file.map[:512]
+    if start.startswith(BEFORE_ZIP) or start[257:262] == b"ustar":
+        raise Refused("is in the format of PyTorch before 1.6; load it there and save it again")
+    if not start.startswith(b"PK"):
+        raise ValueError("not a zip, as PyTorch's files are")
+    with zipfile.ZipFile(file.path) as archive:
+        infos = archive.infolist()
+    if any(info.flag_bits & 1 for info in infos):
+        raise Refused("is an encrypted zip; decrypt it")
+    packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise Refused(f"holds compressed entries ({packed[0]}), PyTorch's are not; unpack it or save it again")
+    if any(info.file_size != info.compress_size for info in infos):
+        raise ValueError("an entry has two sizes")
+    roots = [info.filename.removesuffix("data.pkl") for info in infos if info.filename.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise Refused(f"is a zip with {len(roots) or 'no'} data.pkl, PyTorch's have one; fetch it again")
+    entries = {info.filename.removeprefix(roots[0]): Entry(file, info) for info in infos}
+    if len(entries) < len(infos):
+        raise ValueError("two entries have one name")
+    if "byteorder" in entries and (order := entries["byteorder"].content()) != b"little":
+        raise Refused(f"was written by a {order.decode(errors='replace')}-endian machine; save it on a usual one")
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------- the pickle
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """Something the pickle looks up by name, or what that would have made: a word, and nothing else."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    entry: Entry
     dtype: np.dtype
-    elements: int  # of the storage
+    size: int  # in elements
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A tensor as it is pickled; offset and strides are in elements."""
+
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-class Refused(Exception):
-    """Why a file cannot be read."""
-
-
-def open_torch_file(path: str | os.PathLike, problems: list[str]) -> dict[str, Tensor]:
-    """Every tensor of one file by name; what is wrong with the file joins `problems`. Reads a few KB."""
-    path = pathlib.Path(path)
+def _dict_in(entries: dict[str, Entry]) -> dict[str, Any]:
+    """What `data.pkl` makes: `View`s by name, and whatever else lies beside them."""
+    program, instructions = io.BytesIO(entries["data.pkl"].content()), []
+    with contextlib.suppress(ValueError):  # a pickle that breaks off: what it has asked for by then is to be said
+        for op, argument, _ in pickletools.genops(program):
+            instructions.append((op.name, argument))
+    names = [argument.replace(" ", ".") for op, argument in instructions if op in ("GLOBAL", "INST")]
+    foreign = {name: None for name in names if name not in KNOWN}  # a set that keeps the file's order
     try:
-        archive = _Archive(path)
-        return {name: archive.tensor(name, stored) for name, stored in _described(archive).items()}
-    except Refused as error:
-        problems.append(f"{path.name} {error}")
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read ({error.strerror})")
-    return {}
-
-
-# ---------------------------------------------------------------------------------------------------------- the archive
-
-
-class _Archive:
-    """The zip archive over a map of the file: where its entries lie, and whether they are whole."""
-
-    def __init__(self, path: pathlib.Path):
-        self.file = TensorFile(path)
-        self.checked: set[str] = set()
-        if self.file.map[:4] != b"PK\x03\x04":
-            old = "was written by a torch older than 1.6: load it with torch and save it again"
-            known = self.file.map[:2] == b"\x80\x02" or self.file.map[257:262] == b"ustar"
-            raise Refused(old if known else "is no file of torch.save (no zip archive), or it is corrupt")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.entries = {entry.filename: entry for entry in archive.infolist()}
-        except Exception as error:  # whatever a broken archive makes the library raise
-            raise Refused(f"cannot be read as a zip archive ({error}), it is truncated or corrupt") from None
-        roots = [name.removesuffix("data.pkl") for name in self.entries if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise Refused(f"is no file of torch.save (it holds {len(roots)} entries data.pkl, not one)")
-        self.root = roots[0]
-        self.places = {name: self._place(entry) for name, entry in self.entries.items()}
-        if f"{self.root}byteorder" in self.entries and self.content("byteorder") != b"little":
-            raise Refused("was written on a big-endian machine, which is not supported")
-
-    def _place(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
-        """Where an entry's bytes begin and end: its local header has a length of its own, for torch aligns the data."""
-        header = self.file.map[entry.header_offset : entry.header_offset + 30]
-        name_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        start = entry.header_offset + 30 + name_length + extra_length
-        name = self.file.map[entry.header_offset + 30 : entry.header_offset + 30 + name_length]
-        if header[:4] != b"PK\x03\x04" or name.decode("utf-8", "replace") != entry.filename:
-            raise Refused(f"has no entry {entry.filename} where its directory says, it is corrupt")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise Refused(f"holds {entry.filename} compressed or encrypted, which torch.save never does")
-        if start + entry.file_size > self.file.size:
-            raise Refused(f"ends before its entry {entry.filename} does, it is truncated")
-        return start, start + entry.file_size
-
-    def content(self, name: str) -> bytes:
-        self.check(name)
-        return self.file.map[slice(*self.places[self.root + name])]
-
-    def check(self, name: str) -> None:
-        """Compare an entry with its CRC-32, once."""
-        if name in self.checked:
-            return
-        start, end = self.places[self.root + name]
-        crc = 0
-        for at in range(start, end, CHUNK_BYTES):
-            stop = min(at + CHUNK_BYTES, end)
-            crc = zlib.crc32(memoryview(self.file.map)[at:stop], crc)
-            self.file.release(at, stop)
-        if crc != self.entries[self.root + name].CRC:
-            raise Refused(f"holds other bytes in {self.root}{name} than were written (CRC-32), it is corrupt")
-        self.checked.add(name)
-
-    def tensor(self, name: str, stored: Stored) -> Tensor:
-        entry = f"data/{stored.key}"
-        start, end = self.places.get(self.root + entry, (0, -1))
-        size, last = stored.dtype.itemsize, stored.offset
-        last += sum((n - 1) * stride for n, stride in zip(stored.shape, stored.strides, strict=True))
-        if end - start != stored.elements * size:
-            raise Refused(f"holds {max(end - start, 0)} bytes for {name}, not {stored.elements * size}; it is corrupt")
-        if math.prod(stored.shape) and last >= stored.elements:
-            raise Refused(f"places {name} beyond its storage, it is corrupt")
-        strides = tuple(stride * size for stride in stored.strides)
-        mapped = self.file.tensor(start + stored.offset * size, stored.shape, stored.dtype, strides)
-
-        def read(index: Index) -> np.ndarray:
-            part = mapped.read(index)
-            if part.nbytes > SMALL_BYTES or end - start <= SMALL_BYTES:
-                try:
-                    self.check(entry)
-                except Refused as error:
-                    raise UserError(f"{self.file.path} {error}; fetch it again") from None
-            return part
-
-        return Tensor(mapped.shape, mapped.dtype, read)
-
-
-# ----------------------------------------------------------------------------------------------------------- the pickle
-
-
-def _described(archive: _Archive) -> dict[str, Stored]:
-    """The dict of tensors that the pickle describes."""
-    content = archive.content("data.pkl")
-    try:
-        found = _unpickle(content)
-    except Refused:
-        raise
-    except Exception as error:  # a pickle that is no sound one can raise anything, but not do anything
-        raise Refused(f"holds a pickle that cannot be read ({type(error).__name__}: {error}), it is corrupt") from None
-    if not isinstance(found, dict):
-        raise Refused(f"holds a {type(found).__name__}, not a dict of tensors")
-    odd = [f"{name!r} is a {type(value).__name__}" for name, value in found.items() if not isinstance(value, Stored)]
-    odd += [f"{name!r} is no name" for name in found if not isinstance(name, str)]
-    if odd:
-        raise Refused(f"is no dict from names to tensors alone: {', '.join(odd[:5])}{' and more' * (len(odd) > 5)}")
-    return found
-
-
-def _unpickle(content: bytes):
-    """The pickle's object. What it may call are closures made here, so that whatever it does to them ends with it."""
-    foreign: set[str] = set()
-    odd: list[str] = []
-    for opcode, argument, at in pickletools.genops(content):
-        if opcode.name == "GLOBAL" and tuple(argument.split(" ")) not in GLOBALS:
-            foreign.add(argument.replace(" ", "."))
-        elif opcode.name not in OPCODES:
-            odd.append(f"{opcode.name} at byte {at}")
-        elif opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(content):
-            odd.append(f"{argument} notes in {len(content)} bytes")  # a demand for memory
-    _refuse_foreign(foreign)
-    if odd:
-        raise Refused(f"holds a pickle with {odd[0]}, which no dict of tensors needs; do not trust the file")
-
-    class OrderedDict(dict):
-        def __setstate__(self, state):
-            """Attributes that torch hangs onto it, `_metadata`: not wanted."""
-
-    class Foreign:
-        """Stands where something is refused, so that the rest of the pickle is still read and all is listed at once."""
-
-        def __init__(self, *_):
-            pass
-
-        def __setstate__(self, state):
-            pass
-
-    def rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
-        dtype, key, elements = storage
-        numbers = (elements, offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise Refused(f"describes a tensor of shape {shape} with strides {strides} at {offset}, it is corrupt")
-        return Stored(str(key), dtype, elements, offset, tuple(shape), tuple(strides))
-
-    ours = (OrderedDict, rebuild_tensor, lambda tensor, requires_grad, hooks: tensor)
-    # Of the storages the names are handed out: nothing can be called or changed through a word.
-    known = dict(zip(GLOBALS, (*ours, *STORAGES), strict=True))
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) not in known:
-                foreign.add(f"{module}.{name}")
-            return known.get((module, name), Foreign)
-
-        def persistent_load(self, saved):
-            kind, storage, key, _, elements = saved
-            if kind != "storage" or storage not in STORAGES:
-                raise Refused(f"refers to {kind!r} of {storage!r}, not to a storage of numbers")
-            return STORAGES[storage], key, elements
-
-    try:
-        found = Unpickler(io.BytesIO(content)).load()
-    except Exception:
-        if not foreign:  # else what is foreign is why
+        made = _run(instructions, entries, foreign)
+    except DAMAGE:
+        if not foreign:
             raise
-    _refuse_foreign(foreign)
-    return found
+    if foreign:
+        raise Refused(
+            f"asks for {', '.join(foreign)}, which no file of weights needs; nothing of it was run: do not trust the "
+            "file, or save the model's state_dict alone"
+        )
+    if not isinstance(made, dict):
+        raise Refused(f"holds {_kind(made)}, not a dict of tensors; save the model's state_dict")
+    return made
 
 
-def _refuse_foreign(names: set[str]) -> None:
-    if names:
-        listed = ", ".join(sorted(names))
-        raise Refused(f"asks for {listed}, which no dict of tensors needs and which was not run; do not trust the file")
+def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign: dict[str, None]) -> Any:
+    """Interpret a pickle: a stack, stacks that wait below a mark, and a memo. Names it does not know join `foreign`."""
+    stack: list[Any] = []
+    waiting: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+    for op, argument in instructions:
+        items: list[Any] = []
+        if op in ("TUPLE", "SETITEMS", "APPENDS", "INST"):  # they take all that lies above the mark
+            items, stack = stack, waiting.pop()
+        match op:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                waiting.append(stack)
+                stack = []
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(constants[op])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "BINBYTES" | "SHORT_BINBYTES":  # only beside what is foreign, of which the rest is to be listed
+                stack.append(argument)
+            case "TUPLE":
+                stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                parts = [stack.pop() for _ in range(int(op[-1]))]
+                stack.append(tuple(reversed(parts)))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                _fill(stack[-2], [stack.pop()])
+            case "APPENDS":
+                _fill(stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _fill(stack[-1], [key, value])
+            case "SETITEMS":
+                _fill(stack[-1], items)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL" | "INST":
+                stack.append(Name(argument.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                last, module = stack.pop(), stack.pop()
+                name = f"{module}.{last}"
+                if name not in KNOWN:
+                    foreign["".join(letter if letter.isprintable() else "?" for letter in name)] = None
+                stack.append(Name(name))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop(), entries))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_made(function, arguments))
+            case "BUILD":  # a state_dict's `_metadata`: versions of modules
+                stack.pop()
+                if not isinstance(stack[-1], dict | Name):
+                    raise ValueError("the pickle gives a state to what has none")
+            case _:
+                raise ValueError(f"the pickle has the instruction {op}, which torch.save does not write")
+    raise ValueError("the pickle has no end")
+
+
+def _fill(target: Any, items: list[Any]) -> None:
+    """Append to a list, or set keys and values of a dict; what a foreign name made takes everything."""
+    match target:
+        case list():
+            target += items
+        case dict():
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if not isinstance(key, str | int | Name):  # nothing whose hash could be deep
+                    raise ValueError("the pickle has a key that is no name")
+                target[key.name if isinstance(key, Name) else str(key)] = value
+        case Name():
+            pass
+        case _:
+            raise ValueError("the pickle fills what cannot be filled")
+
+
+def _storage(reference: Any, entries: dict[str, Entry]) -> Storage | Name:
+    """The storage that a persistent id of `torch.save` means."""
+    match reference:
+        case ("storage", Name(name), str(key), _, int(size)) if name in STORAGES:
+            entry, dtype = entries[f"data/{key}"], STORAGES[name]
+            if entry.size != size * dtype.itemsize:
+                raise ValueError(f"{entry.name} holds {entry.size} bytes, its tensors {size * dtype.itemsize}")
+            return Storage(entry, dtype, size)
+        case ("storage", Name(name), *_):
+            return Name(name)
+    raise ValueError("the pickle refers to something other than a storage")
+
+
+def _made(function: Any, arguments: Any) -> Any:
+    """What a call in the pickle makes: one of the three that are known, or a word in place of anything foreign."""
+    match function, arguments:
+        case Name(name), _ if name not in KNOWN:
+            return function
+        case Name(name), () if name == DICT:
+            return {}
+        # then: requires_grad, hooks, and in newer files bits that would say to negate or conjugate it
+        case Name(name), (Storage() as storage, offset, tuple(shape), tuple(strides), _, hooks, *bits) if (
+            name == TENSOR
+        ):
+            numbers = (offset, *shape, *strides)
+            if (
+                not all(type(number) is int and number >= 0 for number in numbers)
+                or len(shape) != len(strides)
+                or len(shape) > 32
+            ):
+                raise ValueError("the pickle has a tensor of no shape")
+            if hooks or any(bits):
+                raise ValueError("the pickle has a tensor with hooks or pending changes")
+            last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            if math.prod(shape) and last >= storage.size:
+                raise ValueError(f"{storage.entry.name} is too short for a tensor of shape {list(shape)}")
+            return View(storage, offset, shape, strides)
+        case Name(name), (View() as view, _, hooks) if name == PARAMETER and not hooks:
+            return view
+    raise ValueError("the pickle calls what is no function")
+
+
+def _kind(value: Any) -> str:
+    return f"a dict of {len(value)}" if isinstance(value, dict) else f"a value of type {type(value).__name__}"
+
+
+def _tensor(view: View) -> Tensor:
+    storage, width = view.storage, view.storage.dtype.itemsize
+    offset, strides = storage.entry.offset + view.offset * width, tuple(stride * width for stride in view.strides)
+    tensor = storage.entry.file.tensor(offset, view.shape, storage.dtype, strides)
+    asked = 0
+
+    def read(index: Index) -> np.ndarray:
+        nonlocal asked
+        asked += math.prod(span.stop - span.start for span in index) * width
+        entry = storage.entry
+        if (entry.size <= UNCHECKED or asked > UNCHECKED) and not entry.is_sound():
+            raise UserError(
+                f"{entry.file.path}: {entry.name} does not have its checksum, it is corrupt; fetch it again"
+            )
+        return tensor.read(index)
+
+    return Tensor(view.shape, storage.dtype, read)
