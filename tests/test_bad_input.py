@@ -293,7 +293,7 @@ def workdir_of_another_run(given):
     return given.train("lora.rank=2", "optim.weight_decay=0.5")
 
 
-@case("config.json does not hold a run (no config.json)")
+@case("config.json is not the config.json of a run")
 def workdir_with_a_broken_config(given):
     (given.folder / "run").mkdir()
     (given.folder / "run" / "config.json").write_text('{"model_type": "llama"}')

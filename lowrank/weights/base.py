@@ -47,7 +47,8 @@ def read_base(folder: str | os.PathLike) -> Base:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a base model")
-    if (folder / meta.PARAMS).is_file() and not (folder / "config.json").is_file():
+    others = huggingface.has_weights(folder) or (folder / native.MANIFEST).is_file()
+    if (folder / meta.PARAMS).is_file() and not (others and (folder / "config.json").is_file()):
         config, tensors = meta.open_folder(folder)
     else:
         config = read_config(folder)

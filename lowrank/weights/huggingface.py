@@ -43,6 +43,11 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     return found
 
 
+def has_weights(folder: pathlib.Path) -> bool:
+    """Whether the folder has files of weights under Hugging Face's names."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN))
+
+
 def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """The folder's files of weights, and what the index promises: tensor's name -> file's name."""
     kinds = [(folder / single, folder / index) for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN))]

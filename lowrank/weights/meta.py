@@ -38,12 +38,13 @@ JOINED = {  # Meta's name -> Hugging Face's, and the axis along which shards are
     "ffn_norm": ("post_attention_layernorm", None),
 }
 EMBEDDING, FREQUENCIES = "tok_embeddings.weight", "rope.freqs"
+FIRST = "layers.0.attention.wq.weight"  # tells a shard from a copy of another under the wrong number
 NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.weight")
 
 SIZES = ("dim", "n_layers", "n_heads")  # fields that have to be there, beside norm_eps
-OPTIONAL_SIZES = ("n_kv_heads", "head_dim", "hidden_dim", "sliding_window")  # the last three are Mistral's
+OPTIONAL_SIZES = ("n_kv_heads", "vocab_size", "head_dim", "hidden_dim", "sliding_window")  # the last three: Mistral's
 # The tensors' own shapes win over these, or they only concern Meta's own program.
-HARMLESS = ("multiple_of", "ffn_dim_multiplier", "vocab_size", "max_batch_size", "max_seq_len", "model_parallel_size")
+HARMLESS = ("multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len", "model_parallel_size")
 
 
 def open_folder(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -118,6 +119,10 @@ def _add(joined: dict, hf: str, shards: list[dict[str, Tensor]], name: str, axis
         if any(part.whole().tobytes() != parts[0].whole().tobytes() for part in parts[1:]):
             problems.append(f"{name} is not the same in all shards")
         joined[hf] = parts[0]
+    elif name == FIRST and len({part.read((slice(0, 1), slice(0, shapes[0][1]))).tobytes() for part in parts}) < len(
+        parts
+    ):
+        problems.append("two shards hold the same weights instead of each its own")
     else:
         joined[hf] = parts[0] if len(parts) == 1 else concatenated(parts, axis)
 
@@ -166,6 +171,8 @@ def _read_params(path: pathlib.Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as a JSON object ({error}); fetch the file again") from None
+    if fields.get("vocab_size") == -1:
+        del fields["vocab_size"]  # Llama 1 and 2: as many as the tokenizer has
     is_size = lambda value: type(value) is int and value > 0  # noqa: E731
     is_number = lambda value: type(value) in (int, float) and 0 < value < math.inf  # noqa: E731
     problems = [f"{name} is missing" for name in (*SIZES, "norm_eps") if name not in fields]
@@ -198,7 +205,7 @@ def _config(params: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:
     embedding, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
     gate = tensors.get("model.layers.0.mlp.gate_proj.weight")
     dim, heads, layers = (params[name] for name in ("dim", "n_heads", "n_layers"))
-    vocab = embedding.shape[0] if embedding else params.get("vocab_size", 1)
+    vocab = params.get("vocab_size") or (embedding.shape[0] if embedding else 1)
     config = ModelConfig(
         vocab=vocab,
         embed=dim,
@@ -230,9 +237,11 @@ def _max_length(params: dict[str, Any]) -> int:
     """Positions that the model was trained for, by the generation of Llama that the fields give away."""
     if params.get("use_scaled_rope"):
         return 131_072  # 3.1, 3.2, 3.3
-    if params.get("rope_theta", 10_000.0) >= 500_000.0:
-        return 8192  # 3
     if "hidden_dim" in params:
         return 32_768  # Mistral
+    if params.get("rope_theta", 10_000.0) == 500_000.0:
+        return 8192  # 3
+    if params.get("rope_theta", 10_000.0) > 10_000.0:
+        return 16_384  # Code Llama
     first = params["norm_eps"] == 1e-6 or (params["dim"] == 8192 and "n_kv_heads" not in params)  # the latter is 65B
     return 2048 if first else 4096

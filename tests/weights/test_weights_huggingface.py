@@ -65,7 +65,7 @@ def test_missing_unknown_and_misshapen_tensors_are_one_error(whole):
 
     change_tensors(whole, spoil)
     assert refusal(whole) == (
-        "the tensors do not fit config.json: missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; "
+        "the tensors do not fit the config: missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; "
         "unknown: model.layers.{0,1,2}.self_attn.q_proj.bias, score.weight; "
         "misshapen: model.layers.0.mlp.down_proj.weight is [20, 24] instead of [24, 20]; fetch the folder again"
     )

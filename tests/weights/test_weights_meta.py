@@ -1,18 +1,23 @@
 """Meta's folders: shards joined, rows of q and k in Hugging Face's order, and what params.json leaves open."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import torch_llama
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from torch_llama import torch
 
 import lowrank
 from lowrank.errors import UserError
 from lowrank.model.architecture import RopeScaling
 from lowrank.weights import meta
-from lowrank.weights.base import read_base
+from lowrank.weights.base import load_params, read_base
+from lowrank.weights.layout import same
+from lowrank.weights.tensor_file import Tensor
 
 NAMES = {  # Hugging Face's, within a layer -> Meta's, and the axis that its shards are cut along
     "self_attn.q_proj": ("attention.wq", 0),
@@ -221,3 +226,55 @@ def test_missing_and_broken_shards_are_named(model, tmp_path):
     assert "has params.json but no consolidated.00.pth" in refusal(folder)
     (folder / "params.json").write_text("[1")
     assert "params.json: cannot be read as a JSON object" in refusal(folder)
+
+
+def test_a_vocabulary_other_than_the_tensors_is_refused(model, tmp_path):
+    assert "misshapen: " in refusal(write(tmp_path / "less", model, vocab_size=39))
+    assert "vocab_size = true is not a positive integer" in refusal(write(tmp_path / "odd", model, vocab_size=True))
+
+
+def test_a_shard_under_the_number_of_another_is_refused(model, tmp_path):
+    folder = write(tmp_path / "meta", model, shards=2)
+    (folder / "consolidated.01.pth").write_bytes((folder / "consolidated.00.pth").read_bytes())
+    assert "two shards hold the same weights instead of each its own" in refusal(folder)
+
+
+def test_config_json_is_followed_where_it_has_weights_and_params_json_else(model, tmp_path):
+    folder, other = write(tmp_path / "both", model), torch_llama.make(seed=1)
+    ours = read_base(folder).fingerprint
+    other.config.save_pretrained(folder)
+    assert read_base(folder).fingerprint == ours
+    torch_llama.saved(other, folder)
+    assert read_base(folder).fingerprint != ours
+
+
+def test_code_llama_reads_16384_tokens(model, tmp_path):
+    config = read_base(write(tmp_path / "meta", model, norm_eps=1e-5, rope_theta=1e6)).config
+    assert config.max_length == 16_384
+
+
+def test_an_untied_model_is_opened_without_reading_its_matrices():
+    """Whether the head is the embedding shows in their first rows."""
+    asked = []
+    contents = np.random.default_rng(0).normal(size=(2, 5000, 8)).astype(np.float32)
+    one, other = (Tensor(x.shape, x.dtype, lambda index, x=x: asked.append(index) or x[index].copy()) for x in contents)
+    assert not same(one, other)
+    assert asked == [(slice(0, 1), slice(0, 8))] * 2
+    again = Tensor(one.shape, one.dtype, one.read)
+    assert same(one, again) and asked[-1] == (slice(4097, 5000), slice(0, 8))
+
+
+def test_a_flipped_bit_is_found_by_devices_that_read_a_little_each(tmp_path, shared_data):
+    folder = tmp_path / "hf_bin"
+    shutil.copytree(shared_data / "stories260k" / "hf_bin", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    content = bytearray((folder / "pytorch_model.bin").read_bytes())
+    content[70_000] ^= 1  # in the middle of the embedding
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match="data/0 does not have its checksum"):
+        base = read_base(folder)
+        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+        sharding = NamedSharding(mesh, P(None, "fsdp"))
+        embedding = {"embedding": jax.ShapeDtypeStruct((512, 64), np.float32, sharding=sharding)}
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), base.params)
+        load_params(base, shapes | {"embed_tokens": embedding})
