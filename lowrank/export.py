@@ -8,6 +8,7 @@ of the trained model. The folder gets its name last, so a failure leaves nothing
 is a model card, written from the run.
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -74,6 +75,8 @@ def main(arguments: list[str]):
             file=sys.stderr,
         )
 
+    tokenizer = load_tokenizer(run.tokenizer or base.folder)
+
     with new_folder(to) as folder:
         if FLAGS.format == "peft":
             dtype, trained = "float32", shapes["lora"]
@@ -83,11 +86,13 @@ def main(arguments: list[str]):
             dtype = FLAGS.dtype or ("float32" if adapter.lora is None else architecture.stored_dtype)
             trained = shapes["lora" if adapter.lora else "params"]
             params = merged_params(adapter, base, shapes, dtype)
-            write_huggingface(folder, params, architecture, dtype=dtype)
-            write_tokenizer(load_tokenizer(run.tokenizer or base.folder), folder)
-            if base:
+            ends = {"bos_id": tokenizer.bos_id, "eos_ids": (tokenizer.eos_id,)} if run.tokenizer else {}
+            write_huggingface(folder, params, dataclasses.replace(architecture, **ends), dtype=dtype)
+            if base and not run.tokenizer:  # its ids would be of another tokenizer
                 carry(base.folder, folder, ["generation_config.json"])
             del params  # one model is in memory at a time
+        if FLAGS.format == "merged" or run.tokenizer:  # an adapter goes with its base's, unless it has one of its own
+            write_tokenizer(tokenizer, folder)
         found = fixed_logits(load_export(folder, base))
         expected = fixed_logits(load_trained(adapter, base, architecture, tokenizer_of=run.tokenizer))
         difference = float(np.abs(expected - found).max() / np.abs(expected).max())

@@ -8,6 +8,7 @@ import pytest
 import running
 
 import lowrank
+import lowrank.data.tokenizer
 
 IDS = np.random.default_rng(1).integers(3, 512, (2, 24))
 
@@ -135,6 +136,40 @@ def test_tokenizer_chat_template_and_generation_config_come_along(base, trained,
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
     assert lowrank.load(tmp_path / "out").tokenizer.chat_template == "{{ messages[0].content }}"
+
+
+def test_a_run_with_a_tokenizer_of_its_own_hands_that_on(tiny, shared_data, tmp_path):
+    """Its EOS and BOS, too: a model that is told the base's would never stop."""
+    import sentencepiece
+
+    corpus = (shared_data / "corpora" / "tinyshakespeare.txt").read_text()[:50_000].splitlines()
+    (tmp_path / "own").mkdir()
+    with open(tmp_path / "own" / "tokenizer.model", "wb") as file:
+        options = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+        ids = {"bos_id": 0, "eos_id": 1, "unk_id": 2}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_writer=file, **options, **ids)
+    flags = (f"--config.tokenizer={tmp_path / 'own'}", "--config.train.steps=1", "--config.sample.every=0")
+    finished = running.run("train", tiny, f"--workdir={tmp_path / 'run'}", *flags)
+    assert finished.code == 0, finished.err
+    for form in ("merged", "peft"):
+        assert export(tmp_path / "run", form, tmp_path / form).code == 0
+    merged = lowrank.load(tmp_path / "merged")
+    assert (merged.model.config.bos_id, merged.model.config.eos_ids) == (0, (1,))
+    expected = lowrank.data.tokenizer.load_tokenizer(tmp_path / "own").encode("Hello  there")
+    assert merged.tokenizer.encode("Hello  there") == expected
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert 'AutoTokenizer.from_pretrained("peft")' in card and "| tokenizer | its own, in this folder |" in card
+    assert (tmp_path / "peft" / "tokenizer.model").is_file()
+
+
+def test_the_current_folder_can_be_the_target(trained, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    finished = export(trained, "peft", ".")
+    assert finished.code == 0, finished.err
+    assert (tmp_path / "here" / "adapter_config.json").is_file()
+    finished = export(trained, "peft", tmp_path / ("x" * 300))
+    assert finished.code == 1 and finished.err.count("\n") == 1 and "cannot be written" in finished.err
 
 
 def test_a_dtype_for_an_adapter_is_refused(trained, tmp_path):

@@ -183,9 +183,15 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {path} does not exist: name the base's folder, a tokenizer.json or a tokenizer.model"
         )
-    if path.suffix == ".json":
-        return JsonTokenizer(path)
-    return TiktokenTokenizer(path) if tiktoken.is_tiktoken(path) else SentencePieceTokenizer(path)
+    kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+    kind = TiktokenTokenizer if kind is SentencePieceTokenizer and tiktoken.is_tiktoken(path) else kind
+    try:
+        return kind(path)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of files that are JSON, but not as expected
+        raise UserError(
+            f"{path.parent}: the files beside {path.name} (tokenizer_config.json, added_tokens.json, chat_template.jinja …) "
+            f"hold something unexpected ({type(error).__name__}: {error}); copy them from the base again"
+        ) from None
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
@@ -256,7 +262,7 @@ def _read_json(path: pathlib.Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it from the base again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: copy it from the base again")

@@ -137,7 +137,7 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; give a folder with a config.json and its weights") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); fetch or write the file again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: holds {_brief(fields)}, not an object; fetch the file again")

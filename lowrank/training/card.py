@@ -78,6 +78,7 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
         f"loss on {'prompts and responses' if data['train_on_prompt'] else 'responses'}"
         if data["format"] != "text"
         else f"text, {data['max_length']} tokens at most",
+        **({"tokenizer": "its own, in this folder"} if c["tokenizer"] else {}),
         "steps": f"{step:,} of {train['batch_size']} rows{' of packed examples' if data['packing'] else ''}",
         "optimizer": f"AdamW, learning rate {optim['learning_rate']:g} ({optim['schedule']}, warm-up {optim['warmup_steps']}), "
         f"weight decay {optim['weight_decay']:g}, clip norm {optim['clip_norm']:g}",
@@ -132,7 +133,7 @@ python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name if record["config"]["tokenizer"] else base}")',
         f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
         f'model = PeftModel.from_pretrained(base, "{name}")',
         "```",

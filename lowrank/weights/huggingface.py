@@ -65,7 +65,7 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(promised.values()))
         outside = [name for name in names if pathlib.PurePath(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index}: holds no weight_map from tensors to files; fetch it again") from None
     if outside:
         raise UserError(f"{index}: names a file outside its folder; fetch it again")

@@ -98,7 +98,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     """Compared in bands of rows, for an embedding of 128k rows is gigabytes; the first row alone, where others differ."""
     if one is other:
         return True
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
         return False
     rows, columns = one.shape
     starts = [0, *range(1, rows, 4096), rows]

@@ -169,7 +169,7 @@ def _read_params(path: pathlib.Path) -> dict[str, Any]:
         fields = {
             name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None
         }
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a JSON object ({error}); fetch the file again") from None
     if fields.get("vocab_size") == -1:
         del fields["vocab_size"]  # Llama 1 and 2: as many as the tokenizer has

@@ -12,9 +12,11 @@ them so, and so do merging and converting. Not compared are rows of which a devi
 shares its MB with the rows of another device (powers of two of rows: with the usual shapes nothing does).
 """
 
+import dataclasses
 import json
 import math
 import pathlib
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -71,6 +73,8 @@ def open_folder(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Te
                 problems.append(f"{name} is in {file}, {MANIFEST} does not put it there")
     if not problems:  # else these would be false alarms
         problems = _misfits(table, found, shapes(config))
+    if not problems and manifest["config"] != _as_json(config):
+        problems = ["config.json is not the one that was written with these weights"]
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}; copy the folder again, or convert again")
     if fingerprint(found) != manifest["samples"]:
@@ -82,17 +86,25 @@ def open_folder(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Te
     return checked, manifest["fingerprint"]
 
 
+def _as_json(config: ModelConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: has format {manifest['format']!r}, this lowrank reads {FORMAT}; update lowrank")
-        manifest["fingerprint"], manifest["samples"]
+        if not re.fullmatch("[0-9a-f]{32}", manifest["fingerprint"]):
+            raise ValueError(f"{manifest['fingerprint']!r} is no fingerprint")
+        manifest["samples"], manifest["config"]
         for entry in manifest["tensors"].values():
-            if pathlib.PurePath(entry["file"]).name != entry["file"]:
-                raise ValueError(f"{entry['file']!r} is outside the folder")
+            if not re.fullmatch(r"params-\d{5}-of-\d{5}\.safetensors", entry["file"]):
+                raise ValueError(f"{entry['file']!r} is no file of weights")
+            if not entry["shape"]:
+                raise ValueError("a tensor has no axes")
             entry["dtype"], entry["shape"], entry["crc32"].split()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: does not describe a native base ({type(error).__name__}: {error}); copy it again"
         ) from None
@@ -166,7 +178,8 @@ def write(
         _write_file(path, entries, pieces)
         table |= {name: {"file": path.name, **entry} for name, entry in entries.items()}
         opened |= huggingface.open_file(path, [])
-    manifest = {"format": FORMAT, "fingerprint": identity, "samples": fingerprint(opened), "tensors": table}
+    known = {"format": FORMAT, "fingerprint": identity, "config": _as_json(config)}
+    manifest = known | {"samples": fingerprint(opened), "tensors": table}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

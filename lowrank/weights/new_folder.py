@@ -14,12 +14,12 @@ from lowrank.errors import UserError
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields an empty folder to fill; it becomes `folder` when the block ends without an error, else it is removed."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; give a new name or remove it")
+    folder = pathlib.Path(os.path.abspath(folder))  # "." has no name
     # Beside the target, for only a rename within one file system is atomic.
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: exists and is not an empty folder; give a new name or remove it")
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed and had the same number
         partial.mkdir(parents=True)
         yield partial

@@ -222,7 +222,7 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields.items()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as PEFT's settings ({error}); give a PEFT folder") from None
     problems = [
         f"{name} = {json.dumps(value)} is not supported"
@@ -256,7 +256,10 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
         ),
         "exclude_modules": (lambda value: is_names(value) or is_regex(value), "a list of names or a regex"),
         "layers_to_transform": (is_layers, "a layer or a list of them"),
-        "layers_pattern": (lambda value: is_names(value) or is_regex(value), "a name or a list of them"),
+        "layers_pattern": (
+            lambda value: is_regex(value) or (is_names(value) and all(map(_compiles, value))),
+            "a name or a list of them",
+        ),
         "rank_pattern": (patterns_of(is_rank), "a table from patterns to ranks"),
         "alpha_pattern": (patterns_of(is_alpha), "a table from patterns to alphas"),
     }

@@ -323,6 +323,8 @@ def _made(function: Any, arguments: Any) -> Any:
                 raise ValueError("the pickle has a tensor of no shape")
             if hooks or any(bits):
                 raise ValueError("the pickle has a tensor with hooks or pending changes")
+            if math.prod(shape) > storage.size:  # a stride of 0 makes a tensor of any size out of one number
+                raise ValueError(f"the pickle has a tensor of shape {list(shape)} in a storage of {storage.size}")
             last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
             if math.prod(shape) and last >= storage.size:
                 raise ValueError(f"{storage.entry.name} is too short for a tensor of shape {list(shape)}")

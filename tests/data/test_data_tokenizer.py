@@ -160,3 +160,24 @@ def test_a_missing_path_and_an_unknown_eos_are_named(char_tokenizer, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match="names eos_token '<end>', which the tokenizer does not have"):
         char_tokenizer(eos_token="<end>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b'{"added_tokens_decoder": null}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+        ("tokenizer_config.json", b'{"bos_token": {}}'),
+        ("tokenizer_config.json", b'{"bos_token": ["a"]}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"a": 1}]}'),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("added_tokens.json", b'{"a": "5"}'),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_a_slip_in_a_file_beside_a_tokenizer_is_one_line(shared_data, tmp_path, name, content):
+    shutil.copyfile(shared_data / "stories260k" / "hf" / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

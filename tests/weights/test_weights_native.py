@@ -205,6 +205,12 @@ def test_a_config_that_says_other_shapes_is_refused_with_all_that_differ(copy):
     assert "of another shape than config.json says: params.layers.{0,1}.mlp.down_proj.kernel, " in said
 
 
+def test_a_config_with_other_mathematics_is_refused(copy):
+    fields = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(fields | {"rope_theta": 20000.0}))
+    assert "config.json is not the one that was written with these weights" in refusal(copy)
+
+
 def test_tampered_tensors_are_refused_by_name(copy):
     def spoil(tensors):
         tensors["params.norm.scale"] = tensors["params.norm.scale"].astype(np.float16)
@@ -234,4 +240,4 @@ def test_a_broken_manifest_is_one_line(copy, text):
 
 def test_a_manifest_names_no_file_outside_its_folder(copy):
     change_manifest(copy, lambda manifest: manifest["tensors"]["params.norm.scale"].update(file="../x.safetensors"))
-    assert "'../x.safetensors' is outside the folder" in refusal(copy)
+    assert "'../x.safetensors' is no file of weights" in refusal(copy)

@@ -222,6 +222,10 @@ def test_what_peft_can_do_beyond_is_refused_by_name(tmp_path, settings, said):
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules puts adapters on lm_head, which is not supported"),
         ({"target_modules": ".*"}, "target_modules puts adapters on model.embed_tokens and lm_head"),
         ({"rank_pattern": {"(?i)q_proj": 2}}, "is not a table from patterns to ranks"),
+        (
+            {"layers_to_transform": [1], "layers_pattern": ["("]},
+            'layers_pattern = ["("] is not a name or a list of them',
+        ),
         ({"target_modules": ["c_attn"]}, '["c_attn"] matches no projection'),
         ({"exclude_modules": ".*"}, "matches no projection"),
         ({"layers_to_transform": [7]}, "unknown: base_model.model.model.layers.{0,1,2}.self_attn.q_proj.lora_A.weight"),
