@@ -74,7 +74,6 @@ def main(arguments: list[str]):
             f"{base.folder} is a native base, which others cannot load; --base_name=NAME says what to load",
             file=sys.stderr,
         )
-
     tokenizer = load_tokenizer(run.tokenizer or base.folder)
 
     with new_folder(to) as folder:
@@ -101,7 +100,7 @@ def main(arguments: list[str]):
                 f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
                 f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try --dtype=float32"
             )
-        export = {"name": to.name, "format": FLAGS.format, "dtype": dtype, "difference": difference}
+        export = {"name": to.absolute().name, "format": FLAGS.format, "dtype": dtype, "difference": difference}
         card = model_card(
             record=workdir_lib.read_record(workdir),
             lines=metrics.read_lines(workdir / "metrics.jsonl"),

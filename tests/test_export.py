@@ -168,6 +168,7 @@ def test_the_current_folder_can_be_the_target(trained, tmp_path, monkeypatch):
     finished = export(trained, "peft", ".")
     assert finished.code == 0, finished.err
     assert (tmp_path / "here" / "adapter_config.json").is_file()
+    assert "\n# here\n" in (tmp_path / "here" / "README.md").read_text()
     finished = export(trained, "peft", tmp_path / ("x" * 300))
     assert finished.code == 1 and finished.err.count("\n") == 1 and "cannot be written" in finished.err
 
