@@ -118,10 +118,19 @@ class Config:
 
 def read(path: str | None, overrides: list[str]) -> Config:
     """`FILE[:ARG]` and the arguments left on the command line -> the checked config. Raises UserError with all offenders."""
+    values = read_values(path, overrides)
+    if values.pop("sweep", None):
+        raise UserError(
+            "config.sweep is set, but this command runs one member only; use python -m lowrank.sweep, or remove it"
+        )
+    return checked(values)
+
+
+def read_values(path: str | None, overrides: list[str]) -> dict:
+    """`FILE[:ARG]` and the arguments left on the command line -> nested dicts, not checked yet."""
     if not path:
         raise UserError("--config is missing; say --config=configs/alpaca.py or a config file of your own")
     values = _call_get_config(path)
-    sweep = values.pop("sweep", None)
     for key, text in _override_pairs(overrides):
         node = values
         *parents, leaf = key.split(".")
@@ -129,9 +138,12 @@ def read(path: str | None, overrides: list[str]) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"config.{key} is no key: config.{parent} holds a value, not keys")
-        node[leaf] = _Text(text)
-    if sweep or values.pop("sweep", None):
-        raise UserError("config.sweep is set, but this command runs one member only; remove it")
+        node[leaf] = Text(text)
+    return values
+
+
+def checked(values: dict) -> Config:
+    """Nested dicts -> the config, with defaults for what they leave out. Raises UserError with all offenders."""
     errors: list[str] = []
     config = _build(Config, values, "", errors)
     errors = errors or _check(config)
@@ -140,7 +152,7 @@ def read(path: str | None, overrides: list[str]) -> Config:
     return config
 
 
-class _Text(str):
+class Text(str):
     """A value from the command line: its type is still to be read from the key's."""
 
 
@@ -232,7 +244,7 @@ def _build(cls, values: dict, prefix: str, errors: list[str]):
 def _convert(value, hint, commas: bool):
     """`value` as the annotated type, or a ValueError that says what it should be. `commas` part the strings of a tuple."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if types.NoneType in options and (value is None or (isinstance(value, _Text) and value in ("None", "none", ""))):
+    if types.NoneType in options and (value is None or (isinstance(value, Text) and value in ("None", "none", ""))):
         return None
     (kind,) = [option for option in options if option is not types.NoneType]
     if kind is str:
@@ -240,16 +252,16 @@ def _convert(value, hint, commas: bool):
             return str(value)
         raise ValueError("a string")
     if kind in PER_TARGET:
-        return _per_target(_literal(value) if isinstance(value, _Text) else value, *PER_TARGET[kind])
+        return _per_target(_literal(value) if isinstance(value, Text) else value, *PER_TARGET[kind])
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, _Text):
+        if isinstance(value, Text):
             value = _literal(value) if value.strip().startswith(("(", "[")) else value
         if isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part) if commas else (str(value),) * bool(value)
         if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise ValueError("a list of strings such as ('q_proj','v_proj')")
-    if isinstance(value, _Text):
+    if isinstance(value, Text):
         value = {"true": True, "false": False}.get(value.lower()) if kind is bool else _literal(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
@@ -271,7 +283,7 @@ PER_TARGET = {
 def _per_target(value, kind: type, wanted: str):
     """A table from targets to one value, or to one for each layer, as pairs of tuples in the order of TARGETS."""
     try:
-        table = {target: _literal(one) if isinstance(one, _Text) else one for target, one in dict(value).items()}
+        table = {target: _literal(one) if isinstance(one, Text) else one for target, one in dict(value).items()}
         table = {target: one if isinstance(one, (tuple, list)) else (one,) for target, one in table.items()}
         table = {target: tuple(_convert(one, kind, commas=False) for one in values) for target, values in table.items()}
     except (TypeError, ValueError):

@@ -7,7 +7,6 @@ SIGTERM and Ctrl-C finish the step, save, and end with exit code 75; a second Ct
 """
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 import time
@@ -16,27 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding
 
 from lowrank import adapters, command, inference
 from lowrank import config as config_lib
-from lowrank.config import Config
-from lowrank.data import examples as examples_lib
-from lowrank.data import loader, packing
-from lowrank.data.records import read_records
-from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
 from lowrank.model import decoder
-from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.preparation import (
+    check_mesh,
+    evaluation_batches,
+    identity,
+    initial_variables,
+    on_devices,
+    prepare,
+    training_batches,
+)
 from lowrank.training import metrics as metrics_lib
 from lowrank.training import partition, report
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.checkpoint import Checkpoints
+from lowrank.training.metrics import due
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.step import BATCH_KEYS, abstract_state, init_state, make_eval_step, make_train_step
-from lowrank.weights.base import Base, load_params, read_base
+from lowrank.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string("workdir", None, "The folder of this run: made if absent, resumed if it holds the same run.")
@@ -52,17 +53,14 @@ def main(arguments: list[str]) -> int | None:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
 
     # ---- Base, tokenizer, data: everything a user can get wrong is found before anything heavy begins.
-    base, architecture, tokenizer = find_model(config)
-    train, held_out = read_data(config, tokenizer)
+    prepared = prepare(config)
+    base, architecture, tokenizer = prepared.base, prepared.architecture, prepared.tokenizer
+    held_out, steps = prepared.held_out, prepared.steps
     mesh = mesh_lib.make_mesh(config.mesh)
-    rows, fill = packing.packed_rows(train, **row_shape(config))
-    steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
-    mesh_lib.check_rows(mesh, config.train.batch_size, config.train.microbatches)
-    mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
+    check_mesh(mesh, config, architecture)
     begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
     if config.init_adapter:
         config = adapters.with_ranks_of_start(config, base, pathlib.Path(FLAGS.workdir) if begun else None)
-    adapters.refuse_other_layers(config.lora, architecture.layers)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -79,35 +77,20 @@ def main(arguments: list[str]) -> int | None:
     optimizer = make_optimizer(config.optim, schedule, mask)
 
     print(report.describe_model(config, architecture, mesh, trainable_shapes, frozen_shapes, optimizer))
-    print(report.describe_data(config, train, held_out, rows, fill, steps))
+    print(report.describe_data(config, prepared))
     if FLAGS.dry_run:
         print(report.describe_leaves(shapes, mask))
         return None
 
     # ---- Workdir: a new run, or the same one again.
     workdir = pathlib.Path(FLAGS.workdir)
-    identity = {
-        "base": base.fingerprint if base else f"from scratch, seed {config.seed}",
-        "architecture": dataclasses.asdict(architecture),
-        "tokenizer": workdir_lib.file_hash(tokenizer.path),
-        "data.train": workdir_lib.file_hash(config.data.train),
-        "data.eval": workdir_lib.file_hash(config.data.eval),
-    }
+    run_identity = identity(config, prepared)
     with (
-        workdir_lib.open_workdir(workdir, config, identity, arguments),
+        workdir_lib.open_workdir(workdir, config, run_identity, arguments, "train"),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
     ):
         # ---- State: from the last checkpoint, else from the beginning.
-        put = lambda batch: jax.device_put(  # noqa: E731
-            {name: batch[name] for name in BATCH_KEYS}, NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
-        )
-        batches = loader.train_loader(
-            train,
-            batch_size=config.train.batch_size,
-            shuffle=config.data.shuffle,
-            seed=config.seed if config.data.seed is None else config.data.seed,
-            **row_shape(config),
-        )
+        batches = training_batches(config, prepared.train)
         first = checkpoints.latest() or 0
         # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
         made = set(shapes) - ({"lora" if config.adapted else "params"} if first else set())
@@ -141,9 +124,10 @@ def main(arguments: list[str]) -> int | None:
         shards = mesh_lib.batch_shards(mesh)
         train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, layout)
         eval_step = make_eval_step(model, shards)
-        eval_batches, eval_rows = [], config.train.batch_size // config.train.microbatches
-        if held_out:
-            eval_batches = list(loader.evaluation_batches(held_out, batch_size=eval_rows, **row_shape(config)))
+        eval_batches, eval_rows = (
+            evaluation_batches(config, held_out),
+            config.train.batch_size // config.train.microbatches,
+        )
         writer = metrics_lib.Metrics(
             workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb, first
         )
@@ -154,7 +138,7 @@ def main(arguments: list[str]) -> int | None:
             total, count = 0.0, 0
             for batch in eval_batches:
                 with jax.set_mesh(mesh):
-                    loss, trained = eval_step(state.trainable, frozen, put(batch))
+                    loss, trained = eval_step(state.trainable, frozen, on_devices(batch, mesh))
                 total, count = total + float(loss), count + int(trained)
             loss = total / count
             if not math.isfinite(loss):
@@ -227,7 +211,7 @@ def main(arguments: list[str]) -> int | None:
             for step in range(first + 1, steps + 1):
                 batch = next(batches)
                 with jax.set_mesh(mesh):
-                    state, scalars = train_step(state, frozen, put(batch))
+                    state, scalars = train_step(state, frozen, on_devices(batch, mesh))
                 read_pending()
                 pending = (step, scalars, batch["examples"])
 
@@ -245,7 +229,7 @@ def main(arguments: list[str]) -> int | None:
                     stopped_by = stop()  # asked once, after what takes long, so that what is said to be saved is
                     if saves or better or stopped_by:
                         meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
-                        meta |= {"identity": identity, "versions": workdir_lib.versions()}
+                        meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
                         checkpoints.save(state, batches.get_state(), meta, eval_loss)
                     clock += time.monotonic() - paused
                     if stopped_by and step < steps:
@@ -263,91 +247,7 @@ def main(arguments: list[str]) -> int | None:
     return None
 
 
-# ---- Before the loop -------------------------------------------------------------------------------------------------
-
-
-def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
-    """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
-    if config.architecture:
-        if config.base or config.train.mode != "full":
-            raise UserError(
-                "config.architecture is trained from scratch: it needs train.mode='full' and no config.base"
-            )
-        if config.architecture not in SIZES:
-            raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
-        if not config.tokenizer:
-            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
-        base, architecture = None, SIZES[config.architecture]
-    elif config.base:
-        base = read_base(pathlib.Path(config.base))
-        architecture = base.config
-    else:
-        raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
-    tokenizer = load_tokenizer(pathlib.Path(config.tokenizer or config.base))
-    check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
-    if config.data.max_length > architecture.max_length:
-        raise UserError(
-            f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
-            f"positions); say --config.data.max_length={architecture.max_length} or less"
-        )
-    return base, architecture, tokenizer
-
-
-def read_data(config: Config, tokenizer: Tokenizer):
-    """-> the training examples, and the held-out ones or None."""
-    data = config.data
-    if not data.train:
-        raise UserError(f"config.data.train is missing; say --config.data.train=FILE, in the {data.format} format")
-    if config.eval.answers and (data.format == "text" or data.train_on_prompt):
-        raise UserError(
-            "config.eval.answers needs examples with a prompt and a response: not text, not train_on_prompt"
-        )
-
-    def encode(file):
-        records = read_records(file, data.format)
-        return examples_lib.encode_examples(
-            records, data.format, tokenizer, data.max_length, data.train_on_prompt, path=file
-        )
-
-    train = encode(data.train)
-    if data.eval:
-        return train, encode(data.eval)
-    if data.eval_examples:
-        return examples_lib.split(train, data.eval_examples)
-    if config.eval.every or config.eval.answers:
-        raise UserError(
-            "config.eval is set but there is nothing to evaluate on; set config.data.eval or data.eval_examples"
-        )
-    return train, None
-
-
-def row_shape(config: Config) -> dict:
-    return {"max_length": config.data.max_length, "packing": config.data.packing}
-
-
-def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
-    """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
-    key = jax.random.key(config.seed)
-
-    def fresh(collection):
-        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes[collection])
-        return jax.jit(lambda key: decoder.init(model, key)[collection], out_shardings=layout)(key)
-
-    variables = dict(shapes)
-    if "params" in made:
-        variables["params"] = load_params(base, shapes["params"]) if base else fresh("params")
-    if "lora" in made:
-        started = adapters.open_adapter(config, base) if config.init_adapter else None
-        variables["lora"] = started.restore({"lora": shapes["lora"]})["lora"] if started else fresh("lora")
-    return variables
-
-
 # ---- In the loop -----------------------------------------------------------------------------------------------------
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """At every multiple of `every` and at the last step; 0 is off."""
-    return every > 0 and (step == last or step % every == 0)
 
 
 REMEDY = "use a lower config.optim.learning_rate, in another --workdir"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.attention import Attention, Cache, RMSNorm, rotary_frequencies, visible
-from lowrank.model.lora import LoraConfig, project
+from lowrank.model.lora import LoraConfig, Own, project
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")
@@ -60,10 +60,10 @@ class Block(nn.Module):
 
 
 def own_of_layers(config: ModelConfig, lora: LoraConfig | None) -> dict:
-    """What each layer has for itself alone, every leaf [layers]: its `window`, and under each target the adapter's
-    (scale, rank). Empty where all layers are alike, which leaves no trace in the program."""
+    """What each layer has for itself alone, every leaf [layers]: its `window`, and under each target the adapter's Own.
+    Empty where all layers are alike, which leaves no trace in the program."""
     own = {"window": jnp.asarray(config.windows, jnp.int32)} if config.windows else {}
-    return own if lora is None else own | lora.of_layers(config.layers)
+    return own | lora.of_layers(config.layers) if lora is not None and lora.uneven else own
 
 
 class Table(nn.Module):
@@ -99,6 +99,7 @@ class Decoder(nn.Module):
         slot: jax.Array | int = 0,  # the cache's slot of this call's first token
         key_segment_ids: jax.Array | None = None,  # int32 [B, S], of every slot of the cache
         deterministic: bool = True,
+        adapters: dict[str, Own] | None = None,  # of each target; None: as `lora` says
     ):
         c = self.config
         embedding = Table("embedding", (c.vocab, c.embed), ("vocab", "embed"), self.param_dtype, name="embed_tokens")()
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.lora, self.dtype, self.param_dtype, deterministic, name="layers")
-        x, cache = layers(x, cache, slot, angles, mask, own_of_layers(c, self.lora))
+        x, cache = layers(x, cache, slot, angles, mask, own_of_layers(c, self.lora) | (adapters or {}))
 
         hidden = RMSNorm(c.norm_eps, self.param_dtype, name="norm")(x)
         if c.tied_head:

@@ -6,6 +6,7 @@ into base and adapter is a fact of the tree's structure, and no name is ever mat
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,15 @@ import jax.numpy as jnp
 from lowrank.model.architecture import ATTENTION, MLP, ModelConfig
 
 TARGETS = ATTENTION + MLP
+
+
+class Own(NamedTuple):
+    """What the adapter of one projection has for itself in each layer: every leaf leads with `layers` until the scan over
+    layers hands it out. Arrays, so that the members of a sweep can share one program."""
+
+    scale: jax.Array  # float32
+    rank: jax.Array  # int32
+    kept: jax.Array | None = None  # float32, 1 - dropout; None: as the LoraConfig says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +68,14 @@ class LoraConfig:
         ranks, alphas = self.ranks_of(target, layers), self.alphas_of(target, layers)
         return tuple(self._scale(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True))
 
-    def of_layers(self, layers: int) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """Target -> (float32 scales [layers], int32 ranks [layers]) of an uneven adapter; of an even one, nothing."""
+    def of_layers(self, layers: int) -> dict[str, Own]:
+        """Of every target, what its layers have for themselves."""
         return {
-            target: (
+            target: Own(
                 jnp.asarray(self.scales_of(target, layers), jnp.float32),
                 jnp.asarray(self.ranks_of(target, layers), jnp.int32),
             )
             for target in self.targets
-            if self.uneven
         }
 
 
@@ -103,7 +112,7 @@ def _lora_a_init(key, shape, dtype):
 class Projection(nn.Module):
     """x [..., in] -> [..., features] in `dtype`; `lora` is None where the projection carries no adapter.
 
-    Named as its target. `own` is this layer's (scale, rank) where the adapter is uneven, else None.
+    Named as its target. `own` is what this layer's adapter has for itself, None where all layers are alike.
     """
 
     features: int
@@ -115,7 +124,7 @@ class Projection(nn.Module):
     init_gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, own: tuple[jax.Array, jax.Array] | None, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, own: Own | None, deterministic: bool) -> jax.Array:
         shape = (x.shape[-1], self.features)
         # 1 / sqrt(in), not a fixed 0.02: that suits an embed of 2,500; at 128 it slowed pretraining down.
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_gain / math.sqrt(x.shape[-1])), self.axes)
@@ -125,23 +134,25 @@ class Projection(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", init, shape[1:], self.param_dtype).astype(jnp.float32)
         if self.lora is not None:
-            scale = self.lora.scale if own is None else own[0]
+            scale = self.lora.scale if own is None else own.scale
             y = y + scale * self.delta(x, own, deterministic)
         return y.astype(self.dtype)
 
-    def delta(self, x: jax.Array, own, deterministic: bool) -> jax.Array:
+    def delta(self, x: jax.Array, own: Own | None, deterministic: bool) -> jax.Array:
         """(x A) B, float32 [..., features]. The factors are float32; they are rounded to `dtype` to be multiplied."""
         width = self.lora.width(self.name)
 
         def init_a(*args):
             # Zero beyond this layer's rank. There lora_b is zero too, so neither has a gradient and both stay zero.
             lora_a = _lora_a_init(*args)
-            return lora_a if own is None else jnp.where(jnp.arange(width) < own[1], lora_a, 0)
+            return lora_a if own is None else jnp.where(jnp.arange(width) < own.rank, lora_a, 0)
 
         lora_a = self.factor("lora_a", init_a, (x.shape[-1], width), (self.axes[0], "rank"))
         lora_b = self.factor("lora_b", nn.initializers.zeros, (width, self.features), ("rank", self.axes[1]))
-        if self.lora.dropout > 0:
-            x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
+        if self.lora.dropout > 0 and not deterministic:
+            share = 1 - self.lora.dropout if own is None or own.kept is None else own.kept
+            kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
+            x = jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
         return dot(dot(x, lora_a.astype(self.dtype)).astype(self.dtype), lora_b.astype(self.dtype))
 
     def factor(self, name, init, shape, axes) -> jax.Array:

@@ -63,6 +63,11 @@ def forget_after(file: pathlib.Path, step: int):
         replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """At every multiple of `every` and at the last step; 0 is off."""
+    return every > 0 and (step == last or step % every == 0)
+
+
 class Metrics:
     """Writes the scalars of a step to every place that was asked for."""
 

@@ -1,6 +1,7 @@
 """AdamW over what the mask lets train: `optax.partition` by the mask's labels, and the learning-rate schedule."""
 
 import dataclasses
+import math
 
 import optax
 
@@ -38,18 +39,23 @@ def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1), after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule, mask: dict) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, mask: dict, *, clip_norm=None, weight_decay=None
+) -> optax.GradientTransformation:
     """The transformation of the trainable gradient (a tree with holes where the mask is off).
 
     The labels come from the mask, so a frozen leaf has no moments and is not decayed even if somebody hands in a tree
     without holes. `optax.masked` alone would let such a leaf's raw gradient through; `chain(freeze, adamw)` would
     still decay it. The clip sees the trainable gradient only: a norm over the whole tree would bring back the
     gradients of the base, which is where the time and the memory go, and clip wrongly.
+
+    `clip_norm` and `weight_decay` stand in for the config's where they are arrays, in a sweep; off is then infinity.
     """
+    clip_norm = config.clip_norm or math.inf if clip_norm is None else clip_norm
+    weight_decay = config.weight_decay if weight_decay is None else weight_decay
 
     def adamw(weight_decay):
         return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=weight_decay)
 
-    groups = {"decayed": adamw(config.weight_decay), "undecayed": adamw(0.0), "frozen": optax.set_to_zero()}
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    return optax.chain(clip, optax.partition(groups, optimizer_labels(mask)))
+    groups = {"decayed": adamw(weight_decay), "undecayed": adamw(0.0), "frozen": optax.set_to_zero()}
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(groups, optimizer_labels(mask)))

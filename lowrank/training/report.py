@@ -61,13 +61,14 @@ def describe_ranks(lora: LoraConfig, layers: int) -> str:
     return f"rank {min(ranks)} to {max(ranks)}{without}, scale {min(scales):g} to {max(scales):g}"
 
 
-def describe_data(config: Config, train, held_out, rows: int, fill: float, steps: int) -> str:
-    """What is learnt from, and how much of it a step and an epoch are."""
+def describe_data(config: Config, prepared) -> str:
+    """What is learnt from, and how much of it a step and an epoch are; `prepared` is what the config names, read."""
+    train, held_out, rows, steps = prepared.train, prepared.held_out, prepared.rows, prepared.steps
     packed = "packed" if config.data.packing else "one example each"
     batch = config.train.batch_size
     lines = [
         _describe_examples("data", train, config.data.max_length),
-        f"rows       {rows:,} an epoch, {packed}, {100 * fill:.1f} % filled; a shuffled epoch differs by a few",
+        f"rows       {rows:,} an epoch, {packed}, {100 * prepared.fill:.1f} % filled; a shuffled epoch differs by a few",
         f"steps      {steps:,}, each {batch} rows in {config.train.microbatches} micro-batches = "
         f"{batch * config.data.max_length:,} tokens with padding; {rows / batch:.1f} steps an epoch",
     ]

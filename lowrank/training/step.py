@@ -56,7 +56,9 @@ def init_state(optimizer: optax.GradientTransformation, trainable: dict, key: ja
     return State(step, trainable, opt_state, jax.device_put(key, layout.key.sharding))
 
 
-def loss_sum(model: Decoder, trainable: dict, frozen: dict, batch: dict, shards: int, dropout_key=None) -> jax.Array:
+def loss_sum(
+    model: Decoder, trainable: dict, frozen: dict, batch: dict, shards: int, dropout_key=None, adapters=None
+) -> jax.Array:
     """float32 scalar: summed loss of the batch's trained tokens. With a `dropout_key`, in training mode."""
     hidden, head, _ = model.apply(
         partition.merge(trainable, frozen),
@@ -65,6 +67,7 @@ def loss_sum(model: Decoder, trainable: dict, frozen: dict, batch: dict, shards:
         batch["segment_ids"],
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
+        adapters=adapters,
     )
     return cross_entropy_sum(hidden, head, batch["targets"], batch["loss_mask"], shards)
 
@@ -73,6 +76,16 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shar
     """-> jitted (state, frozen, batch) -> (state, metrics). `state` is donated; metrics stay on the device.
 
     The state that comes out lies as the given `state` (arrays or their shapes) does.
+    """
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    train_step = make_update(model, optimizer, schedule, microbatches, shards)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def make_update(model: Decoder, optimizer, schedule, microbatches: int, shards: int, adapters=None):
+    """-> (state, frozen, batch) -> (state, metrics), the step as a function to be jitted or mapped over members.
+
+    `adapters` (of each target, an Own) stands in for the scales of `model.lora`.
     """
     dropout = model.lora is not None and model.lora.dropout > 0
 
@@ -84,7 +97,7 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shar
             microbatch = {name: constrain(x, "batch", "length") for name, x in microbatch.items()}
             dropout_key = jax.random.fold_in(key, index) if dropout else None
             loss, gradient = jax.value_and_grad(
-                lambda trainable: loss_sum(model, trainable, frozen, microbatch, shards, dropout_key)
+                lambda trainable: loss_sum(model, trainable, frozen, microbatch, shards, dropout_key, adapters)
             )(trainable)
             return jax.tree.map(jnp.add, carry, (loss, gradient)), None
 
@@ -112,7 +125,7 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shar
         }
         return State(state.step + 1, trainable, opt_state, state.key), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+    return train_step
 
 
 def make_eval_step(model: Decoder, shards: int):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -37,15 +38,49 @@ DEFAULTS = {
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str]):
+def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str], command: str):
     """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
     file = workdir / "config.json"
+    with locked(workdir, file, "run"):
+        if file.exists():
+            differences = resume_differences(read_record(workdir), config, identity)
+            if differences:
+                raise UserError(
+                    f"workdir {workdir} holds another run, which cannot go on with: {'; '.join(differences)}; "
+                    "choose another --workdir, or give the run what it began with"
+                )
+        record = {
+            **origin(command, arguments),
+            "config": config_lib.to_dict(config),
+            "identity": identity,
+        }
+        metrics.replace(file, json.dumps(record, indent=1) + "\n")
+        yield
+
+
+def origin(command: str, arguments: list[str]) -> dict:
+    """Where a record comes from: how the command was called, and on what it runs."""
+    return {
+        "command": shlex.join(["python", "-m", f"lowrank.{command}", *sys.argv[1:]]),
+        "overrides": arguments,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+    }
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
+    """Make the folder if it is not there; refuse one that holds other things than `file`'s; keep others out."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Looked at before the lock is made, so that nothing is left in a folder that is somebody else's.
-        if not file.exists() and any(path.name not in (".lock", "config.tmp") for path in workdir.iterdir()):
+        if not file.exists() and any(
+            path.name not in (".lock", file.with_suffix(".tmp").name) for path in workdir.iterdir()
+        ):
             raise UserError(
-                f"workdir {workdir} is not empty and is no run's (no config.json); choose another --workdir"
+                f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
         lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
     except OSError as error:
@@ -57,24 +92,6 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
-        if file.exists():
-            differences = resume_differences(read_record(workdir), config, identity)
-            if differences:
-                raise UserError(
-                    f"workdir {workdir} holds another run, which cannot go on with: {'; '.join(differences)}; "
-                    "choose another --workdir, or give the run what it began with"
-                )
-        record = {
-            "command": shlex.join(["python", "-m", "lowrank.train", *sys.argv[1:]]),
-            "overrides": arguments,
-            "config": config_lib.to_dict(config),
-            "identity": identity,
-            "versions": versions(),
-            "git_revision": git_revision(),
-            "device_kind": jax.devices()[0].device_kind,
-            "devices": jax.device_count(),
-        }
-        metrics.replace(file, json.dumps(record, indent=1) + "\n")
         yield
 
 
@@ -109,6 +126,7 @@ def file_hash(file) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
+@functools.cache
 def versions() -> dict:
     packages = ("lowrank", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     found = {}
@@ -118,6 +136,7 @@ def versions() -> dict:
     return {"python": platform.python_version(), **found}
 
 
+@functools.cache
 def git_revision() -> str | None:
     """Of the code that runs, with "+changes" if it was edited since; None outside a checkout."""
     folder = pathlib.Path(__file__).parent

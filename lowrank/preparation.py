@@ -1,0 +1,164 @@
+"""What a config names, found and read before anything is computed: base, tokenizer, examples; and a run's first variables.
+
+Everything that a user can get wrong with these is refused here, so that it is known before anything heavy begins.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from lowrank import adapters
+from lowrank.config import Config
+from lowrank.data import examples as examples_lib
+from lowrank.data import loader, packing
+from lowrank.data.examples import Examples
+from lowrank.data.records import read_records
+from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from lowrank.errors import UserError
+from lowrank.model import decoder
+from lowrank.model.architecture import SIZES, ModelConfig
+from lowrank.model.decoder import Decoder
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.training import workdir as workdir_lib
+from lowrank.training.step import BATCH_KEYS
+from lowrank.weights.base import Base, load_params, read_base
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run needs to know before it begins. `base` is None where a model is trained from scratch."""
+
+    base: Base | None
+    architecture: ModelConfig
+    tokenizer: Tokenizer
+    train: Examples
+    held_out: Examples | None
+    rows: int  # an epoch has, about
+    fill: float  # share of the rows' places that hold a token
+    steps: int  # of the whole run
+
+
+def prepare(config: Config) -> Prepared:
+    base, architecture, tokenizer = find_model(config)
+    train, held_out = read_data(config, tokenizer)
+    rows, fill = packing.packed_rows(train, **row_shape(config))
+    steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
+    adapters.refuse_other_layers(config.lora, architecture.layers)
+    return Prepared(base, architecture, tokenizer, train, held_out, rows, fill, steps)
+
+
+def check_mesh(mesh: Mesh, config: Config, architecture: ModelConfig):
+    mesh_lib.check_rows(mesh, config.train.batch_size, config.train.microbatches)
+    mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
+
+
+def identity(config: Config, prepared: Prepared) -> dict:
+    """What must stay what it was for a run to go on: by content, not by path."""
+    return {
+        "base": prepared.base.fingerprint if prepared.base else f"from scratch, seed {config.seed}",
+        "architecture": dataclasses.asdict(prepared.architecture),
+        "tokenizer": workdir_lib.file_hash(prepared.tokenizer.path),
+        "data.train": workdir_lib.file_hash(config.data.train),
+        "data.eval": workdir_lib.file_hash(config.data.eval),
+    }
+
+
+def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
+    """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
+    if config.architecture:
+        if config.base or config.train.mode != "full":
+            raise UserError(
+                "config.architecture is trained from scratch: it needs train.mode='full' and no config.base"
+            )
+        if config.architecture not in SIZES:
+            raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
+        if not config.tokenizer:
+            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
+        base, architecture = None, SIZES[config.architecture]
+    elif config.base:
+        base = read_base(pathlib.Path(config.base))
+        architecture = base.config
+    else:
+        raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
+    tokenizer = load_tokenizer(pathlib.Path(config.tokenizer or config.base))
+    check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
+    if config.data.max_length > architecture.max_length:
+        raise UserError(
+            f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
+            f"positions); say --config.data.max_length={architecture.max_length} or less"
+        )
+    return base, architecture, tokenizer
+
+
+def read_data(config: Config, tokenizer: Tokenizer):
+    """-> the training examples, and the held-out ones or None."""
+    data = config.data
+    if not data.train:
+        raise UserError(f"config.data.train is missing; say --config.data.train=FILE, in the {data.format} format")
+    if config.eval.answers and (data.format == "text" or data.train_on_prompt):
+        raise UserError(
+            "config.eval.answers needs examples with a prompt and a response: not text, not train_on_prompt"
+        )
+
+    def encode(file):
+        records = read_records(file, data.format)
+        return examples_lib.encode_examples(
+            records, data.format, tokenizer, data.max_length, data.train_on_prompt, path=file
+        )
+
+    train = encode(data.train)
+    if data.eval:
+        return train, encode(data.eval)
+    if data.eval_examples:
+        return examples_lib.split(train, data.eval_examples)
+    if config.eval.every or config.eval.answers:
+        raise UserError(
+            "config.eval is set but there is nothing to evaluate on; set config.data.eval or data.eval_examples"
+        )
+    return train, None
+
+
+def row_shape(config: Config) -> dict:
+    return {"max_length": config.data.max_length, "packing": config.data.packing}
+
+
+def training_batches(config: Config, examples: Examples) -> loader.TrainLoader:
+    return loader.train_loader(
+        examples,
+        batch_size=config.train.batch_size,
+        shuffle=config.data.shuffle,
+        seed=config.seed if config.data.seed is None else config.data.seed,
+        **row_shape(config),
+    )
+
+
+def evaluation_batches(config: Config, held_out: Examples | None) -> list[loader.Batch]:
+    """Of as many rows as a micro-batch has; none where nothing is held out."""
+    rows = config.train.batch_size // config.train.microbatches
+    return list(loader.evaluation_batches(held_out, batch_size=rows, **row_shape(config))) if held_out else []
+
+
+def on_devices(batch: loader.Batch, mesh: Mesh) -> dict:
+    """What a step takes of a batch, its rows spread over the mesh."""
+    layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
+    return jax.device_put({name: batch[name] for name in BATCH_KEYS}, layout)
+
+
+def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
+    """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
+    key = jax.random.key(config.seed)
+
+    def fresh(collection):
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes[collection])
+        return jax.jit(lambda key: decoder.init(model, key)[collection], out_shardings=layout)(key)
+
+    variables = dict(shapes)
+    if "params" in made:
+        variables["params"] = load_params(base, shapes["params"]) if base else fresh("params")
+    if "lora" in made:
+        started = adapters.open_adapter(config, base) if config.init_adapter else None
+        variables["lora"] = started.restore({"lora": shapes["lora"]})["lora"] if started else fresh("lora")
+    return variables
