@@ -46,14 +46,14 @@ class Result:
 
     @property
     def best_step(self) -> int | None:
-        return min(self._finite, key=lambda point: point[1])[0] if self._finite else None
+        return min(self.finite_curve, key=lambda point: point[1])[0] if self.finite_curve else None
 
     @property
     def best_loss(self) -> float | None:
-        return min(loss for _, loss in self._finite) if self._finite else None
+        return min(loss for _, loss in self.finite_curve) if self.finite_curve else None
 
     @property
-    def _finite(self) -> list[tuple[int, float]]:
+    def finite_curve(self) -> list[tuple[int, float]]:
         """An evaluation may overflow where the training loss was still finite."""
         return [point for point in self.curve if math.isfinite(point[1])]
 

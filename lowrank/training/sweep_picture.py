@@ -9,6 +9,7 @@ import functools
 import math
 import pathlib
 import statistics
+import textwrap
 
 from lowrank.training.metrics import writing
 from lowrank.training.standings import (
@@ -71,11 +72,11 @@ def draw(results: list[Result]):
     if not panels:
         axes[0, 0].set_axis_off()
     bottom, top = _limits([group[0] for group in (*lines, *baselines)], settings)
-    notes = _notes(results, settings)
+    notes = _notes(results, settings, with_bars=set(panels) > {"curves"} or "curves" not in panels)
     for letter, (name, panel), axis in zip("abc", panels.items(), axes[0], strict=False):
         panel(axis, lines, baselines)
         if name == "curves":
-            notes += _limit_curves(axis, letter)
+            notes += _limit_curves(axis, f"({letter})" if count > 1 else "the panel")
         else:
             axis.set_ylim(bottom, top)
             notes += [note for note in _mark_points_above(axis, top) if note not in notes]
@@ -112,7 +113,7 @@ def _draw_across(axis, lines, baselines, *, across: str | None, variants: list[s
     shades = COLOURS if variants else _shades("plasma", len(groups), 0.8)
     for i, group in enumerate(groups):
         colour, marker, dash = (of[i % len(of)] for of in (shades, MARKERS, DASHES))
-        label = _words(group[0], variants or [RATE]) or "adapter"
+        label = _words(group[0], variants or [RATE]) or _kind(group[0])
         _draw_line(axis, {position(one): one for one in group}, label, color=colour, marker=marker, linestyle=dash)
     for baseline in _best_of(baselines):
         axis.axhline(baseline.mean, label=_baseline_name(baseline), **BASELINE)
@@ -181,8 +182,11 @@ def _set_ticks(axis, places, seen_at, names: list[str]):
     for at, name in zip(seen_at, names, strict=True):
         shown.append(name if at - last >= near else "")
         last = at if shown[-1] else last
-    slanted = {"rotation": 20, "ha": "right"} if sum(map(len, shown)) > 45 else {}
-    axis.set_xticks(list(places), shown, **slanted)
+    width = 50 // len(names)
+    if max(map(len, shown)) > width:  # broken where it can be read
+        parts = [textwrap.wrap(name.replace("+", "+ ").replace("/", "/ "), max(4, width)) for name in shown]
+        shown = ["\n".join(line.replace("+ ", "+").replace("/ ", "/") for line in lines) for lines in parts]
+    axis.set_xticks(list(places), shown)
     axis.xaxis.set_minor_locator(NullLocator())
 
 
@@ -197,62 +201,61 @@ def _limits(best: list[Setting], settings: list[Setting]) -> tuple[float, float]
     lowest = min(one.mean - (one.deviation or 0) for one in settings)
     highest = max(one.mean + (one.deviation or 0) for one in settings)
     matters = max(statistics.median(means), *(one.mean + (one.deviation or 0) for one in best)) - lowest
-    if matters and highest - lowest > 3 * matters:
+    if matters and highest - lowest > 6 * matters:
         highest = lowest + 1.5 * matters
     margin = 0.05 * (highest - lowest) or 0.01
     return lowest - margin, highest + margin
 
 
 def _mark_points_above(axis, top: float) -> list[str]:
-    above = [
-        (x, line.get_color())
-        for line in (container.lines[0] for container in axis.containers)
-        for x, y in line.get_xydata()
-        if y > top
-    ]
-    for x, colour in above:
-        at_the_edge = axis.get_xaxis_transform()
-        axis.plot(
-            [x], [0.975], marker="^", markersize=7, color=colour, transform=at_the_edge, linestyle="none", zorder=5
-        )
+    """An arrow for each, those of one place side by side."""
+    from matplotlib.transforms import ScaledTranslation
+
+    above: dict[float, list] = {}
+    for line in (container.lines[0] for container in axis.containers):
+        for x, y in line.get_xydata():
+            if y > top:
+                above.setdefault(float(x), []).append(line.get_color())
+    for x, colours in above.items():
+        for i, colour in enumerate(colours):
+            aside = ScaledTranslation((i - (len(colours) - 1) / 2) * 0.09, 0, axis.figure.dpi_scale_trans)  # inches
+            place = {"transform": axis.get_xaxis_transform() + aside, "clip_on": False, "zorder": 5}
+            axis.plot([x], [0.97], marker="^", markersize=7, markeredgecolor="white", color=colour, **place)
     return ["▲ at the edge: the point lies above"] if above else []
 
 
-def _limit_curves(axis, letter: str) -> list[str]:
-    """How a run begins is far above the differences that are looked for: its first quarter may leave the panel."""
+def _limit_curves(axis, name: str) -> list[str]:
+    """How a run begins is far above the differences that are looked for: its first half may leave the panel."""
     curves = [line.get_xydata() for line in axis.get_lines()]
     last = max(step for curve in curves for step, _ in curve)
     lowest = min(loss for curve in curves for _, loss in curve)
-    late = max(loss for curve in curves for step, loss in curve if step >= last / 4 or step == curve[-1][0])
+    late = max(loss for curve in curves for step, loss in curve if step >= last / 2 or step == curve[-1][0])
     margin = 0.05 * (late - lowest) or 0.01
     axis.set_ylim(lowest - margin, late + margin)
     begins_above = any(loss > late + margin for curve in curves for _, loss in curve)
-    return [f"({letter}) leaves out how the curves begin"] if begins_above else []
+    return [f"{name} leaves out how the curves begin"] if begins_above else []
 
 
 def _mean_curve(setting: Setting) -> tuple[list[int], list[float]]:
     """At the steps that all seeds were evaluated at."""
-    curves = [dict(member.curve) for member in setting.members]
+    curves = [dict(member.finite_curve) for member in setting.members]
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]
     return steps, [statistics.fmean(curve[step] for curve in curves) for step in steps]
 
 
-def _notes(results: list[Result], settings: list[Setting]) -> list[str]:
+def _notes(results: list[Result], settings: list[Setting], with_bars: bool) -> list[str]:
     notes = []
     seeds = sorted({len(one.losses) for one in settings if one.deviation is not None})
     if seeds:
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        notes.append(f"bars: ± one sample standard deviation over {count} seeds")
+        notes.append(f"means over {count} seeds" + ", bars: ± one sample standard deviation" * with_bars)
     elif settings:
         notes.append("one seed of each setting: no deviation can be told")
     diverged = sum(result.diverged is not None for result in results)
     if diverged:
         left_out = [one for one in rank_settings(results) if one.diverged]
-        of = (
-            f" (nor is any seed of their {len(left_out)} settings)"
-            if sum(len(one.members) for one in left_out) > diverged
-            else ""
-        )
+        others = sum(len(one.members) for one in left_out) - diverged
+        of = f", nor are the other {others} seeds of their settings" if others else ""
         notes.append(f"{diverged} diverged, not drawn{of}")
     return notes
 
@@ -269,7 +272,7 @@ def _styles(adapted: list[Setting], across: str | None, variants: list[str]):
     def style_of(setting: Setting) -> dict:
         i = values.index(setting.values.get(across))
         j = others.index(setting.without(across, RATE)) if variants else i
-        label = _words(setting, [across] if across else []) or "adapter"
+        label = _words(setting, [across] if across else []) or _kind(setting)
         dash = DASHES[j % len(DASHES)]
         return {"color": shades[i], "marker": MARKERS[j % len(MARKERS)], "linestyle": dash, "label": label}
 
@@ -288,7 +291,7 @@ def _legend(axis, across: str | None, variants: list[str], lines, style_of):
 
     handles, labels = axis.get_legend_handles_labels()
     if variants:
-        baseline = [pair for pair in zip(handles, labels, strict=True) if pair[1].startswith("full fine-tuning")]
+        baseline = {name: h for h, name in zip(handles, labels, strict=True) if name.startswith("full fine-tuning")}
         named = {}
         for best in (group[0] for group in lines):
             style = style_of(best)
@@ -296,11 +299,23 @@ def _legend(axis, across: str | None, variants: list[str], lines, style_of):
         for best in (group[0] for group in lines):
             style = style_of(best) | {"color": "0.35", "label": None}
             named.setdefault(_words(best, variants), Line2D([], [], **style))
-        handles, labels = [*named.values(), *(pair[0] for pair in baseline)], [*named, *(pair[1] for pair in baseline)]
-    columns = min(len(labels), 4 if max(map(len, labels)) < 14 else 3 if max(map(len, labels)) < 20 else 2)
-    axis.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, fontsize=8.5, frameon=False
+        handles, labels = [*named.values(), *baseline.values()], [*named, *baseline]
+    pairs = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0].startswith("full fine-tuning"))
+    labels, handles = zip(*pairs, strict=True)
+    columns = next(
+        count for count in (4, 3, 2, 1) if count == 1 or (count <= len(labels) and _width(labels, count) <= 66)
     )
+    more_lines = max((label.get_text().count("\n") for label in axis.get_xticklabels()), default=0)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15 - 0.05 * more_lines)}
+    axis.legend(handles, labels, **below, ncols=columns, fontsize=8.5, frameon=False)
+
+
+def _width(labels: list[str], columns: int) -> int:
+    """In letters, of a legend that is filled column by column."""
+    tall, short = len(labels) % columns, len(labels) // columns
+    heights = [short + 1] * tall + [short] * (columns - tall)
+    ends = [sum(heights[: i + 1]) for i in range(columns)]
+    return sum(8 + max(map(len, labels[end - height : end])) for end, height in zip(ends, heights, strict=True))
 
 
 def _best_of(baselines: list[list[Setting]]) -> list[Setting]:
@@ -318,6 +333,10 @@ def _words(setting: Setting, keys: list[str]) -> str:
     """The setting's values of these keys, short enough for a legend."""
     values = [(key, setting.values[key]) for key in keys if key in setting.values]
     return ", ".join(_plain(f"{_short(key)} {show_value(key, value)}".strip()) for key, value in values)
+
+
+def _kind(setting: Setting) -> str:
+    return "full fine-tuning" if setting.mode == "full" else "adapter"
 
 
 def _short(key: str) -> str:
