@@ -194,15 +194,16 @@ def _set_ticks(axis, places, seen_at, names: list[str]):
 
 
 def _limits(best: list[Setting], settings: list[Setting]) -> tuple[float, float]:
-    """All points; but if a few lie far off, only the best of each line and the better half of all, and some room above."""
+    """All points; but if some lie far off, only what is near to the best of each line and the better half of all."""
     if not settings:
         return 0, 1
     means = sorted(one.mean for one in settings)
     lowest = min(one.mean - (one.deviation or 0) for one in settings)
-    highest = max(one.mean + (one.deviation or 0) for one in settings)
+    ends = [one.mean + (one.deviation or 0) for one in settings]
+    highest = max(ends)
     matters = max(statistics.median(means), *(one.mean + (one.deviation or 0) for one in best)) - lowest
     if matters and highest - lowest > 6 * matters:
-        highest = lowest + 1.5 * matters
+        highest = max(end for end in ends if end <= lowest + 3 * matters)
     margin = 0.05 * (highest - lowest) or 0.01
     return lowest - margin, highest + margin
 
