@@ -62,7 +62,7 @@ def draw(results: list[Result]):
     if settings and (across or not (held_out(results) or RATE in keys)):
         panels["across"] = functools.partial(_draw_across, across=across, variants=variants)
     if settings and held_out(results):
-        panels["curves"] = functools.partial(_draw_curves, style_of=style_of, with_rate=RATE in keys and not variants)
+        panels["curves"] = functools.partial(_draw_curves, style_of=style_of, with_rate=RATE in keys)
     if RATE in keys:
         panels["rates"] = functools.partial(_draw_rates, style_of=style_of)
     count = max(1, len(panels))
@@ -256,7 +256,7 @@ def _notes(results: list[Result], settings: list[Setting], with_bars: bool) -> l
     if diverged:
         left_out = [one for one in rank_settings(results) if one.diverged]
         others = sum(len(one.members) for one in left_out) - diverged
-        of = f", nor are the other {others} seeds of their settings" if others else ""
+        of = f", nor are the other seeds of their settings ({others})" if others else ""
         notes.append(f"{diverged} diverged, not drawn{of}")
     return notes
 
