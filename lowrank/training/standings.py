@@ -60,7 +60,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Members that differ in nothing but the seed, and the losses of those that did not diverge."""
+    """Members that differ in nothing but the seed, and the losses of those that have one: what diverged has none."""
 
     values: dict[str, object]  # the swept keys but the seed
     mode: str
@@ -83,7 +83,7 @@ class Setting:
     @property
     def sound(self) -> bool:
         """Its mean is that of all its seeds: fewer would flatter it."""
-        return bool(self.losses) and not self.diverged
+        return len(self.losses) == len(self.members)
 
     def without(self, *keys: str) -> dict[str, object]:
         return {key: value for key, value in self.values.items() if key not in keys}
@@ -112,7 +112,7 @@ def rank_members(results: list[Result]) -> list[Result]:
 
 
 def rank_settings(results: list[Result]) -> list[Setting]:
-    """By the share of seeds that diverged, then by the mean loss of the others."""
+    """By the share of seeds that have no loss (most of them diverged), then by the mean loss of the others."""
     by_held_out = held_out(results)
     groups: list[tuple[tuple, list[Result]]] = []  # compared, not hashed: a value may be a list
     for result in results:
@@ -127,7 +127,7 @@ def rank_settings(results: list[Result]) -> list[Setting]:
         losses = [_loss(member, by_held_out) for member in members]
         settings.append(Setting(values, mode, tuple(members), tuple(loss for loss in losses if loss is not None)))
     return sorted(
-        settings, key=lambda one: (one.diverged / len(one.members), math.inf if one.mean is None else one.mean)
+        settings, key=lambda one: (-len(one.losses) / len(one.members), math.inf if one.mean is None else one.mean)
     )
 
 

@@ -252,12 +252,12 @@ def _notes(results: list[Result], settings: list[Setting], with_bars: bool) -> l
         notes.append(f"means over {count} seeds" + ", bars: ± one sample standard deviation" * with_bars)
     elif settings:
         notes.append("one seed of each setting: no deviation can be told")
-    diverged = sum(result.diverged is not None for result in results)
+    left_out = [member for one in rank_settings(results) if not one.sound for member in one.members]
+    diverged = sum(member.diverged is not None for member in left_out)
     if diverged:
-        left_out = [one for one in rank_settings(results) if one.diverged]
-        others = sum(len(one.members) for one in left_out) - diverged
-        of = f", nor are the other seeds of their settings ({others})" if others else ""
-        notes.append(f"{diverged} diverged, not drawn{of}")
+        notes.append(f"{diverged} diverged, not drawn")
+    if len(left_out) > diverged:
+        notes.append(f"not drawn for a seed of their setting without a loss: {len(left_out) - diverged}")
     return notes
 
 

@@ -250,6 +250,13 @@ def test_a_setting_that_lost_a_seed_never_stands_above_one_that_lost_none():
     assert [row[1] for row in tables(results)["Members"]][1] == "`lora-8-0.001-0`"
 
 
+def test_a_setting_with_an_evaluation_that_is_not_finite_is_no_better_than_one_that_lost_a_seed():
+    overflown = dataclasses.replace(member(0.0, 8, 1e-3, 1), curve=((0, 3.0), (20, math.nan)))
+    first, second = standings.rank_settings([member(0.5, 8, 1e-3, 0), overflown, *with_seeds(4, 1e-3, (2.0, 2.1))])
+    assert (first.values[RANK], first.sound) == (4, True)
+    assert (second.losses, second.diverged, second.sound) == ((0.5,), 0, False)
+
+
 def test_where_all_diverged_nothing_is_ranked():
     said = paragraph([member(0, rank, diverged=1) for rank in (1, 2)])
     assert said == "None of the 2 members has a loss: nothing can be ranked."
@@ -394,7 +401,7 @@ def test_what_diverged_is_left_out_and_counted(draw):
     over_rank, _, over_rate = figure.axes
     assert lines(over_rank)["rate 1e-2"] == [(2, 1.4), (4, 1.31)]
     assert lines(over_rate)["rank 8"] == [(1e-4, 1.4), (1e-3, 1.2)]
-    assert "2 diverged, not drawn, nor are the other seeds of their settings (1)" in figure.get_supxlabel()
+    assert "2 diverged, not drawn; not drawn for a seed of their setting without a loss: 1" in figure.get_supxlabel()
 
 
 def test_a_point_far_above_is_an_arrow_at_the_edge(draw):
