@@ -13,6 +13,8 @@ from absl import app, flags, logging
 
 from lowrank.errors import UserError
 
+STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (sysexits' "temporary failure")
+
 
 def run(main: typing.Callable[[list[str]], int | None]):
     """Run a command: `main(arguments that are no absl flag)`, whose result is the exit code (None: 0).

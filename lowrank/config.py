@@ -145,7 +145,7 @@ def read_values(path: str | None, overrides: list[str]) -> dict:
 def checked(values: dict) -> Config:
     """Nested dicts -> the config, with defaults for what they leave out. Raises UserError with all offenders."""
     errors: list[str] = []
-    config = _build(Config, values, "", errors)
+    config = build(Config, values, "", errors)
     errors = errors or _check(config)
     if errors:
         raise UserError("; ".join(errors))
@@ -219,7 +219,7 @@ def _override_pairs(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _build(cls, values: dict, prefix: str, errors: list[str]):
+def build(cls, values: dict, prefix: str, errors: list[str]):
     """A dataclass from a dict, its nested ones too; every unknown key and every value of the wrong type is listed."""
     hints = typing.get_type_hints(cls)
     fields = {}
@@ -227,10 +227,10 @@ def _build(cls, values: dict, prefix: str, errors: list[str]):
         name = f"config.{prefix}{key}"
         if key not in hints:
             unknown = _leaf_keys(value, prefix + key)
-            errors += [f"config.{leaf} is no config key{_did_you_mean(leaf)}" for leaf in unknown]
+            errors += [f"config.{leaf} is no config key{did_you_mean(leaf)}" for leaf in unknown]
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
-                fields[key] = _build(hints[key], value, f"{prefix}{key}.", errors)
+                fields[key] = build(hints[key], value, f"{prefix}{key}.", errors)
             else:
                 errors.append(f"{name} holds keys, not a value: write {name}.KEY=VALUE")
         else:
@@ -252,17 +252,17 @@ def _convert(value, hint, commas: bool):
             return str(value)
         raise ValueError("a string")
     if kind in PER_TARGET:
-        return _per_target(_literal(value) if isinstance(value, Text) else value, *PER_TARGET[kind])
+        return _per_target(literal(value) if isinstance(value, Text) else value, *PER_TARGET[kind])
     if typing.get_origin(kind) is tuple:
         if isinstance(value, Text):
-            value = _literal(value) if value.strip().startswith(("(", "[")) else value
+            value = literal(value) if value.strip().startswith(("(", "[")) else value
         if isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part) if commas else (str(value),) * bool(value)
         if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise ValueError("a list of strings such as ('q_proj','v_proj')")
     if isinstance(value, Text):
-        value = {"true": True, "false": False}.get(value.lower()) if kind is bool else _literal(value)
+        value = {"true": True, "false": False}.get(value.lower()) if kind is bool else literal(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if type(value) is kind and kind is not float:
@@ -283,7 +283,7 @@ PER_TARGET = {
 def _per_target(value, kind: type, wanted: str):
     """A table from targets to one value, or to one for each layer, as pairs of tuples in the order of TARGETS."""
     try:
-        table = {target: _literal(one) if isinstance(one, Text) else one for target, one in dict(value).items()}
+        table = {target: literal(one) if isinstance(one, Text) else one for target, one in dict(value).items()}
         table = {target: one if isinstance(one, (tuple, list)) else (one,) for target, one in table.items()}
         table = {target: tuple(_convert(one, kind, commas=False) for one in values) for target, values in table.items()}
     except (TypeError, ValueError):
@@ -294,7 +294,7 @@ def _per_target(value, kind: type, wanted: str):
     return tuple(sorted(table.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
-def _literal(text: str):
+def literal(text: str):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -308,30 +308,33 @@ def _leaf_keys(value, key: str) -> list[str]:
     return [leaf for name, part in value.items() for leaf in _leaf_keys(part, f"{key}.{name}")]
 
 
-def _keys(cls=Config, prefix="") -> list[str]:
+def all_keys(cls=Config, prefix="") -> list[str]:
     keys = []
     for name, hint in typing.get_type_hints(cls).items():
-        keys += _keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+        keys += all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
     return keys
 
 
-def _did_you_mean(key: str) -> str:
+def did_you_mean(key: str, root: str = "config.") -> str:
     """By the whole key, or by its last part under another parent (`config.rank` for `config.lora.rank`)."""
-    keys = _keys()
+    keys = all_keys()
     same_leaf = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
     close = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:
         by_leaf = {other.split(".")[-1]: other for other in keys}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1, cutoff=0.6)]
-    return f"; did you mean {' or '.join(f'config.{other}' for other in close)}?" if close else ""
+    return f"; did you mean {' or '.join(f'{root}{other}' for other in close)}?" if close else ""
+
+
+def value(config: Config, key: str):
+    """The value under a key such as "lora.rank"."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def _check(c: Config) -> list[str]:
     """All that is wrong with the values themselves, as lines; what needs the base or the data is checked with them."""
     errors = []
-
-    def get(key: str):
-        return functools.reduce(getattr, key.split("."), c)
+    get = functools.partial(value, c)
 
     def must(ok: bool, key: str, should: str):
         if not ok:
@@ -412,7 +415,7 @@ def to_dict(config: Config) -> dict:
 def from_dict(values: dict) -> Config:
     """The inverse of `to_dict`, for a workdir's config."""
     errors: list[str] = []
-    config = _build(Config, values, "", errors)
+    config = build(Config, values, "", errors)
     if errors:
         raise UserError("; ".join(errors))
     return config

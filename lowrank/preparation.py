@@ -4,6 +4,7 @@ Everything that a user can get wrong with these is refused here, so that it is k
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -21,6 +22,7 @@ from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
+from lowrank.model.lora import LoraConfig
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.step import BATCH_KEYS
@@ -150,15 +152,22 @@ def on_devices(batch: loader.Batch, mesh: Mesh) -> dict:
 def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
     """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
     key = jax.random.key(config.seed)
-
-    def fresh(collection):
-        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes[collection])
-        return jax.jit(lambda key: decoder.init(model, key)[collection], out_shardings=layout)(key)
-
     variables = dict(shapes)
-    if "params" in made:
-        variables["params"] = load_params(base, shapes["params"]) if base else fresh("params")
-    if "lora" in made:
-        started = adapters.open_adapter(config, base) if config.init_adapter else None
-        variables["lora"] = started.restore({"lora": shapes["lora"]})["lora"] if started else fresh("lora")
+    if "params" in made and base:
+        variables["params"] = load_params(base, shapes["params"])
+    elif "params" in made:
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["params"])
+        variables["params"] = jax.jit(lambda key: decoder.init(model, key)["params"], out_shardings=layout)(key)
+    if "lora" in made and config.init_adapter:
+        variables["lora"] = adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})["lora"]
+    elif "lora" in made:
+        # What an adapter starts from depends on its ranks alone: members of a sweep with the same share the program.
+        ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
+        variables["lora"] = jax.device_put(_fresh_adapter(Decoder(model.config, ranks), key), layout)
     return variables
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fresh_adapter(model: Decoder, key: jax.Array) -> dict:
+    return decoder.init(model, key)["lora"]

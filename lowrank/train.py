@@ -18,6 +18,7 @@ from absl import flags
 
 from lowrank import adapters, command, inference
 from lowrank import config as config_lib
+from lowrank.command import STOPPED
 from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
@@ -43,8 +44,6 @@ flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections co
 flags.DEFINE_string("workdir", None, "The folder of this run: made if absent, resumed if it holds the same run.")
 flags.DEFINE_bool("dry_run", False, "Print what would be trained on what, and at what cost; train nothing.")
 FLAGS = flags.FLAGS
-
-STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (sysexits' "temporary failure")
 
 
 def main(arguments: list[str]) -> int | None:
@@ -100,7 +99,8 @@ def main(arguments: list[str]) -> int | None:
         tokens = 0
         if first:
             state, position = checkpoints.restore(first, layout)
-            state = state._replace(key=jax.device_put(key, layout.key.sharding))
+            at = jax.device_put((jnp.int32(first), key), (layout.step.sharding, layout.key.sharding))
+            state = state._replace(step=at[0], key=at[1])
             batches.set_state(position)
             meta = checkpoints.meta(first)
             tokens = meta["tokens"]
@@ -230,7 +230,7 @@ def main(arguments: list[str]) -> int | None:
                     if saves or better or stopped_by:
                         meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                         meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
-                        checkpoints.save(state, batches.get_state(), meta, eval_loss)
+                        checkpoints.save(step, state, batches.get_state(), meta, eval_loss)
                     clock += time.monotonic() - paused
                     if stopped_by and step < steps:
                         checkpoints.wait()

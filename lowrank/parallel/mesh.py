@@ -57,6 +57,12 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def members_mesh(mesh: Mesh) -> Mesh:
+    """The same devices for a sweep: a fourth axis, `member`, takes those of `data`, so each of them trains other members."""
+    devices = mesh.devices.reshape(mesh.shape["data"], 1, mesh.shape["fsdp"], mesh.shape["tensor"])
+    return Mesh(devices, ("member", *mesh.axis_names), axis_types=(AxisType.Auto,) * 4)
+
+
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Logical axes of one array -> its PartitionSpec."""
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]

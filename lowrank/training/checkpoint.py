@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from lowrank.errors import UserError
@@ -88,11 +87,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, state: State, data: dict, meta: dict, eval_loss: float | None = None):
+    def save(self, step: int, state: State, data: dict, meta: dict, eval_loss: float | None = None):
         """Start saving; a failure of the save before this one is raised here."""
         with self._disk_errors():
             self.manager.save(
-                int(state.step),
+                step,
                 args=ocp.args.Composite(
                     adapter=ocp.args.StandardSave(nested(state.trainable)),
                     opt_state=ocp.args.StandardSave(nested(state.opt_state)),
@@ -106,7 +105,8 @@ class Checkpoints:
         return self._read(step, meta=ocp.args.JsonRestore()).meta
 
     def restore(self, step: int, state: State) -> tuple[State, dict]:
-        """-> the state saved at `step`, laid out as `state` (ShapeDtypeStructs) is, its key left out; the data's position."""
+        """-> the state saved at `step`, laid out as `state` (ShapeDtypeStructs) is, its step and key left as they are
+        there; the data's position."""
         restored = self._read(
             step,
             adapter=ocp.args.StandardRestore(nested(_abstract(state.trainable))),
@@ -115,8 +115,7 @@ class Checkpoints:
         )
         trainable = _fill(state.trainable, restored.adapter)
         opt_state = _fill(state.opt_state, restored.opt_state)
-        at = jax.device_put(np.int32(step), state.step.sharding)
-        return State(at, trainable, opt_state, state.key), restored.data
+        return State(state.step, trainable, opt_state, state.key), restored.data
 
     def restore_adapter(self, step: int, trainable: dict) -> dict:
         """-> the trainable tree saved at `step`, laid out as the given one; UserError if their leaves differ."""

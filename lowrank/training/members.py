@@ -89,6 +89,16 @@ def cut(tree, shapes):
     return jax.tree.map(lambda leaf, wanted: leaf[tuple(slice(n) for n in wanted.shape)], tree, shapes)
 
 
+def scaled(trainable: dict, scales: dict[str, jax.Array]) -> dict:
+    """One member's trainable tree with each target's scale [layers] folded into its lora_b."""
+
+    def one(path, leaf):
+        *_, target, name = (part.key for part in path)
+        return leaf * scales[target][:, None, None] if name == "lora_b" else leaf
+
+    return jax.tree_util.tree_map_with_path(one, trainable)
+
+
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,228 @@
+"""Train many adapters over one base, in one compiled step: which rank is enough, at which rate?
+
+    python -m lowrank.sweep --config=configs/rank_sweep.py --workdir=runs/rank_sweep
+    python -m lowrank.sweep --config=configs/alpaca.py --workdir=runs/ranks --config.base=DIR --config.data.train=FILE \\
+        --config.sweep.lora.rank="(1,4,16,64)" --config.sweep.optim.learning_rate="(1e-4,3e-4,1e-3)"
+
+`config.sweep` mirrors the config: a tuple of values stands where the config has one value, and the members are the product.
+Each member equals the same run alone and becomes a workdir under members/; sweep.csv, sweep.md and sweep.png compare them.
+The same command again goes on where it was stopped, to the bit; what is finished is not run again.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+from absl import flags
+
+from lowrank import command
+from lowrank import grid as grid_lib
+from lowrank import group as group_lib
+from lowrank.command import STOPPED
+from lowrank.errors import UserError
+from lowrank.grid import Grid
+from lowrank.group import Group
+from lowrank.training import metrics, partition, report, standings, sweep_picture
+from lowrank.training import workdir as workdir_lib
+from lowrank.training.checkpoint import Checkpoints
+from lowrank.training.metrics import human_bytes
+from lowrank.training.standings import Result
+from lowrank.weights.base import load_params
+
+flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
+flags.DEFINE_string("workdir", None, "The folder of this sweep: made if absent, resumed if it holds the same sweep.")
+flags.DEFINE_bool("dry_run", False, "Print which members would be trained together, and at what cost; train nothing.")
+FLAGS = flags.FLAGS
+
+
+def main(arguments: list[str]) -> int | None:
+    grid = grid_lib.read(FLAGS.config, arguments)
+    if not FLAGS.workdir and not FLAGS.dry_run:
+        raise UserError("--workdir is missing; say where the sweep is to live, --workdir=runs/NAME")
+    if wandb := next((member.config.log.wandb for member in grid.members if member.config.log.wandb), None):
+        raise UserError(
+            f"config.log.wandb={wandb}: a sweep's members train at once, W&B knows one run at a time; leave it out"
+        )
+
+    # ---- The groups: everything a user can get wrong is found before anything heavy begins.
+    groups = [group_lib.plan(members, grid.sweep) for members in grid_lib.groups(grid.members)]
+    refuse_unusable_ranks(groups)
+    print(describe(grid, groups))
+    if FLAGS.dry_run:
+        return None
+
+    # ---- Workdir: a new sweep, or the same one again.
+    workdir = pathlib.Path(FLAGS.workdir)
+    file = workdir / "sweep.json"
+    with workdir_lib.locked(workdir, file, "sweep"), command.stop_signals() as stop:
+        record = {"members": {m.name: m.swept for m in grid.members}, "sweep": dataclasses.asdict(grid.sweep)}
+        record["parts"] = [[group.size, group.at_once] for group in groups]
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            refuse_other_grid(workdir, before, json.loads(json.dumps(record)))
+            record["parts"] = before["parts"]  # as chosen from the memory that there was then
+        metrics.replace(file, json.dumps(workdir_lib.origin("sweep", arguments) | record, indent=1) + "\n")
+        groups = [
+            dataclasses.replace(group, size=size, at_once=at_once)
+            for group, (size, at_once) in zip(groups, record["parts"], strict=True)
+        ]
+
+        # ---- One group after the other, and of a group one part after the other.
+        results: list[Result] = []
+        bases = Bases()
+        for number, group in enumerate(groups):
+            programs = None
+            for i, part in enumerate(group.parts):
+                folder = workdir / "groups" / f"{number}.{i}"
+                done = folder / "results.json"
+                if done.exists():
+                    found = [Result(**one) for one in json.loads(done.read_text(encoding="utf-8"))]
+                    refuse_damaged(workdir, folder, found)
+                    results += found
+                    continue
+                print(f"\ngroup {number + 1} of {len(groups)}, {title(group)}: {len(part)} members train together")
+                programs = programs or group_lib.Programs(group)
+                frozen = bases.frozen(group)
+                try:
+                    found = group_lib.train_part(group, programs, part, frozen, workdir, folder, arguments, stop)
+                except group_lib.Stopped:
+                    print("run the same command again to go on")
+                    return STOPPED
+                metrics.replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                results += found
+                write_tables(workdir, results)
+        write_tables(workdir, results)
+    print(closing(workdir, groups, results))
+    return None
+
+
+class Bases:
+    """The frozen base on the devices: read when a group needs another one than the group before, and held once."""
+
+    def __init__(self):
+        self._key = self._frozen = None
+
+    def frozen(self, group: Group) -> dict:
+        _, shapes = partition.split(group.shapes, group.mask)
+        if group.config.train.mode == "full":
+            self._key = self._frozen = None
+            return shapes  # all holes
+        key = (group.prepared.base.fingerprint, group.model.param_dtype, group.mesh)
+        if key != self._key:
+            self._key = self._frozen = None  # the one before goes before the next one comes
+            self._frozen = {"params": load_params(group.prepared.base, shapes["params"])}
+            self._key = key
+        return shapes | self._frozen
+
+
+# ---- What is refused ---------------------------------------------------------------------------------------------------
+
+
+def refuse_unusable_ranks(groups: list[Group]):
+    """A rank above the size of every matrix it adapts is a mistake; above the size of some of them, worth a word."""
+    found = [group_lib.unusable_ranks(group) for group in groups]
+    above_all = list(dict.fromkeys(line for lines, _ in found for line in lines))
+    if above_all:
+        raise UserError(
+            f"{'; '.join(above_all)}: no update of these matrices can have it; leave it out of config.sweep.lora.rank"
+        )
+    for line in dict.fromkeys(line for _, lines in found for line in lines):
+        print(f"note       {line}: there the update cannot use all of it")
+
+
+def refuse_other_grid(workdir: pathlib.Path, before: dict, now: dict):
+    """A sweep goes on with the very members that it began with, split up as it was."""
+    lines = []
+    gone = [name for name in before["members"] if name not in now["members"]]
+    new = [name for name in now["members"] if name not in before["members"]]
+    for what, names in (("no longer has", gone), ("also has", new)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"the grid {what} {'; '.join(names[:3])}{more}")
+    same = [name for name in before["members"] if name in now["members"]]
+    lines += [f"{name} has other values" for name in same if before["members"][name] != now["members"][name]]
+    if list(before["members"]) != list(now["members"]) and not lines:
+        lines.append("the members come in another order")
+    for key, value in before["sweep"].items():
+        if value != now["sweep"].get(key):
+            lines.append(f"config.sweep.{key} was {value} and is {now['sweep'].get(key)}")
+    if lines:
+        raise UserError(f"workdir {workdir} holds another sweep: {'; '.join(lines)}; choose another --workdir")
+
+
+def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, results: list[Result]):
+    """A finished member must still have what it was finished with."""
+    damaged = []
+    for result in results:
+        place = workdir / "members" / result.name
+        if result.steps:
+            try:
+                with Checkpoints(place, read_only=True) as checkpoints:
+                    checkpoints.meta(result.steps)
+            except (UserError, OSError):
+                damaged.append(f"{place}/checkpoints/{result.steps}")
+    if damaged:
+        raise UserError(
+            f"the checkpoint {' and '.join(damaged)} of a finished member cannot be read; remove {folder} "
+            "to have its group trained again, or put the checkpoint back"
+        )
+
+
+# ---- What is said ------------------------------------------------------------------------------------------------------
+
+
+def title(group: Group) -> str:
+    """What the members of the group have in common, of what is swept."""
+    keys = [key for key in group.members[0].swept if len({str(m.swept.get(key)) for m in group.members}) == 1]
+    shared = [f"{key} {grid_lib.text(group.members[0].swept[key])}" for key in keys]
+    return ", ".join(shared) or "all of the grid"
+
+
+def describe(grid: Grid, groups: list[Group]) -> str:
+    lines = [f"sweep      {len(grid.members)} members over {', '.join(grid.keys)}, in {len(groups)} groups"]
+    if grid.repeated:
+        lines.append(
+            f"note       {grid.repeated} combinations are left out: in mode full neither the adapter nor the seed matters"
+        )
+    for number, group in enumerate(groups, start=1):
+        trainable, frozen = partition.split(group.shapes, group.mask)
+        config = group.config
+        lines += [
+            "",
+            f"group {number}    {title(group)}: {len(group.members)} members, {len(group.parts)} part(s) of {group.size} in one "
+            f"compiled step, {group.at_once} at once in the model",
+            f"trained    {human_bytes(partition.nbytes(trainable))} a member, padded to the widest; "
+            f"base {human_bytes(partition.nbytes(frozen))} once, held in {group.model.param_dtype}, computed in {config.dtype}",
+            f"mesh       member {group.mesh.shape['member']} x fsdp {group.mesh.shape['fsdp']} x tensor "
+            f"{group.mesh.shape['tensor']} ({group.mesh.devices.size} x {group.mesh.devices.flat[0].device_kind})",
+            report.describe_data(config, group.prepared),
+        ]
+    return "\n".join(lines)
+
+
+def write_tables(workdir: pathlib.Path, results: list[Result]):
+    standings.write_csv(workdir / "sweep.csv", results)
+    metrics.replace(workdir / "sweep.md", standings.describe(results, workdir.name))
+    sweep_picture.write_picture(workdir / "sweep.png", results, workdir.name)
+
+
+def closing(workdir: pathlib.Path, groups: list[Group], results: list[Result]) -> str:
+    ranked = standings.rank_members(results)
+    lines = ["", "best members"]
+    for place, result in enumerate(ranked[:5], start=1):
+        value = "diverged" if result.diverged else f"{result.loss:.4f}" if result.loss is not None else ""
+        lines.append(f"  {place}. {value}  {result.name}")
+    best = ranked[0]
+    lines += ["", f"tables     {workdir}/sweep.md, {workdir}/sweep.csv", f"picture    {workdir}/sweep.png"]
+    base = next(m.config.base for group in groups for m in group.members if m.name == best.name)
+    if base and best.steps:
+        lines.append(
+            f"try        python -m lowrank.generate --base={base} --adapter='{workdir}/members/{best.name}' --prompt=…"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(main)
