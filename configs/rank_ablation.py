@@ -1,6 +1,6 @@
 """The ablation of docs/rank_ablation.md: which rank is enough, at which rate, on which matrices, at which batch size?
 
-    python configs/e2e/make_data.py --from=FOLDER --to=runs/e2e --held_out=200
+    python configs/e2e/make_data.py --from=FOLDER --to=runs/e2e --held_out=100
     python -m lowrank.sweep --config=configs/rank_ablation.py:ranks --workdir=runs/ablation_ranks
     python -m lowrank.sweep --config=configs/rank_ablation.py:targets --workdir=runs/ablation_targets
     python -m lowrank.sweep --config=configs/rank_ablation.py:batch --workdir=runs/ablation_batch
@@ -33,7 +33,7 @@ def get_config(what="ranks"):
     config.lora.targets = ATTENTION + MLP
 
     config.train = ml_collections.ConfigDict()
-    config.train.steps = 120
+    config.train.steps = 80
     config.train.epochs = None
     config.train.batch_size = 8
 
@@ -45,10 +45,10 @@ def get_config(what="ranks"):
     config.param_dtype = "float32"
 
     config.eval = ml_collections.ConfigDict()
-    config.eval.every = 30
+    config.eval.every = 20
 
     config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = 60
+    config.checkpoint.every = 40
 
     config.log = ml_collections.ConfigDict()
     config.log.every = 10
@@ -57,21 +57,21 @@ def get_config(what="ranks"):
         "ranks": {
             "lora": {"rank": (1, 2, 4, 8, 16, 32, 64)},
             "train": {"mode": ("lora", "full")},
-            "optim": {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
             "seed": (0, 1, 2),
         },
         "targets": {
-            "lora": {"rank": (4, 32), "targets": (ATTENTION, MLP, ATTENTION + MLP)},
-            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2)},
-            "seed": (0, 1, 2),
+            "lora": {"rank": (2, 8), "targets": (ATTENTION, MLP, ATTENTION + MLP)},
+            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
+            "seed": (0, 1),
         },
         "batch": {
             "lora": {"rank": (4, 64)},
             "train": {"mode": ("lora", "full"), "batch_size": (8, 64)},
-            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2)},
+            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
         },
     }[what]
     if what == "batch":  # the same examples, in steps of another size
         config.train.steps = None
-        config.train.epochs = 0.1
+        config.train.epochs = 0.05
     return config

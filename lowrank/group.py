@@ -315,6 +315,7 @@ def train_part(
         def evaluate(step: int):
             nonlocal state
             losses, count = np.zeros(group.count), 0
+            trainables = jax.device_get(state.trainable) if config.eval.answers else None
             for batch in eval_batches:
                 with jax.set_mesh(mesh):
                     summed, trained = programs.eval_step(state.trainable, numbers, frozen, on_devices(batch, mesh))
@@ -325,38 +326,44 @@ def train_part(
                     continue
                 if not math.isfinite(loss):
                     freeze(name, step + 1, batches.get_state(), tokens, f"the evaluation loss is {loss}")
-                    state = state._replace(step=state.step.at[i].set(-1))
+                    at = np.array(state.step)
+                    at[i] = -1  # behind for ever
+                    state = state._replace(step=jax.device_put(at, programs.layout.step.sharding))
                     continue
                 scalars = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
                 if config.eval.answers:
-                    scalars["eval/exact_match"] = answer(step, i, name)
+                    scalars["eval/exact_match"] = answer(step, alone(trainables, i), name)
                 writers[name].write(step, scalars)
                 board.evaluated(name, loss)
             board.show_evaluation(step)
 
-        def answer(step: int, i: int, name: str) -> float:
+        def answer(step: int, variables: dict, name: str) -> float:
             asked = prepared.held_out.examples[: config.eval.answers]
-            given = inference.answers(group.model, alone(i), prepared.tokenizer, asked, eval_rows)
+            given = inference.answers(group.model, variables, prepared.tokenizer, asked, eval_rows)
             for prompt, text, reference in given[:10]:
                 record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
                 metrics_lib.append_line(workdir / "members" / name / "samples.jsonl", record)
             return sum(text == reference for _, text, reference in given) / len(given)
 
         def sample(step: int):
-            asked, tokenizer = config.sample.prompts, prepared.tokenizer
+            asked, tokenizer, trainables = config.sample.prompts, prepared.tokenizer, jax.device_get(state.trainable)
             rows = [inference.encode_prompt(prompt, "", config.data.format, tokenizer) for prompt in asked]
             for i, name in enumerate(names):
                 if name in diverged:
                     continue
-                texts = inference.complete(group.model, alone(i), tokenizer, rows, config.sample.max_new_tokens)
+                variables = alone(trainables, i)
+                texts = inference.complete(group.model, variables, tokenizer, rows, config.sample.max_new_tokens)
                 for prompt, text in zip(asked, texts, strict=True):
                     record = {"step": step, "prompt": prompt, "text": text}
                     metrics_lib.append_line(workdir / "members" / name / "samples.jsonl", record)
 
-        def alone(i: int) -> dict:
-            """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b."""
-            trainable = jax.tree.map(lambda leaf: leaf[i], state.trainable)
-            scales = {target: own.scale[i] for target, own in (numbers.adapters or {}).items()}
+        def alone(trainables: dict, i: int) -> dict:
+            """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b.
+
+            Of leaves on the host: taking one member out of an array that lies over devices would move it through all of them.
+            """
+            trainable = jax.tree.map(lambda leaf: leaf[i], trainables)
+            scales = {target: own.scale[i] for target, own in (own_numbers.adapters or {}).items()}
             return partition.merge(members_lib.scaled(trainable, scales), frozen)
 
         # ---- The loop: step, read the step before, evaluate, sample, save, as in train.
@@ -463,7 +470,7 @@ def _members_only(state: State, count: int) -> State:
     """Without what fills the state up."""
     if count == len(state.step):
         return state
-    return jax.tree.map(lambda leaf: leaf[:count], state)
+    return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))
 
 
 def write_member(group: Group, member: Member, place: pathlib.Path, state: State, at: dict) -> dict:
@@ -483,6 +490,18 @@ def write_member(group: Group, member: Member, place: pathlib.Path, state: State
                 checkpoints.manager.reload()
             checkpoints.save(at["step"], own, at["data"], meta)
     return own.trainable
+
+
+def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: int) -> bool:
+    """Whether what the member trained can be read from its checkpoint."""
+    _, shapes = own_model(group, member)
+    try:
+        with Checkpoints(place, read_only=True) as checkpoints:
+            checkpoints.meta(step)
+            checkpoints.restore_adapter(step, partition.split(shapes, group.mask)[0])
+    except (UserError, OSError, KeyError):
+        return False
+    return True
 
 
 def result_of(group: Group, member: Member, place: pathlib.Path, trainable: dict, step: int, diverged: int | None):

@@ -23,9 +23,9 @@ from lowrank.command import STOPPED
 from lowrank.errors import UserError
 from lowrank.grid import Grid
 from lowrank.group import Group
+from lowrank.preparation import identity
 from lowrank.training import metrics, partition, report, standings, sweep_picture
 from lowrank.training import workdir as workdir_lib
-from lowrank.training.checkpoint import Checkpoints
 from lowrank.training.metrics import human_bytes
 from lowrank.training.standings import Result
 from lowrank.weights.base import load_params
@@ -59,8 +59,9 @@ def main(arguments: list[str]) -> int | None:
         record = {"members": {m.name: m.swept for m in grid.members}, "sweep": dataclasses.asdict(grid.sweep)}
         record["parts"] = [[group.size, group.at_once] for group in groups]
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file)
             refuse_other_grid(workdir, before, json.loads(json.dumps(record)))
+            refuse_other_members(workdir, groups)
             record["parts"] = before["parts"]  # as chosen from the memory that there was then
         metrics.replace(file, json.dumps(workdir_lib.origin("sweep", arguments) | record, indent=1) + "\n")
         groups = [
@@ -77,8 +78,8 @@ def main(arguments: list[str]) -> int | None:
                 folder = workdir / "groups" / f"{number}.{i}"
                 done = folder / "results.json"
                 if done.exists():
-                    found = [Result(**one) for one in json.loads(done.read_text(encoding="utf-8"))]
-                    refuse_damaged(workdir, folder, found)
+                    found = [Result(**one) for one in read_json(done)]
+                    refuse_damaged(workdir, folder, group, part, found)
                     results += found
                     continue
                 print(f"\ngroup {number + 1} of {len(groups)}, {title(group)}: {len(part)} members train together")
@@ -152,22 +153,45 @@ def refuse_other_grid(workdir: pathlib.Path, before: dict, now: dict):
         raise UserError(f"workdir {workdir} holds another sweep: {'; '.join(lines)}; choose another --workdir")
 
 
-def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, results: list[Result]):
+def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
+    """A member that was begun, finished or not, must be the run that it would be now, as long, too."""
+    free = [key for key in workdir_lib.FREE_ON_RESUME if key not in ("train.steps", "train.epochs")]
+    of_members: dict[str, list[str]] = {}
+    for group in groups:
+        for member in group.members:
+            place = workdir / "members" / member.name
+            if (place / "config.json").exists():
+                own = identity(member.config, group.prepared)
+                record = workdir_lib.read_record(place)
+                for line in workdir_lib.resume_differences(record, member.config, own, free):
+                    of_members.setdefault(line, []).append(member.name)
+    if of_members:
+        lines = [f"{line} (in {names[0]}{' and others' * (len(names) > 1)})" for line, names in of_members.items()]
+        raise UserError(
+            f"workdir {workdir} holds another sweep, which cannot go on with: {'; '.join(lines)}; choose another --workdir, "
+            "or give the sweep what it began with"
+        )
+
+
+def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, part, results: list[Result]):
     """A finished member must still have what it was finished with."""
     damaged = []
-    for result in results:
-        place = workdir / "members" / result.name
-        if result.steps:
-            try:
-                with Checkpoints(place, read_only=True) as checkpoints:
-                    checkpoints.meta(result.steps)
-            except (UserError, OSError):
-                damaged.append(f"{place}/checkpoints/{result.steps}")
+    for member, result in zip(part, results, strict=True):
+        place = workdir / "members" / member.name
+        if result.steps and not group_lib.adapter_is_whole(group, member, place, result.steps):
+            damaged.append(f"{place}/checkpoints/{result.steps}")
     if damaged:
         raise UserError(
             f"the checkpoint {' and '.join(damaged)} of a finished member cannot be read; remove {folder} "
             "to have its group trained again, or put the checkpoint back"
         )
+
+
+def read_json(file: pathlib.Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it, or choose another --workdir") from None
 
 
 # ---- What is said ------------------------------------------------------------------------------------------------------
@@ -191,8 +215,8 @@ def describe(grid: Grid, groups: list[Group]) -> str:
         config = group.config
         lines += [
             "",
-            f"group {number}    {title(group)}: {len(group.members)} members, {len(group.parts)} part(s) of {group.size} in one "
-            f"compiled step, {group.at_once} at once in the model",
+            f"group {number}    {title(group)}: {len(group.members)} members, {len(group.parts)} part{'s' * (len(group.parts) > 1)} "
+            f"of {group.size} in one compiled step, {group.at_once} at once in the model",
             f"trained    {human_bytes(partition.nbytes(trainable))} a member, padded to the widest; "
             f"base {human_bytes(partition.nbytes(frozen))} once, held in {group.model.param_dtype}, computed in {config.dtype}",
             f"mesh       member {group.mesh.shape['member']} x fsdp {group.mesh.shape['fsdp']} x tensor "

@@ -283,7 +283,12 @@ def _cell(value) -> str:
 def describe(results: list[Result], title: str) -> str:
     """sweep.md: what was found in words, then settings, the best rate for each, the diverged, every member."""
     settings = rank_settings(results)
-    parts = [f"# {title}", _found(results, settings), f"## Settings\n\n{_settings_table(results, settings)}"]
+    parts = [
+        f"# {title}",
+        _found(results, settings),
+        "![held-out loss over rank, step and rate](sweep.png)",
+        f"## Settings\n\n{_settings_table(results, settings)}",
+    ]
     if len(values_of(RATE, settings)) > 1:
         rest = [show_key(key) for key in swept_keys(results) if key not in (RATE, SEED)]
         each = f" for each {' x '.join(rest)}" if rest else ""

@@ -95,8 +95,8 @@ def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
         yield
 
 
-def resume_differences(before: dict, config: Config, identity: dict) -> list[str]:
-    """What differs between the run in a workdir and this one, beyond what may: a line each."""
+def resume_differences(before: dict, config: Config, identity: dict, free=FREE_ON_RESUME) -> list[str]:
+    """What differs between the run in a workdir and this one, beyond the keys that are `free` to: a line each."""
     differences = []
     known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
     for name, value in json.loads(json.dumps(identity)).items():
@@ -106,7 +106,7 @@ def resume_differences(before: dict, config: Config, identity: dict) -> list[str
     configs = (config_lib.to_dict(config_lib.from_dict(before["config"])), config_lib.to_dict(config))
     was, now = (dict(flat(json.loads(json.dumps(values)))) for values in configs)
     for key in sorted(was.keys() | now.keys()):
-        if key not in FREE_ON_RESUME and was.get(key) != now.get(key):
+        if key not in free and was.get(key) != now.get(key):
             differences.append(f"config.{key} was {was.get(key)} and is {now.get(key)}")
     return differences
 

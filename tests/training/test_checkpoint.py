@@ -28,7 +28,7 @@ def saved(tmp_path):
     layout = abstract_state(optimizer, trainable, mesh)
     state = init_state(optimizer, trainable, jax.random.key(0), layout)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state, {"place": 3}, {"step": 0})
+        checkpoints.save(0, state, {"place": 3}, {"step": 0})
     return tmp_path, state, layout
 
 
