@@ -499,7 +499,7 @@ def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: in
         with Checkpoints(place, read_only=True) as checkpoints:
             checkpoints.meta(step)
             checkpoints.restore_adapter(step, partition.split(shapes, group.mask)[0])
-    except (UserError, OSError, KeyError):
+    except UserError:
         return False
     return True
 

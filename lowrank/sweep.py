@@ -212,7 +212,7 @@ def describe(grid: Grid, groups: list[Group]) -> str:
         )
     for number, group in enumerate(groups, start=1):
         trainable, frozen = partition.split(group.shapes, group.mask)
-        config = group.config
+        config, data = group.config, report.describe_data(group.config, group.prepared)
         lines += [
             "",
             f"group {number}    {title(group)}: {len(group.members)} members, {len(group.parts)} part{'s' * (len(group.parts) > 1)} "
@@ -221,7 +221,7 @@ def describe(grid: Grid, groups: list[Group]) -> str:
             f"base {human_bytes(partition.nbytes(frozen))} once, held in {group.model.param_dtype}, computed in {config.dtype}",
             f"mesh       member {group.mesh.shape['member']} x fsdp {group.mesh.shape['fsdp']} x tensor "
             f"{group.mesh.shape['tensor']} ({group.mesh.devices.size} x {group.mesh.devices.flat[0].device_kind})",
-            report.describe_data(config, group.prepared),
+            *([data] if data not in lines else []),
         ]
     return "\n".join(lines)
 

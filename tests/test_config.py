@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from lowrank import config as config_lib
+from lowrank import grid
 from lowrank.config import Config, from_dict, read, to_dict
 from lowrank.errors import UserError
 from lowrank.model.lora import TARGETS
@@ -145,12 +146,19 @@ def test_a_config_survives_its_way_through_the_workdir(write):
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_of_the_project_is_read_and_spelled_out(name):
-    path = ROOT / "configs" / name
-    assert isinstance(read(str(path), []), Config)
+@pytest.mark.parametrize("name", [*CONFIGS, "rank_ablation.py:targets", "rank_ablation.py:batch"])
+def test_every_config_of_the_project_is_read_and_says_how_it_is_run(name):
+    path = ROOT / "configs" / name.split(":")[0]
+    sweeps = "config.sweep" in path.read_text()
+    configs = (
+        [member.config for member in grid.read(f"{path.parent / name}", []).members]
+        if sweeps
+        else [read(str(path), [])]
+    )
+    assert configs and all(isinstance(config, Config) for config in configs)
     docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert f"--config=configs/{name}" in docstring  # the command that runs it
+    # The command that runs it.
+    assert f"python -m lowrank.{'sweep' if sweeps else 'train'} --config=configs/{path.name}" in docstring
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------

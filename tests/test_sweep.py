@@ -411,7 +411,9 @@ def test_a_sweep_of_another_grid_is_refused(tiny, swept, tmp_path):
     line = refused(sweep(tiny, workdir, *GRID, "--config.sweep.group_size=2"))
     assert "config.sweep.group_size was 0 and is 2" in line
     line = refused(sweep(tiny, workdir, *GRID, "--config.optim.b1=0.5"))
-    assert "config.optim.b1 was 0.9 and is 0.5" in line and "members/" in line
+    assert "config.optim.b1 was 0.9 and is 0.5 (in rank=1,mode=lora,seed=0 and others)" in line
+    line = refused(sweep(tiny, workdir, *GRID, "--config.train.steps=8"))
+    assert "config.train.steps was 6 and is 8" in line
 
 
 def test_the_workdir_of_something_else_is_refused(tiny, trained, swept, tmp_path):

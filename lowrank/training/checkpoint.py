@@ -119,7 +119,9 @@ class Checkpoints:
 
     def restore_adapter(self, step: int, trainable: dict) -> dict:
         """-> the trainable tree saved at `step`, laid out as the given one; UserError if their leaves differ."""
-        misfits = partition.misfits(dict(self.manager.item_metadata(step).adapter), nested(trainable))
+        with self._read_errors(step):
+            found = dict(self.manager.item_metadata(step).adapter)
+        misfits = partition.misfits(found, nested(trainable))
         if misfits:
             raise UserError(
                 f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}; give its own base"
@@ -128,9 +130,14 @@ class Checkpoints:
         return _fill(trainable, restored.adapter)
 
     def _read(self, step: int, **items):
-        try:
+        with self._read_errors(step):
             return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError) as error:
+
+    @contextlib.contextmanager
+    def _read_errors(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UserError(
                 f"checkpoint {self.folder}/{step} cannot be read ({reason}); remove that folder to go on from the one before"

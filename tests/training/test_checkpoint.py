@@ -37,7 +37,8 @@ def test_restored_as_it_was_and_laid_out_as_asked(saved):
     with Checkpoints(folder, keep=2) as checkpoints:
         restored, data = checkpoints.restore(0, layout)
     assert data == {"place": 3}
-    for name, leaf in partition.named_leaves(state._replace(key=None)).items():
+    assert (restored.step, restored.key) == (layout.step, layout.key)  # left to whoever asks
+    for name, leaf in partition.named_leaves(state._replace(step=None, key=None)).items():
         found = partition.named_leaves(restored)[name]
         np.testing.assert_array_equal(found, leaf)
         assert found.sharding == leaf.sharding, name
@@ -51,6 +52,16 @@ def test_one_device_reads_what_eight_wrote(saved):
     leaf = restored["lora"]["q_proj"]["lora_a"]
     assert leaf.sharding == SingleDeviceSharding(jax.devices()[0])
     np.testing.assert_array_equal(leaf, state.trainable["lora"]["q_proj"]["lora_a"])
+
+
+def test_a_damaged_adapter_is_named_before_it_is_compared(saved):
+    folder, _, layout = saved
+    (folder / "checkpoints" / "0" / "adapter" / "_METADATA").write_bytes(b"\0" * 10)
+    with (
+        Checkpoints(folder, read_only=True) as checkpoints,
+        pytest.raises(UserError, match="checkpoints/0 cannot be read"),
+    ):
+        checkpoints.restore_adapter(0, layout.trainable)
 
 
 def test_a_damaged_checkpoint_is_named(saved):
