@@ -1,53 +1,33 @@
-"""A sweep's group: members that share one compiled step, planned, trained together, and written out as workdirs.
+"""A sweep's group: members that share one compiled step. How many train at once, their programs, their first state.
 
 A group is trained in one go, or in parts of `sweep.group_size` members that share the compiled programs, one after the
-other. Each part has one batch stream, one stacked state, and while it trains one checkpoint under `groups/`; at its end every member
-gets a checkpoint of its own, as the same run alone would have written it.
+other (part.py).
 """
 
-import contextlib
 import dataclasses
-import math
-import pathlib
-import shutil
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from lowrank import adapters, inference
-from lowrank import config as config_lib
+from lowrank import adapters
 from lowrank.config import Config
-from lowrank.errors import UserError
 from lowrank.grid import Member, SweepConfig
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import padding
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.preparation import (
     Prepared,
     check_mesh,
-    evaluation_batches,
-    identity,
     initial_variables,
-    on_devices,
     prepare,
-    training_batches,
 )
 from lowrank.training import members as members_lib
-from lowrank.training import metrics as metrics_lib
 from lowrank.training import partition
-from lowrank.training import workdir as workdir_lib
-from lowrank.training.board import Board
-from lowrank.training.checkpoint import Checkpoints
-from lowrank.training.metrics import due
 from lowrank.training.objective import CHUNK_TOKENS
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.standings import Result
 from lowrank.training.step import State, abstract_state, loss_sum
 from lowrank.weights.base import load_params
 
@@ -189,17 +169,17 @@ class Programs:
         shards = mesh_lib.batch_shards(mesh)
         self.step = members_lib.make_members_step(group.model, config, group.mask, shards, self.layout, group.at_once)
         self.eval_step = members_lib.make_members_eval_step(group.model, shards, group.at_once)
-        self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=_shardings(self.layout.opt_state))
+        self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=shardings_of(self.layout.opt_state))
 
 
-def _shardings(shapes):
+def shardings_of(shapes):
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 def initial_state(group: Group, programs: Programs, part: tuple[Member, ...]) -> State:
     """The members' states before step 1, each what the same run alone begins with."""
     layout = programs.layout
-    trainable = jax.device_put(_filled(initial_trainables(group, part), group.count), _shardings(layout.trainable))
+    trainable = jax.device_put(filled_up(initial_trainables(group, part), group.count), shardings_of(layout.trainable))
     step = jax.device_put(jnp.zeros(group.count, jnp.int32), layout.step.sharding)
     return State(step, trainable, programs.init(trainable), keys_of(group, programs, part))
 
@@ -234,7 +214,7 @@ def keys_of(group: Group, programs: Programs, part: tuple[Member, ...]) -> jax.A
     return jax.device_put(keys, programs.layout.key.sharding)
 
 
-def _filled(tree, count: int):
+def filled_up(tree, count: int):
     """Stacked leaves, filled up with the first member to `count`: what those compute is thrown away."""
 
     def filled(leaf):
@@ -242,286 +222,3 @@ def _filled(tree, count: int):
         return jnp.concatenate([leaf, jnp.repeat(leaf[:1], ghosts, axis=0)]) if ghosts else leaf
 
     return jax.tree.map(filled, tree)
-
-
-# ---- Training ----------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """A signal asked to stop; all is saved."""
-
-
-def train_part(
-    group: Group,
-    programs: Programs,
-    part: tuple[Member, ...],
-    frozen: dict,
-    workdir: pathlib.Path,
-    folder: pathlib.Path,
-    arguments: list[str],
-    stop: Callable[[], str | None],
-) -> list[Result]:
-    """Train the members of one part to their end; `folder` holds its checkpoints until then. Raises Stopped."""
-    config, prepared, mesh, steps = group.config, group.prepared, group.mesh, group.prepared.steps
-    names = [member.name for member in part]
-    with contextlib.ExitStack() as stack:
-        for member in part:
-            place = workdir / "members" / member.name
-            own_identity = identity(member.config, prepared)
-            stack.enter_context(workdir_lib.open_workdir(place, member.config, own_identity, arguments, "sweep"))
-        checkpoints = stack.enter_context(Checkpoints(folder, keep=2))
-
-        # ---- State: from the part's last checkpoint, else from the beginning.
-        batches = training_batches(config, prepared.train)
-        first = checkpoints.latest() or 0
-        tokens, diverged = 0, {}  # of members that were frozen: the step that was not finite, and where the data was
-        if first:
-            meta = checkpoints.meta(first)
-            if meta["members"] != names:
-                raise UserError(f"{folder} holds a checkpoint of other members; remove it to train this group anew")
-            tokens, diverged = meta["tokens"], meta["diverged"]
-            state, position = restored(checkpoints, first, group, programs, part)
-            at = [-1 if name in diverged else first for name in names] + [-1] * (group.count - len(part))
-            state = state._replace(step=jax.device_put(np.int32(at), state.step.sharding))
-            batches.set_state(position)
-        else:
-            state = initial_state(group, programs, part)
-        own_numbers = members_lib.numbers_of([m.config for m in part], steps, prepared.architecture.layers)
-        by_member = NamedSharding(mesh, PartitionSpec("member"))
-        numbers = jax.device_put(_filled(own_numbers, group.count), by_member)
-
-        writers = {}
-        for member in part:
-            place = workdir / "members" / member.name
-            for file in ("metrics.jsonl", "samples.jsonl"):
-                metrics_lib.forget_after(place / file, first if first else -1)
-            log = config.log
-            writers[member.name] = metrics_lib.Metrics(
-                place, config_lib.to_dict(member.config), log.tensorboard, None, first
-            )
-            stack.callback(writers[member.name].close)
-        board = stack.enter_context(Board(names, steps, first))
-        for name, found in diverged.items():
-            board.diverged(name, found["step"])
-        eval_batches = evaluation_batches(config, prepared.held_out)
-        eval_rows = config.train.batch_size // config.train.microbatches
-
-        # ---- Evaluation and samples, of every member that goes on.
-        def freeze(name: str, step: int, data: dict, seen: int, why: str):
-            diverged[name] = {"step": step, "data": data, "tokens": seen}
-            board.diverged(name, step)
-            board.say(f"step {step}/{steps}  {name}: {why}; it is frozen at step {step - 1}, the others go on")
-
-        def evaluate(step: int):
-            nonlocal state
-            losses, count = np.zeros(group.count), 0
-            trainables = jax.device_get(state.trainable) if config.eval.answers else None
-            for batch in eval_batches:
-                with jax.set_mesh(mesh):
-                    summed, trained = programs.eval_step(state.trainable, numbers, frozen, on_devices(batch, mesh))
-                losses, count = losses + np.asarray(summed, np.float64), count + int(trained)
-            for i, name in enumerate(names):
-                loss = float(losses[i] / count)
-                if name in diverged:
-                    continue
-                if not math.isfinite(loss):
-                    freeze(name, step + 1, batches.get_state(), tokens, f"the evaluation loss is {loss}")
-                    at = np.array(state.step)
-                    at[i] = -1  # behind for ever
-                    state = state._replace(step=jax.device_put(at, programs.layout.step.sharding))
-                    continue
-                scalars = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
-                if config.eval.answers:
-                    scalars["eval/exact_match"] = answer(step, alone(trainables, i), name)
-                writers[name].write(step, scalars)
-                board.evaluated(name, loss)
-            board.show_evaluation(step)
-
-        def answer(step: int, variables: dict, name: str) -> float:
-            asked = prepared.held_out.examples[: config.eval.answers]
-            given = inference.answers(group.model, variables, prepared.tokenizer, asked, eval_rows)
-            for prompt, text, reference in given[:10]:
-                record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
-                metrics_lib.append_line(workdir / "members" / name / "samples.jsonl", record)
-            return sum(text == reference for _, text, reference in given) / len(given)
-
-        def sample(step: int):
-            asked, tokenizer, trainables = config.sample.prompts, prepared.tokenizer, jax.device_get(state.trainable)
-            rows = [inference.encode_prompt(prompt, "", config.data.format, tokenizer) for prompt in asked]
-            for i, name in enumerate(names):
-                if name in diverged:
-                    continue
-                variables = alone(trainables, i)
-                texts = inference.complete(group.model, variables, tokenizer, rows, config.sample.max_new_tokens)
-                for prompt, text in zip(asked, texts, strict=True):
-                    record = {"step": step, "prompt": prompt, "text": text}
-                    metrics_lib.append_line(workdir / "members" / name / "samples.jsonl", record)
-
-        def alone(trainables: dict, i: int) -> dict:
-            """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b.
-
-            Of leaves on the host: taking one member out of an array that lies over devices would move it through all of them.
-            """
-            trainable = jax.tree.map(lambda leaf: leaf[i], trainables)
-            scales = {target: own.scale[i] for target, own in (own_numbers.adapters or {}).items()}
-            return partition.merge(members_lib.scaled(trainable, scales), frozen)
-
-        # ---- The loop: step, read the step before, evaluate, sample, save, as in train.
-        pending = None
-        places = {first: batches.get_state()}  # where the data was after each of the last steps
-        clock, clock_tokens = time.monotonic(), tokens
-
-        def read_pending():
-            nonlocal pending, tokens, clock, clock_tokens
-            if pending is None:
-                return
-            step, scalars = pending
-            pending = None
-            scalars = jax.device_get(scalars)
-            finite = np.isfinite(scalars["loss"]) & np.isfinite(scalars["grad_norm"])
-            before = tokens
-            tokens += int(scalars["tokens"][0])
-            for i, name in enumerate(names):
-                if name not in diverged and not finite[i]:
-                    why = f"the loss is {scalars['loss'][i]} and the gradient's norm {scalars['grad_norm'][i]}"
-                    freeze(name, step, places[step - 1], before, why)
-            logs = (config.log.every and step == 1) or due(step, config.log.every, steps)
-            if logs:
-                now = time.monotonic()
-                rate = (tokens - clock_tokens) / max(now - clock, 1e-9)
-                for i, name in enumerate(names):
-                    if name not in diverged:
-                        line = {
-                            f"train/{key}": float(scalars[key][i]) for key in ("loss", "grad_norm", "learning_rate")
-                        }
-                        line |= {"train/tokens": tokens, "train/tokens_per_second": rate}
-                        writers[name].write(step, line)
-                        board.trained(name, line["train/loss"])
-                clock, clock_tokens = now, tokens
-            board.step(step, logs)
-
-        if first == 0:
-            if eval_batches and config.eval.every:
-                evaluate(0)
-            if config.sample.every:
-                sample(0)
-        clock = time.monotonic()
-        for step in range(first + 1, steps + 1):
-            batch = next(batches)
-            with jax.set_mesh(mesh):
-                state, scalars = programs.step(state, numbers, frozen, on_devices(batch, mesh), np.int32(step - 1))
-            read_pending()
-            pending = (step, scalars)
-            places = {step - 1: places[step - 1], step: batches.get_state()}
-
-            evaluates = bool(eval_batches) and due(step, config.eval.every, steps)
-            samples = due(step, config.sample.every, steps)
-            saves = step == steps or due(step, config.checkpoint.every, steps)
-            if evaluates or samples or saves or stop():
-                read_pending()
-                paused = time.monotonic()
-                if evaluates:
-                    evaluate(step)
-                if samples:
-                    sample(step)
-                stopped_by = stop()
-                if saves or stopped_by:
-                    meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
-                    meta |= {"versions": workdir_lib.versions()}
-                    checkpoints.save(step, _members_only(state, len(part)), batches.get_state(), meta)
-                clock += time.monotonic() - paused
-                if stopped_by and step < steps:
-                    checkpoints.wait()
-                    board.say(f"stopped by {stopped_by} after step {step}, which is saved")
-                    raise Stopped
-            if len(diverged) == len(part):
-                break
-        checkpoints.wait()
-
-        # ---- Every member becomes an ordinary workdir.
-        results, state = [], jax.device_get(state._replace(key=None))
-        for i, member in enumerate(part):
-            found = diverged.get(member.name)
-            own = {"step": steps, "tokens": tokens, "data": batches.get_state()}
-            if found:
-                own = {"step": found["step"] - 1, "tokens": found["tokens"], "data": found["data"]}
-            place = workdir / "members" / member.name
-            own_state = write_member(group, member, place, jax.tree.map(lambda leaf, i=i: leaf[i], state), own)
-            results.append(result_of(group, member, place, own_state, own["step"], found and found["step"]))
-        return results
-
-
-def restored(checkpoints: Checkpoints, step: int, group: Group, programs: Programs, part) -> tuple[State, dict]:
-    """The part's state at `step` (its own steps still to be set), and the data's position."""
-    saved = programs.layout
-    if group.count != len(part):  # what fills it up is not saved
-        whole = NamedSharding(group.mesh, PartitionSpec())
-        saved = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((len(part), *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
-        )
-    state, position = checkpoints.restore(step, saved)
-    filled = _filled((state.trainable, state.opt_state), group.count)
-    layout = programs.layout
-    trainable, opt_state = jax.device_put(filled, _shardings((layout.trainable, layout.opt_state)))
-    return State(layout.step, trainable, opt_state, keys_of(group, programs, part)), position
-
-
-def _members_only(state: State, count: int) -> State:
-    """Without what fills the state up."""
-    if count == len(state.step):
-        return state
-    return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))
-
-
-def write_member(group: Group, member: Member, place: pathlib.Path, state: State, at: dict) -> dict:
-    """Write the member's own checkpoint, as the same run alone would have; -> what it trained, without padding."""
-    _, shapes = own_model(group, member)
-    trainable, _ = partition.split(shapes, group.mask)
-    config = member.config
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, group.prepared.steps), group.mask)
-    wanted = abstract_state(optimizer, trainable, group.mesh)
-    own = State(*members_lib.cut(state[:3], wanted[:3]), key=None)
-    if at["step"] > 0:
-        meta = {"step": at["step"], "tokens": at["tokens"], "config": config_lib.to_dict(config)}
-        meta |= {"identity": identity(config, group.prepared), "versions": workdir_lib.versions()}
-        with Checkpoints(place) as checkpoints:
-            if checkpoints.latest() is not None:  # a run that was killed amid this; half of it may be there
-                shutil.rmtree(place / "checkpoints" / str(checkpoints.latest()))
-                checkpoints.manager.reload()
-            checkpoints.save(at["step"], own, at["data"], meta)
-    return own.trainable
-
-
-def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: int) -> bool:
-    """Whether what the member trained can be read from its checkpoint."""
-    _, shapes = own_model(group, member)
-    try:
-        with Checkpoints(place, read_only=True) as checkpoints:
-            checkpoints.meta(step)
-            checkpoints.restore_adapter(step, partition.split(shapes, group.mask)[0])
-    except UserError:
-        return False
-    return True
-
-
-def result_of(group: Group, member: Member, place: pathlib.Path, trainable: dict, step: int, diverged: int | None):
-    lines = metrics_lib.read_lines(place / "metrics.jsonl")
-    of = {name: [(line["step"], line[name]) for line in lines if name in line] for name in RECORDED}
-    config = member.config
-    zeros = padding(config.lora, group.prepared.architecture) if config.adapted else 0
-    parameters = partition.count(trainable) - zeros
-    return Result(
-        name=member.name,
-        swept=member.swept,
-        mode=config.train.mode,
-        trainable=parameters,
-        adapter_bytes=4 * parameters,
-        steps=step,
-        train_loss=of["train/loss"][-1][1] if of["train/loss"] else None,
-        curve=tuple(of["eval/loss"]),
-        diverged=diverged,
-        exact_match=of["eval/exact_match"][-1][1] if of["eval/exact_match"] else None,
-    )
-
-
-RECORDED = ("train/loss", "eval/loss", "eval/exact_match")

@@ -19,12 +19,13 @@ from absl import flags
 from lowrank import command
 from lowrank import grid as grid_lib
 from lowrank import group as group_lib
+from lowrank import part as part_lib
 from lowrank.command import STOPPED
 from lowrank.errors import UserError
 from lowrank.grid import Grid
 from lowrank.group import Group
 from lowrank.preparation import identity
-from lowrank.training import metrics, partition, report, standings, sweep_picture
+from lowrank.training import metrics, partition, report, standings, sweep_picture, sweep_tables
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.metrics import human_bytes
 from lowrank.training.standings import Result
@@ -86,8 +87,8 @@ def main(arguments: list[str]) -> int | None:
                 programs = programs or group_lib.Programs(group)
                 frozen = bases.frozen(group)
                 try:
-                    found = group_lib.train_part(group, programs, part, frozen, workdir, folder, arguments, stop)
-                except group_lib.Stopped:
+                    found = part_lib.train_part(group, programs, part, frozen, workdir, folder, arguments, stop)
+                except part_lib.Stopped:
                     print("run the same command again to go on")
                     return STOPPED
                 metrics.replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
@@ -178,7 +179,7 @@ def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, pa
     damaged = []
     for member, result in zip(part, results, strict=True):
         place = workdir / "members" / member.name
-        if result.steps and not group_lib.adapter_is_whole(group, member, place, result.steps):
+        if result.steps and not part_lib.adapter_is_whole(group, member, place, result.steps):
             damaged.append(f"{place}/checkpoints/{result.steps}")
     if damaged:
         raise UserError(
@@ -227,8 +228,8 @@ def describe(grid: Grid, groups: list[Group]) -> str:
 
 
 def write_tables(workdir: pathlib.Path, results: list[Result]):
-    standings.write_csv(workdir / "sweep.csv", results)
-    metrics.replace(workdir / "sweep.md", standings.describe(results, workdir.name))
+    sweep_tables.write_csv(workdir / "sweep.csv", results)
+    metrics.replace(workdir / "sweep.md", sweep_tables.describe(results, workdir.name))
     sweep_picture.write_picture(workdir / "sweep.png", results, workdir.name)
 
 

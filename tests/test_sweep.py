@@ -15,7 +15,7 @@ import pytest
 import running
 from test_train import TRAIN_KEYS, arrays, metrics, steps
 
-from lowrank import group
+from lowrank import group, part
 from lowrank.training import members
 from lowrank.training.partition import named_leaves
 from lowrank.weights.base import load_params
@@ -330,11 +330,11 @@ def test_killed_while_members_are_written_it_goes_on(tiny, swept, tmp_path, monk
         written.append(whole(*arguments))
         return written[-1]
 
-    whole = group.write_member
-    monkeypatch.setattr(group, "write_member", write)
+    whole = part.write_member
+    monkeypatch.setattr(part, "write_member", write)
     with pytest.raises(Killed):
         sweep(tiny, tmp_path / "run", *GRID)
-    monkeypatch.setattr(group, "write_member", whole)
+    monkeypatch.setattr(part, "write_member", whole)
     assert sweep(tiny, tmp_path / "run", *GRID).code == 0
     assert_same_sweep(tmp_path / "run", swept)
 

@@ -26,12 +26,10 @@ from lowrank.training.standings import (
     is_number,
     loss_name,
     rank_settings,
-    show_key,
-    show_value,
-    show_values,
     swept_keys,
     values_of,
 )
+from lowrank.training.sweep_tables import show_key, show_value, show_values
 
 MARKERS = "osD^vPX*<>dp"
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 3)))

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 
 from lowrank.model.lora import TARGETS
-from lowrank.training import standings, sweep_picture
+from lowrank.training import standings, sweep_picture, sweep_tables
 from lowrank.training.standings import Result
 
 RANK, RATE = "lora.rank", "optim.learning_rate"
@@ -45,13 +45,13 @@ def baseline() -> list[Result]:
 
 
 def paragraph(results) -> str:
-    return standings.describe(results, "title").split("\n\n")[1]
+    return sweep_tables.describe(results, "title").split("\n\n")[1]
 
 
 def tables(results) -> dict[str, list[list[str]]]:
     """Heading -> rows of its table, the head first. Every row has as many cells, and all are equally wide."""
     found = {}
-    for section in standings.describe(results, "title").split("\n## ")[1:]:
+    for section in sweep_tables.describe(results, "title").split("\n## ")[1:]:
         heading, _, body = section.partition("\n\n")
         lines = [line for line in body.splitlines() if line.startswith("|")]
         assert len({len(line) for line in lines}) <= 1
@@ -111,7 +111,7 @@ def test_the_csv_has_every_member_with_every_digit(tmp_path):
     full = dataclasses.replace(member(0.25, None, 1e-5, mode="full"), exact_match=0.125)
     gone = member(0.2, 8, 1e-2, 0, diverged=7, **{"lora.targets": ("q_proj",)})
     file = tmp_path / "sweep.csv"
-    standings.write_csv(file, [gone, odd, full])
+    sweep_tables.write_csv(file, [gone, odd, full])
     with open(file, newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == [
@@ -137,7 +137,7 @@ def test_the_csv_has_every_member_with_every_digit(tmp_path):
 
 
 def test_columns_that_say_nothing_are_left_out(tmp_path):
-    standings.write_csv(tmp_path / "sweep.csv", [member(1.0, 4)])
+    sweep_tables.write_csv(tmp_path / "sweep.csv", [member(1.0, 4)])
     head = (tmp_path / "sweep.csv").read_text().splitlines()[0].split(",")
     assert head[:3] == ["name", RANK, "eval/loss"]
     assert "eval/exact_match" not in head
@@ -159,7 +159,7 @@ def test_columns_that_say_nothing_are_left_out(tmp_path):
     ],
 )
 def test_values_for_people(key, value, text):
-    assert standings.show_value(key, value) == text
+    assert sweep_tables.show_value(key, value) == text
 
 
 # ---- Words -----------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_setting_that_lost_a_seed_never_stands_above_one_that_lost_none():
         ["8", "0.5500 ± 0.0707", "2 of 3"],
         ["16", "diverged", "0 of 3"],
     ]
-    text = standings.describe(results, "title")
+    text = sweep_tables.describe(results, "title")
     assert "There is only one setting to judge (rank 4, learning rate 1e-3): 2.1000 ± 0.1000 (3 seeds)." in text
     assert "4 of 9 members diverged." in text
     assert "- `lora-8-0.001-2` at step 12\n- `lora-16-0.001-0` at step 3\n" in text
@@ -297,7 +297,9 @@ def test_where_no_rate_is_swept_there_is_no_table_of_rates():
 
 
 def test_a_bar_in_a_value_does_not_end_its_cell():
-    text = standings.describe([member(1.0, **{"data.train": "a|b.json"}), member(2.0, **{"data.train": "c.json"})], "t")
+    text = sweep_tables.describe(
+        [member(1.0, **{"data.train": "a|b.json"}), member(2.0, **{"data.train": "c.json"})], "t"
+    )
     assert r"| a\|b.json  |" in text
 
 
