@@ -8,7 +8,9 @@ Random weights, a random packed batch whose tokens are all trained, adapters of 
 not zero, on one device. The steps are those that `train` and `sweep` compile. "One by one" is a step of each member
 alone, in turn, over one base; members of the same rank share one compiled program, as their shapes agree. The two
 take turns, A B A B, on a CPU in CPU seconds of the process, elsewhere in seconds of the wall clock until the device is
-done. Before that both take two steps, and if a member's loss differs between them nothing is printed but that.
+done. The operating system's share of CPU seconds is shown beside them, as each call of a program may fault its
+temporaries in anew. Before that both take two steps, and if a member's loss differs between them nothing is printed
+but that.
 
 Compiling (with JAX's cache of compiled programs off) and peak memory are measured in processes of their own: one run
 (of the widest member), the sweep, and one that stops when base and batch are there. On a CPU memory is all that the
@@ -230,13 +232,15 @@ def measure_steps(group: Group) -> dict:
             sys.exit(f"the work is not the same: losses of step {number + 1} are {found} in the sweep, {wanted} alone")
         if number == 0 and len(np.unique(wanted)) < len(wanted):
             sys.exit(f"the members cannot be told apart by their first losses, {wanted}")
-    seconds = {"one": [], "sweep": []}
+    seconds, system = {"one": [], "sweep": []}, {"one": [], "sweep": []}
     for number in range(COMPARED, COMPARED + FLAGS.rounds):
         for name, run in (("one", one_by_one), ("sweep", lambda number=number: all_together(number))):
-            start = clock()
+            start, in_system = clock(), os.times().system
             run()
             seconds[name].append(clock() - start)
+            system[name].append(os.times().system - in_system)
     return seconds | {
+        "system": system,
         "difference": difference,
         "shape": next(name for name, shape in SHAPES.items() if shape == group.prepared.architecture),
         "rows": group.config.train.batch_size,
@@ -324,12 +328,19 @@ def table(steps: dict, base: dict, one: list[dict], sweep: list[dict]) -> list[t
         return what, f"one run {a / 1e6:.0f} MB", f"{b / 1e6:.0f} MB", f"{b / a:.2f}"
 
     widths = sorted(set(ranks()))
+    in_system = {name: statistics.median(steps["system"][name]) for name in ("one", "sweep")}
     rows = [
         (
             f"{count} members' step, {unit}, median of {FLAGS.rounds} (least to most)",
             spread(steps["one"]),
             spread(steps["sweep"]),
             f"{together / single:.2f} ({min(of_rounds):.2f} to {max(of_rounds):.2f} of a round)",
+        ),
+        (
+            "CPU seconds of the operating system meanwhile, median",
+            f"{in_system['one']:.2f}",
+            f"{in_system['sweep']:.2f}",
+            f"{(together - in_system['sweep']) / (single - in_system['one']):.2f} without them" * steps["on_cpu"],
         ),
         (
             f"tokens of all members in one of these {unit}",
