@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/attention.py
+	$(BIN)/python bench/sweep.py
 	$(BIN)/python bench/import_speed.py --shape=1.1b --folder=runs/import_speed
 	rm -rf runs/import_speed
 
