@@ -107,7 +107,9 @@ def make_group() -> Group:
     count = len(members)
     group = Group(members, prepared, mesh, model, shapes, mask, count, 1)
     # The size is given, as what is compared is one step of all members: a sweep may have to part them.
-    _, at_once = group_lib.chosen_sizes(group, SweepConfig(count, FLAGS.at_once), memory.free_bytes(mesh))
+    _, at_once = group_lib.chosen_sizes(
+        group, SweepConfig(count, FLAGS.at_once), memory.free_bytes(mesh), mesh.devices.flat[0].platform
+    )
     group = dataclasses.replace(group, at_once=at_once)
     if group.count != count:
         raise app.UsageError(f"--at_once={at_once} does not divide --members={count}")

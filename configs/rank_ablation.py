@@ -62,13 +62,13 @@ def get_config(what="ranks"):
         },
         "targets": {
             "lora": {"rank": (2, 8), "targets": (ATTENTION, MLP, ATTENTION + MLP)},
-            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
+            "optim": {"learning_rate": (3e-3, 1e-2)},
             "seed": (0, 1),
         },
         "batch": {
             "lora": {"rank": (4, 64)},
             "train": {"mode": ("lora", "full"), "batch_size": (8, 64)},
-            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
+            "optim": {"learning_rate": (1e-3, 3e-3, 1e-2)},
         },
     }[what]
     if what == "batch":  # the same examples, in steps of another size

@@ -23,6 +23,7 @@ from lowrank.preparation import (
     check_mesh,
     initial_variables,
     prepare,
+    with_steps,
 )
 from lowrank.training import members as members_lib
 from lowrank.training import partition
@@ -64,9 +65,12 @@ class Group:
 # ---- Before anything is computed ---------------------------------------------------------------------------------------
 
 
-def plan(members: list[Member], sweep: SweepConfig) -> Group:
-    """Find what the members name, and choose how many of them train at once."""
-    prepared = prepare(members[0].config)
+def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
+    """Find what the members name, and choose how many of them train at once. `known` keeps what earlier groups have read."""
+    config = members[0].config
+    key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, config.train.mode)
+    key = key if config.architecture else key[:-1]  # from scratch is for mode full only, which `prepare` looks at
+    known[key] = prepared = with_steps(known[key], config) if key in known else prepare(config)
     if members[0].config.init_adapter:
         members = [
             dataclasses.replace(m, config=adapters.with_ranks_of_start(m.config, prepared.base, None)) for m in members
@@ -80,7 +84,7 @@ def plan(members: list[Member], sweep: SweepConfig) -> Group:
     model, shapes = model_of(config, architecture, lora, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
     group = Group(tuple(members), prepared, mesh, model, shapes, mask, len(members), 1)
-    size, at_once = chosen_sizes(group, sweep, memory.free_bytes(mesh))
+    size, at_once = chosen_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
     return dataclasses.replace(group, size=size, at_once=at_once)
 
 
@@ -105,7 +109,7 @@ def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(above_all)), list(dict.fromkeys(above_some))
 
 
-def chosen_sizes(group: Group, sweep: SweepConfig, free: int) -> tuple[int, int]:
+def chosen_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> tuple[int, int]:
     """-> (members in one compiled step, members in the model at one time on each device), for `free` bytes a device.
 
     On a CPU one at a time is fastest (15M shape, 2 rows of 256, CPU seconds a member: 0.50 for one at a time, 0.66 for
@@ -122,7 +126,7 @@ def chosen_sizes(group: Group, sweep: SweepConfig, free: int) -> tuple[int, int]
     each = -(-size // lanes)
     if sweep.at_once:
         return size, min(sweep.at_once, each)
-    if mesh.devices.flat[0].platform == "cpu":
+    if platform == "cpu":
         return size, 1
     fit = int(0.6 * max(0, left - each * state) / activation_bytes(group))
     return size, -(-each // -(-each // max(1, min(fit, each))))
@@ -131,27 +135,29 @@ def chosen_sizes(group: Group, sweep: SweepConfig, free: int) -> tuple[int, int]
 def activation_bytes(group: Group) -> int:
     """About what one member's forward and backward pass need on a device, beside weights and state.
 
-    What is kept for the backward pass, a third more for what it works with, and a chunk's logits and their gradient.
+    What the backward pass keeps of a micro-batch, what it works with in one layer, a chunk's logits and their gradient.
     """
     config, shards = group.config, mesh_lib.batch_shards(group.mesh)
     rows = config.train.batch_size // config.train.microbatches
-    whole = jax.ShapeDtypeStruct((rows, config.data.max_length), jnp.int32)
-    batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), whole)
-    batch["loss_mask"] = jax.ShapeDtypeStruct(whole.shape, jnp.bool_)
     trainable, frozen = partition.split(group.shapes, group.mask)
 
-    def loss(trainable, frozen):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
-        return loss_sum(group.model, trainable, frozen, zeros, shards)
+    def kept(rows: int, remat: str) -> int:
+        model = group.model.clone(remat=remat)
+        shape = (rows, config.data.max_length)
 
-    kept = memory.residual_bytes(lambda trainable: loss(trainable, _zeros(frozen)), trainable)
-    kept = max(0, kept - partition.nbytes(frozen))  # weights are kept too, but once for all members
+        def loss(trainable):
+            weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), frozen)
+            batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.zeros(shape, jnp.int32))
+            batch["loss_mask"] = jnp.zeros(shape, jnp.bool_)
+            return loss_sum(model, trainable, weights, batch, shards)
+
+        return memory.residual_bytes(loss, trainable)
+
+    # The differences: weights are kept, too, but once for all members, whatever the rows.
+    layer = (kept(2 * rows, "none") - kept(rows, "none")) // group.prepared.architecture.layers
+    whole = kept(2 * rows, config.remat) - kept(rows, config.remat)
     tokens = min(CHUNK_TOKENS, rows // shards * config.data.max_length)
-    return int(4 / 3 * kept / shards) + 2 * tokens * group.prepared.architecture.vocab * 4
-
-
-def _zeros(shapes):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return (whole + layer) // shards + 2 * tokens * group.prepared.architecture.vocab * 4
 
 
 # ---- Programs and states -----------------------------------------------------------------------------------------------

@@ -47,9 +47,14 @@ def prepare(config: Config) -> Prepared:
     base, architecture, tokenizer = find_model(config)
     train, held_out = read_data(config, tokenizer)
     rows, fill = packing.packed_rows(train, **row_shape(config))
-    steps = config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
     adapters.refuse_other_layers(config.lora, architecture.layers)
-    return Prepared(base, architecture, tokenizer, train, held_out, rows, fill, steps)
+    return with_steps(Prepared(base, architecture, tokenizer, train, held_out, rows, fill, 0), config)
+
+
+def with_steps(prepared: Prepared, config: Config) -> Prepared:
+    """With the number of steps that the config asks for, over the data that was read."""
+    epochs_steps = math.ceil((config.train.epochs or 0) * prepared.rows / config.train.batch_size)
+    return dataclasses.replace(prepared, steps=config.train.steps or epochs_steps)
 
 
 def check_mesh(mesh: Mesh, config: Config, architecture: ModelConfig):

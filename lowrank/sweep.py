@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int | None:
         )
 
     # ---- The groups: everything a user can get wrong is found before anything heavy begins.
-    groups = [group_lib.plan(members, grid.sweep) for members in grid_lib.groups(grid.members)]
+    known: dict = {}
+    groups = [group_lib.plan(members, grid.sweep, known) for members in grid_lib.groups(grid.members)]
     refuse_unusable_ranks(groups)
     print(describe(grid, groups))
     if FLAGS.dry_run:

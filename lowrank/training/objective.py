@@ -39,7 +39,8 @@ def _in_chunks(hidden, head, targets, loss_mask, shards):
 
     In each row the trained tokens are moved to the front (a stable sort of the mask, row by row, so that no token
     leaves its device); then the row is walked in chunks, and a chunk in which no row has a trained token is skipped.
-    `jax.checkpoint` makes the backward pass compute a chunk's logits again instead of keeping them.
+    `jax.checkpoint` makes the backward pass compute a chunk's logits again instead of keeping them. It goes around the
+    `cond`, not into it: what a branch needs is a result of the `cond`, and of the head the scan kept a copy for each chunk.
     """
     batch, length, _ = hidden.shape
     order = jnp.argsort(~loss_mask, axis=1, stable=True)
@@ -56,12 +57,12 @@ def _in_chunks(hidden, head, targets, loss_mask, shards):
 
     head = head.astype(hidden.dtype)
 
-    @jax.checkpoint
     def losses(x, targets, mask):
         logits = constrain(dot(x, head), "batch", None, "vocab")
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - target_logits) * mask
 
+    @jax.checkpoint
     def losses_of(chunk):
         return jax.lax.cond(jnp.any(chunk[2]), losses, lambda *_: jnp.zeros((batch, columns), jnp.float32), *chunk)
 
