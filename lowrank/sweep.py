@@ -215,12 +215,17 @@ def describe(grid: Grid, groups: list[Group]) -> str:
     for number, group in enumerate(groups, start=1):
         trainable, frozen = partition.split(group.shapes, group.mask)
         config, data = group.config, report.describe_data(group.config, group.prepared)
+        adapted = config.train.mode == "lora"
         lines += [
             "",
             f"group {number}    {title(group)}: {len(group.members)} members, {len(group.parts)} part{'s' * (len(group.parts) > 1)} "
             f"of {group.size} in one compiled step, {group.at_once} at once in the model",
-            f"trained    {human_bytes(partition.nbytes(trainable))} a member, padded to the widest; "
-            f"base {human_bytes(partition.nbytes(frozen))} once, held in {group.model.param_dtype}, computed in {config.dtype}",
+            f"trained    {human_bytes(partition.nbytes(trainable))} a member"
+            + (
+                f", padded to the widest; base {human_bytes(partition.nbytes(frozen))}, once, held in {config.param_dtype}"
+                * adapted
+            )
+            + f"; computed in {config.dtype}",
             f"mesh       member {group.mesh.shape['member']} x fsdp {group.mesh.shape['fsdp']} x tensor "
             f"{group.mesh.shape['tensor']} ({group.mesh.devices.size} x {group.mesh.devices.flat[0].device_kind})",
             *([data] if data not in lines else []),
