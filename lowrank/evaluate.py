@@ -19,8 +19,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from lowrank import command, inference
-from lowrank import config as config_lib
+from lowrank import command, config_file, inference
 from lowrank.adapters import Adapter, read_adapter
 from lowrank.config import FORMATS, DataConfig
 from lowrank.data import loader
@@ -63,7 +62,7 @@ def main(arguments: list[str]):
     idle = [argument for argument in arguments if not argument.lstrip("-").startswith(HEEDED)]
     if idle:
         raise UserError(f"{' '.join(idle)} would change nothing: of --config only {', '.join(HEEDED)} are looked at")
-    asked_for = config_lib.read(FLAGS.config, arguments) if FLAGS.config else None
+    asked_for = config_file.read(FLAGS.config, arguments) if FLAGS.config else None
     mesh = mesh_lib.make_mesh(asked_for.mesh if asked_for else mesh_lib.MeshConfig())
 
     names = [FLAGS.adapter, FLAGS.other] if FLAGS.other else [FLAGS.adapter]

@@ -11,6 +11,7 @@ import pathlib
 import re
 
 from lowrank import config as config_lib
+from lowrank import config_file
 from lowrank.config import Config, Text
 from lowrank.errors import UserError
 from lowrank.model.lora import LoraConfig
@@ -50,7 +51,7 @@ class Grid:
 
 def read(path: str | None, overrides: list[str]) -> Grid:
     """`FILE[:ARG]` and the arguments left on the command line -> the grid. Raises UserError with all offenders."""
-    values = config_lib.read_values(path, overrides)
+    values = config_file.read_values(path, overrides)
     swept = values.pop("sweep", None) or {}
     if not isinstance(swept, dict):
         raise UserError(f"config.sweep={swept} holds keys, not a value: write config.sweep.lora.rank = (1, 4, 16)")

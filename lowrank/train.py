@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lowrank import adapters, command, inference
+from lowrank import adapters, command, config_file, inference
 from lowrank import config as config_lib
 from lowrank.command import STOPPED
 from lowrank.errors import UserError
@@ -47,7 +47,7 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> int | None:
-    config = config_lib.read(FLAGS.config, arguments)
+    config = config_file.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
 

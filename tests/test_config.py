@@ -8,7 +8,8 @@ import pytest
 
 from lowrank import config as config_lib
 from lowrank import grid
-from lowrank.config import Config, from_dict, read, to_dict
+from lowrank.config import Config, from_dict, to_dict
+from lowrank.config_file import read
 from lowrank.errors import UserError
 from lowrank.model.lora import TARGETS
 
