@@ -202,7 +202,7 @@ def _per_target(value, kind: type, wanted: str):
 def literal(text: str):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 

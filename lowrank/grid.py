@@ -6,19 +6,24 @@ optimizer's numbers, the seed. Whatever else differs (targets, data, base, mode 
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 import re
+
+import numpy as np
 
 from lowrank import config as config_lib
 from lowrank import config_file
 from lowrank.config import Config, Text
 from lowrank.errors import UserError
-from lowrank.model.lora import LoraConfig
+from lowrank.model.architecture import ATTENTION, MLP
+from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.training.optimizer import OptimConfig
 
-# How a run is watched, and where it runs: that is the sweep's, not a member's.
-NOT_SWEPT = ("eval.", "checkpoint.", "log.", "sample.", "mesh.")
+# How a run is watched, what it is measured by, and where it runs: that is the sweep's, not a member's.
+NOT_SWEPT = ("eval.", "data.eval", "checkpoint.", "log.", "sample.", "mesh.")
+LONGEST = 150  # bytes of a name; folders may have 255
 # Of optim, what the members of a group have in common; the rest may differ.
 COMMON = ("b1", "b2", "eps")
 
@@ -95,13 +100,15 @@ def _axes(swept: dict, errors: list[str]) -> dict[str, list]:
             errors.append(f"{name} is no config key{config_lib.did_you_mean(key, 'config.sweep.')}")
             continue
         if key.startswith(NOT_SWEPT):
-            errors.append(f"{name} cannot be swept: it changes nothing that a member learns; set config.{key}")
+            errors.append(f"{name} cannot be swept: it has to be the same for all members; set config.{key}")
             continue
         if isinstance(values, Text):
             # A text in brackets or with commas is a tuple; one string, of a key that holds strings, is one value.
             literal = config_lib.literal(values)
-            values = [Text(part.strip()) for part in values.split(",")] if literal == values else literal
-        values = list(values) if isinstance(values, (tuple, list)) else [values]
+            inner = values.strip().removeprefix("(").removesuffix(")")
+            values = [Text(part.strip()) for part in inner.split(",") if part] if literal == values else literal
+        values = list(values) if isinstance(values, (tuple, list, range)) else [values]
+        values = [one.item() if isinstance(one, np.generic) else one for one in values]
         if not values:
             errors.append(f"{name} is empty; give it values, or leave it out")
         found[key] = values
@@ -110,8 +117,8 @@ def _axes(swept: dict, errors: list[str]) -> dict[str, list]:
 
 def _leaves(node: dict, prefix: str, keys: set[str]):
     for name, value in node.items():
-        key = prefix + name
-        if isinstance(value, dict) and key not in keys and value:
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in keys:
             yield from _leaves(value, f"{key}.", keys)
         else:
             yield key, value
@@ -144,10 +151,16 @@ def _members(values: dict, axes: dict[str, list]) -> tuple[tuple[Member, ...], i
         if config.train.mode == "full":  # no adapter, and no random numbers where there is a base
             idle = ("lora.", "seed") if config.base else ("lora.",)
         swept = {key: config_lib.value(config, key) for key in axes if not key.startswith(idle or ("-",))}
+        if "lora.targets" in swept:  # their order means nothing
+            swept["lora.targets"] = tuple(sorted(swept["lora.targets"], key=TARGETS.index))
         name = _name(swept)
         if name not in members:
             members[name] = Member(name, swept, config)
-        elif swept != members[name].swept or not idle:
+        elif swept != members[name].swept:
+            errors[
+                f"config.sweep makes two members of the name {name}, of values that look alike; change one of them"
+            ] = None
+        elif not idle:
             errors[f"config.sweep makes two members of the name {name}; give each value once"] = None
         else:
             repeated += 1
@@ -163,15 +176,21 @@ def _name(swept: dict[str, object]) -> str:
         f"{key if lasts.count(last) > 1 else last}={text(value)}"
         for (key, value), last in zip(swept.items(), lasts, strict=True)
     ]
-    return re.sub(r"[^A-Za-z0-9._+=,-]", "_", ",".join(parts)) or "one"
+    name = re.sub(r"[^A-Za-z0-9._+=,-]", "_", ",".join(parts)) or "one"
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+NAMED = {ATTENTION: "attention", MLP: "mlp", TARGETS: "all"}
 
 
 def text(value) -> str:
     """A swept value for names and tables."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.10g}"
     if isinstance(value, str) and "/" in value:
         return pathlib.PurePath(value).name
+    if value in NAMED:
+        return NAMED[value]
     if isinstance(value, tuple):
         return "+".join(text(part) for part in value) or "none"
     return str(value).lower() if value is None else str(value)

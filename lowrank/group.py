@@ -97,7 +97,7 @@ def model_of(config: Config, architecture, lora, mesh: Mesh) -> tuple[Decoder, d
 
 
 def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
-    """-> members whose rank is above the size of every matrix it adapts; those with a rank above the size of some."""
+    """-> members whose rank is above the size of every matrix it is for; those with a rank above the size of some."""
     sizes = {target: min(shape) for target, shape in group.prepared.architecture.projections().items()}
     above_all, above_some = [], []
     for member in group.members if group.config.adapted else ():
@@ -105,7 +105,8 @@ def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
         above = [target for target in lora.targets if lora.width(target) > sizes[target]]
         if above:
             text = f"rank {max(map(lora.width, above))} above {', '.join(f'{t} ({sizes[t]})' for t in above)}"
-            (above_all if len(above) == len(lora.targets) else above_some).append(text)
+            for_it_alone = [target for target in above if target in dict(lora.ranks)]
+            (above_all if for_it_alone or len(above) == len(lora.targets) else above_some).append(text)
     return list(dict.fromkeys(above_all)), list(dict.fromkeys(above_some))
 
 

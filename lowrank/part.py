@@ -1,13 +1,13 @@
 """One part of a sweep's group, trained from its beginning or its last checkpoint to its end.
 
 The members are stacked into one state with one batch stream. While they train there is one checkpoint for all of them, in the
-part's own folder; at the end every member is written out as an ordinary workdir, as the same run alone would have left it.
+part's own folder; at the end every member is written out as an ordinary workdir, with what the same run alone would have
+saved last.
 """
 
 import contextlib
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 
@@ -238,6 +238,9 @@ def train_part(
             if found:
                 own = {"step": found["step"] - 1, "tokens": found["tokens"], "data": found["data"]}
             place = workdir / "members" / member.name
+            evaluated = [line for line in metrics_lib.read_lines(place / "metrics.jsonl") if "eval/loss" in line]
+            at_end = [line["eval/loss"] for line in evaluated if line["step"] == own["step"]]
+            own["eval_loss"] = at_end[-1] if at_end else None
             own_state = write_member(group, member, place, jax.tree.map(lambda leaf, i=i: leaf[i], state), own)
             results.append(result_of(group, member, place, own_state, own["step"], found and found["step"]))
         return results
@@ -277,19 +280,18 @@ def write_member(group: Group, member: Member, place: pathlib.Path, state: State
         meta = {"step": at["step"], "tokens": at["tokens"], "config": config_lib.to_dict(config)}
         meta |= {"identity": identity(config, group.prepared), "versions": workdir_lib.versions()}
         with Checkpoints(place) as checkpoints:
-            if checkpoints.latest() is not None:  # a run that was killed amid this; half of it may be there
-                shutil.rmtree(place / "checkpoints" / str(checkpoints.latest()))
-                checkpoints.manager.reload()
-            checkpoints.save(at["step"], own, at["data"], meta)
+            checkpoints.forget()  # of a sweep that was killed amid this, or of a group that is trained again
+            checkpoints.save(at["step"], own, at["data"], meta, at["eval_loss"])
     return own.trainable
 
 
 def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: int) -> bool:
-    """Whether what the member trained can be read from its checkpoint."""
+    """Whether what the member trained can be read, from the checkpoint of `step` or, if it went on alone, its last one."""
     _, shapes = own_model(group, member)
     try:
         with Checkpoints(place, read_only=True) as checkpoints:
-            checkpoints.meta(step)
+            step = max(step, checkpoints.latest() or 0)
+            checkpoints.check(step)
             checkpoints.restore_adapter(step, partition.split(shapes, group.mask)[0])
     except UserError:
         return False

@@ -12,6 +12,7 @@ The same command again goes on where it was stopped, to the bit; what is finishe
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 
 from absl import flags
@@ -50,8 +51,9 @@ def main(arguments: list[str]) -> int | None:
     known: dict = {}
     groups = [group_lib.plan(members, grid.sweep, known) for members in grid_lib.groups(grid.members)]
     refuse_unusable_ranks(groups)
-    print(describe(grid, groups))
+    refuse_without_evaluation(groups)
     if FLAGS.dry_run:
+        print(describe(grid, groups))
         return None
 
     # ---- Workdir: a new sweep, or the same one again.
@@ -62,14 +64,17 @@ def main(arguments: list[str]) -> int | None:
         record["parts"] = [[group.size, group.at_once] for group in groups]
         if file.exists():
             before = read_json(file)
-            refuse_other_grid(workdir, before, json.loads(json.dumps(record)))
-            refuse_other_members(workdir, groups)
+            refuse_other_grid(file, before, json.loads(json.dumps(record)))
             record["parts"] = before["parts"]  # as chosen from the memory that there was then
         metrics.replace(file, json.dumps(workdir_lib.origin("sweep", arguments) | record, indent=1) + "\n")
         groups = [
-            dataclasses.replace(group, size=size, at_once=at_once)
+            # On more devices than it began with each has fewer members.
+            dataclasses.replace(group, size=size, at_once=min(at_once, -(-size // group.mesh.shape["member"])))
             for group, (size, at_once) in zip(groups, record["parts"], strict=True)
         ]
+        refuse_other_members(workdir, groups)
+        print(describe(grid, groups))
+        allow_open_files(sum(len(group.members) for group in groups))
 
         # ---- One group after the other, and of a group one part after the other.
         results: list[Result] = []
@@ -77,13 +82,18 @@ def main(arguments: list[str]) -> int | None:
         for number, group in enumerate(groups):
             programs = None
             for i, part in enumerate(group.parts):
-                folder = workdir / "groups" / f"{number}.{i}"
-                done = folder / "results.json"
+                folder, done = part_folder(workdir, number, i)
                 if done.exists():
-                    found = [Result(**one) for one in read_json(done)]
+                    found = read_results(done, part)
                     refuse_damaged(workdir, folder, group, part, found)
+                    shutil.rmtree(
+                        folder / "checkpoints", ignore_errors=True
+                    )  # if it was killed before this the last time
                     results += found
                     continue
+                if stop():  # in the last step of the part before
+                    print("run the same command again to go on")
+                    return STOPPED
                 print(f"\ngroup {number + 1} of {len(groups)}, {title(group)}: {len(part)} members train together")
                 programs = programs or group_lib.Programs(group)
                 frozen = bases.frozen(group)
@@ -99,6 +109,22 @@ def main(arguments: list[str]) -> int | None:
         write_tables(workdir, results)
     print(closing(workdir, groups, results))
     return None
+
+
+def part_folder(workdir: pathlib.Path, group: int, part: int) -> tuple[pathlib.Path, pathlib.Path]:
+    """-> where a part keeps its checkpoints, and what is there when it is finished."""
+    folder = workdir / "groups" / f"{group}.{part}"
+    return folder, folder / "results.json"
+
+
+def allow_open_files(members: int):
+    """Each member's workdir is locked while it trains, with a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = members + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 class Bases:
@@ -128,15 +154,23 @@ def refuse_unusable_ranks(groups: list[Group]):
     found = [group_lib.unusable_ranks(group) for group in groups]
     above_all = list(dict.fromkeys(line for lines, _ in found for line in lines))
     if above_all:
-        raise UserError(
-            f"{'; '.join(above_all)}: no update of these matrices can have it; leave it out of config.sweep.lora.rank"
-        )
+        raise UserError(f"{'; '.join(above_all)}: no update of these matrices can have it; use a smaller rank")
     for line in dict.fromkeys(line for _, lines in found for line in lines):
         print(f"note       {line}: there the update cannot use all of it")
 
 
-def refuse_other_grid(workdir: pathlib.Path, before: dict, now: dict):
+def refuse_without_evaluation(groups: list[Group]):
+    """What is held out and never looked at would leave the members ranked by the loss of one training batch."""
+    if any(group.prepared.held_out and not group.config.eval.every for group in groups):
+        raise UserError(
+            "config.eval.every=0: a sweep compares its members by what is held out; say --config.eval.every=N"
+        )
+
+
+def refuse_other_grid(file: pathlib.Path, before: dict, now: dict):
     """A sweep goes on with the very members that it began with, split up as it was."""
+    if not isinstance(before, dict) or before.keys() < now.keys():
+        raise UserError(f"{file} is not the sweep.json of a sweep; choose another --workdir")
     lines = []
     gone = [name for name in before["members"] if name not in now["members"]]
     new = [name for name in now["members"] if name not in before["members"]]
@@ -152,21 +186,25 @@ def refuse_other_grid(workdir: pathlib.Path, before: dict, now: dict):
         if value != now["sweep"].get(key):
             lines.append(f"config.sweep.{key} was {value} and is {now['sweep'].get(key)}")
     if lines:
-        raise UserError(f"workdir {workdir} holds another sweep: {'; '.join(lines)}; choose another --workdir")
+        raise UserError(f"workdir {file.parent} holds another sweep: {'; '.join(lines)}; choose another --workdir")
 
 
 def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
-    """A member that was begun, finished or not, must be the run that it would be now, as long, too."""
-    free = [key for key in workdir_lib.FREE_ON_RESUME if key not in ("train.steps", "train.epochs")]
+    """A member that was begun must be the run that it would be now, and as long. (A finished one may have gone on alone.)"""
     of_members: dict[str, list[str]] = {}
-    for group in groups:
-        for member in group.members:
-            place = workdir / "members" / member.name
-            if (place / "config.json").exists():
-                own = identity(member.config, group.prepared)
-                record = workdir_lib.read_record(place)
-                for line in workdir_lib.resume_differences(record, member.config, own, free):
-                    of_members.setdefault(line, []).append(member.name)
+    begun = [
+        (group, member, part_folder(workdir, number, i)[1].exists())
+        for number, group in enumerate(groups)
+        for i, part in enumerate(group.parts)
+        for member in part
+    ]
+    for group, member, finished in begun:
+        free = [key for key in workdir_lib.FREE_ON_RESUME if finished or key not in ("train.steps", "train.epochs")]
+        place = workdir / "members" / member.name
+        if (place / "config.json").exists():
+            own = identity(member.config, group.prepared)
+            for line in workdir_lib.resume_differences(workdir_lib.read_record(place), member.config, own, free):
+                of_members.setdefault(line, []).append(member.name)
     if of_members:
         lines = [f"{line} (in {names[0]}{' and others' * (len(names) > 1)})" for line, names in of_members.items()]
         raise UserError(
@@ -187,6 +225,15 @@ def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, pa
             f"the checkpoint {' and '.join(damaged)} of a finished member cannot be read; remove {folder} "
             "to have its group trained again, or put the checkpoint back"
         )
+
+
+def read_results(file: pathlib.Path, part) -> list[Result]:
+    """What came of the members of a finished part; what was swept is taken from the grid: JSON knows no tuples."""
+    found = read_json(file)
+    try:
+        return [Result(**one | {"swept": member.swept}) for member, one in zip(part, found, strict=True)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is not what a part ends with ({error}); remove it to train that part again") from None
 
 
 def read_json(file: pathlib.Path):
@@ -243,7 +290,8 @@ def closing(workdir: pathlib.Path, groups: list[Group], results: list[Result]) -
     ranked = standings.rank_members(results)
     lines = ["", "best members"]
     for place, result in enumerate(ranked[:5], start=1):
-        value = "diverged" if result.diverged else f"{result.loss:.4f}" if result.loss is not None else ""
+        loss = standings.loss_of(result, standings.held_out(results))
+        value = "diverged" if result.diverged else sweep_tables.show_loss(loss)
         lines.append(f"  {place}. {value}  {result.name}")
     best = ranked[0]
     lines += ["", f"tables     {workdir}/sweep.md, {workdir}/sweep.csv", f"picture    {workdir}/sweep.png"]

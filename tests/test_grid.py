@@ -57,6 +57,8 @@ def test_members_are_the_product_in_the_configs_order_whatever_order_the_grid_ha
         ("sweep.lora.rank=8", [8]),
         ("sweep.lora.scaling=standard,rslora", ["standard", "rslora"]),
         ("sweep.lora.scaling=('standard','rslora')", ["standard", "rslora"]),
+        ("sweep.optim.schedule=(linear,cosine)", ["linear", "cosine"]),
+        ("sweep.optim.learning_rate=(0.001,0.0010000001)", [0.001, 0.0010000001]),
         ("sweep.lora.targets=('q_proj,v_proj','up_proj')", [("q_proj", "v_proj"), ("up_proj",)]),
         ("sweep.lora.targets=(('q_proj','v_proj'),('up_proj',))", [("q_proj", "v_proj"), ("up_proj",)]),
         ("sweep.optim.learning_rate=(1e-4,1)", [1e-4, 1.0]),
@@ -164,10 +166,15 @@ def nested(key, values):
         ({"lora": {"rank": ()}}, (), "config.sweep.lora.rank is empty; give it values, or leave it out"),
         ({}, ("sweep.lora.rank=()",), "config.sweep.lora.rank is empty; give it values, or leave it out"),
         ({"lora": {"rank": (4, 4)}}, (), "config.sweep makes two members of the name rank=4; give each value once"),
-        ({"data": {"train": ("a/x.json", "b/x.json")}}, (), "config.sweep makes two members of the name train=x.json; give each value once"),
+        ({"lora": {"targets": ("q_proj,v_proj", "v_proj,q_proj")}}, (), "config.sweep makes two members of the name targets=q_proj+v_proj; give each value once"),
+        ({"data": {"eval_examples": (5, 10)}}, (), "config.sweep.data.eval_examples cannot be swept: it has to be the same for all members"),
+        ({}, ("sweep.lora.ranks={{'q_proj':4},{'q_proj':8}}",), "config.lora.ranks="),
+        ({1: (1, 2)}, (), "config.sweep.1 is no config key"),
+        ({"lora": {}}, (), "config.sweep is empty"),
+        ({"data": {"train": ("a/x.json", "b/x.json")}}, (), "config.sweep makes two members of the name train=x.json, of values that look alike; change one of them"),
         ({"lora": {"rank": (0, 1.5, 4)}}, (), "config.lora.rank=0 must be at least 1; config.lora.rank=1.5 is not a whole number"),
         ({"lora": {"targets": ("q_prj",)}}, (), "config.lora.targets=('q_prj',) must be a choice of"),
-        ({"log": {"every": (1, 2)}}, (), "config.sweep.log.every cannot be swept: it changes nothing that a member learns; set config.log.every"),
+        ({"log": {"every": (1, 2)}}, (), "config.sweep.log.every cannot be swept: it has to be the same for all members; set config.log.every"),
         ({"mesh": {"data": (1, 2)}}, (), "config.sweep.mesh.data cannot be swept"),
         ({"group_size": -1, "seed": (0, 1)}, (), "config.sweep.group_size=-1 must be 0 (chosen) or more"),
         ({"at_once": 1.5, "seed": (0, 1)}, (), "config.sweep.at_once=1.5 is not a whole number"),
@@ -180,6 +187,23 @@ def test_mistakes_are_answered_with_one_line(read, sweep, overrides, message):
     with pytest.raises(UserError) as error:
         read(sweep, *overrides)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_and_ranges_are_taken(tmp_path):
+    text = CONFIG.replace("SWEEP", "{'seed': range(3), 'optim': {'learning_rate': tuple(np.logspace(-4, -3, 2))}}")
+    (tmp_path / "config.py").write_text(f"import numpy as np\n{text}")
+    found = grid.read(str(tmp_path / "config.py"), [])
+    assert [member.swept for member in found.members[:3]] == [
+        {"optim.learning_rate": 1e-4, "seed": i} for i in range(3)
+    ]
+
+
+def test_names_of_targets_are_short_and_long_names_are_cut_to_what_a_folder_may_have(read):
+    attention, mlp = "q_proj,k_proj,v_proj,o_proj", "up_proj,gate_proj,down_proj"
+    found = read({"lora": {"targets": (attention, mlp, f"{attention},{mlp}")}})
+    assert names(found) == ["targets=attention", "targets=mlp", "targets=all"]
+    found = read({"lora": {"ranks": tuple({"q_proj": tuple(range(100, 150)), "v_proj": n} for n in (1, 2))}})
+    assert {len(name) for name in names(found)} == {150} and len({*names(found)}) == 2
 
 
 def test_a_name_is_a_folder_that_every_system_takes(read):

@@ -339,6 +339,68 @@ def test_killed_while_members_are_written_it_goes_on(tiny, swept, tmp_path, monk
     assert_same_sweep(tmp_path / "run", swept)
 
 
+def test_tables_after_resuming_are_those_of_an_uninterrupted_sweep(tiny, tmp_path, spied):
+    """What JSON makes of a tuple is not what was swept: seeds of one setting fell apart."""
+    short = ("--config.sample.every=0", "--config.train.steps=2", "--config.sweep.group_size=1")
+    grid = (
+        "--config.sweep.lora.targets=(('q_proj','v_proj'),)",
+        "--config.sweep.lora.ranks=({'q_proj':2},)",
+        "--config.sweep.seed=0,1",
+    )
+    assert sweep(tiny, tmp_path / "run", *short, *grid).code == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    parts = []
+
+    def kill(step, state, frozen):
+        parts.append(step)
+        if parts.count(1) == 1:
+            raise Killed
+
+    shutil.rmtree(tmp_path / "run" / "groups" / "0.1")  # the second part is to be trained again
+    (tmp_path / "run" / "groups" / "0.0" / "checkpoints" / "1").mkdir(parents=True)  # killed before it was tidied up
+    spied(kill)
+    with pytest.raises(Killed):
+        sweep(tiny, tmp_path / "run", *short, *grid)
+    spied()
+    assert sweep(tiny, tmp_path / "run", *short, *grid).code == 0
+    for name in ("sweep.csv", "sweep.md"):
+        text, expected = ((tmp_path / run / name).read_text().split("\n", 1)[1] for run in ("run", "whole"))
+        assert text == expected
+    assert "(2 seeds)" in expected
+    assert not list((tmp_path / "run" / "groups").glob("*/checkpoints"))
+
+
+def test_a_finished_member_may_go_on_alone_and_the_sweep_goes_on_without_it(tiny, swept, tmp_path):
+    workdir, name = tmp_path / "run", "rank=4,mode=lora,seed=0"
+    shutil.copytree(swept, workdir)
+    shutil.rmtree(workdir / "groups" / "1.0")
+    own = ("--config.lora.rank=4", "--config.data.seed=0", "--config.checkpoint.keep=1")
+    alone = running.run("train", tiny, f"--workdir={member(workdir, name)}", *own, "--config.train.steps=9")
+    assert alone.code == 0, alone.err
+    finished = sweep(tiny, workdir, *GRID)
+    assert finished.code == 0, finished.err
+    assert (workdir / "sweep.csv").read_text() == (swept / "sweep.csv").read_text()
+
+
+def test_a_sweep_goes_on_over_more_devices(tiny, swept, tmp_path, spied):
+    spied(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+    assert sweep(tiny, tmp_path / "run", *GRID, "--config.sweep.at_once=2").code == 75
+    spied()
+    finished = sweep(tiny, tmp_path / "run", *GRID, "--config.sweep.at_once=2", devices=2)
+    assert finished.code == 0, finished.err
+    assert "mesh       member 2 x fsdp 1" in finished.out and "5 members" in finished.out
+    for name in NAMES:
+        for one, other in zip(metrics(member(tmp_path / "run", name)), metrics(member(swept, name)), strict=True):
+            for key in one.keys() & {"train/loss", "eval/loss"}:
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+
+
+def test_a_stop_in_the_last_step_of_a_group_begins_no_other(tiny, tmp_path, spied):
+    spy = spied(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    stopped = sweep(tiny, tmp_path / "run", *GRID)
+    assert stopped.code == 75 and spy.calls == 6, stopped.err
+
+
 def test_a_diverged_member_stays_diverged_after_resuming(tiny, tmp_path, spied):
     short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
     grid = "--config.sweep.optim.learning_rate=(1e-3,1e30)"
@@ -458,12 +520,14 @@ def test_a_damaged_checkpoint_of_a_group_is_named(tiny, tmp_path, spied):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("--config.sweep.lora.rank=(4,128)",), "rank 128 above q_proj (64), k_proj (32), v_proj (32), o_proj (64), gate_proj (64), up_proj (64), down_proj (64): no update of these matrices can have it; leave it out of config.sweep.lora.rank"),
+        (("--config.sweep.lora.rank=(4,128)",), "rank 128 above q_proj (64), k_proj (32), v_proj (32), o_proj (64), gate_proj (64), up_proj (64), down_proj (64): no update of these matrices can have it; use a smaller rank"),
         (("--config.sweep.lora.rank=()",), "config.sweep.lora.rank is empty"),
         (("--config.sweep.lora.rnk=(1,2)",), "config.sweep.lora.rnk is no config key; did you mean config.sweep.lora.rank?"),
         (("--config.sweep.lora.rank=(4,4)",), "two members of the name rank=4"),
         (("--config.sweep.seed=(0,1)", "--config.log.wandb=project"), "config.log.wandb=project: "),
         (("--config.sweep.lora.targets=('q_proj','up_proj')", "--config.lora.rank=200"), "rank 200 above q_proj (64)"),
+        (("--config.sweep.lora.ranks=({'q_proj':100},{})",), "rank 100 above q_proj (64): no update of these matrices can have it"),
+        (("--config.sweep.seed=(0,1)", "--config.eval.every=0"), "config.eval.every=0: a sweep compares its members by what is held out"),
         ((), "config.sweep is empty; name what to try"),
     ],
 )  # fmt: skip

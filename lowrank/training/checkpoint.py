@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -104,6 +105,21 @@ class Checkpoints:
     def meta(self, step: int) -> dict:
         return self._read(step, meta=ocp.args.JsonRestore()).meta
 
+    def check(self, step: int):
+        """UserError if a checkpoint lacks one of its items, or its small ones cannot be read."""
+        self._read(step, meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        with self._read_errors(step):
+            metadata = self.manager.item_metadata(step)
+            missing = [item for item in ("adapter", "opt_state") if not dict(metadata[item] or {})]
+            if missing:
+                raise ValueError(f"no {' and no '.join(missing)}")
+
+    def forget(self):
+        """Remove all checkpoints."""
+        for step in self.manager.all_steps():
+            shutil.rmtree(self.folder / str(step))
+        self.manager.reload()
+
     def restore(self, step: int, state: State) -> tuple[State, dict]:
         """-> the state saved at `step`, laid out as `state` (ShapeDtypeStructs) is, its step and key left as they are
         there; the data's position."""
@@ -137,7 +153,7 @@ class Checkpoints:
     def _read_errors(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UserError(
                 f"checkpoint {self.folder}/{step} cannot be read ({reason}); remove that folder to go on from the one before"

@@ -127,7 +127,7 @@ def describe(results: list[Result], title: str) -> str:
     parts = [
         f"# {title}",
         _found(results, settings),
-        "![held-out loss over rank, step and rate](sweep.png)",
+        "![the loss over what was swept](sweep.png)",
         f"## Settings\n\n{_settings_table(results, settings)}",
     ]
     if len(values_of(RATE, settings)) > 1:
@@ -168,7 +168,7 @@ def _found(results: list[Result], settings: list[Setting]) -> str:
             best = min(ranking, key=lambda group: group[0].mean)
             if best[0] is not sound[0]:
                 said.append(f"The best adapter is {show_setting(best[0])}: {show_mean(best[0])}.")
-            said += _smallest_rank(best[0], [group[0] for group in ranking])
+            said += _smallest_rank(best[0], [group[0] for group in groups])
             said += _best_rate(best, groups)
             said += _beside_baseline(best[0], best_rates(baseline))
     diverged = sum(setting.diverged for setting in settings)
@@ -192,20 +192,25 @@ def _best_setting(sound: list[Setting]) -> list[str]:
 
 
 def _smallest_rank(best: Setting, ranking: list[Setting]) -> list[str]:
-    """`ranking`: each rank at its best rate. Ranks are compared where all else is as in the best setting."""
+    """`ranking`: each rank at its best rate. Ranks are compared where all else is as in the best setting; ranks that have
+    no loss for some seed at any rate are named."""
     alike = [
         one
         for one in ranking
         if one.mode == best.mode and RANK in one.values and one.without(RANK, RATE) == best.without(RANK, RATE)
     ]
     alike.sort(key=lambda one: one.values[RANK])
+    unsound = [str(one.values[RANK]) for one in alike if not one.sound]
+    if unsound:
+        said = f"At rank {', '.join(unsound)} some seed diverged or has no loss at every rate, so it is left out here."
+        return [said, *_smallest_rank(best, [one for one in alike if one.sound])]
     deviation = pooled_deviation(alike)
     if len(alike) < 2:
         return []
     rank = best.values[RANK]
     with_rest = f" (with {show_values(best.without(RANK, RATE))})" if best.without(RANK, RATE) else ""
     if alike[0] is best:
-        return [f"The smallest rank tried, {rank}, is also the best{with_rest}."]
+        return [f"The smallest of these ranks, {rank}, is also the best{with_rest}."]
     if deviation is None:
         return ["Which rank is enough cannot be told from one seed."]
     of = f"one standard deviation ({show_loss(deviation)}, pooled over the ranks at their best rates)"

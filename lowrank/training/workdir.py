@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -122,6 +123,13 @@ def flat(values: dict, prefix: str = ""):
 def file_hash(file) -> str | None:
     if file is None:
         return None
+    found = os.stat(file)
+    return _hash_of(str(file), found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_of(file: str, modified: int, size: int) -> str:
+    """Asked again for each member of a sweep; `modified` and `size` are there to tell when it is another file."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
