@@ -200,7 +200,7 @@ def _limits(best: list[Setting], settings: list[Setting]) -> tuple[float, float]
     ends = [one.mean + (one.deviation or 0) for one in settings]
     highest = max(ends)
     matters = max(statistics.median(means), *(one.mean + (one.deviation or 0) for one in best)) - lowest
-    if matters and highest - lowest > 6 * matters:
+    if matters and highest - lowest > 4 * matters:
         highest = max(end for end in ends if end <= lowest + 3 * matters)
     margin = 0.05 * (highest - lowest) or 0.01
     return lowest - margin, highest + margin
