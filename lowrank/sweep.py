@@ -85,6 +85,7 @@ def main(arguments: list[str]) -> int | None:
                 folder, done = part_folder(workdir, number, i)
                 if done.exists():
                     found = read_results(done, part)
+                    refuse_other_length(workdir, group, found)
                     refuse_damaged(workdir, folder, group, part, found)
                     shutil.rmtree(
                         folder / "checkpoints", ignore_errors=True
@@ -210,6 +211,17 @@ def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
         raise UserError(
             f"workdir {workdir} holds another sweep, which cannot go on with: {'; '.join(lines)}; choose another --workdir, "
             "or give the sweep what it began with"
+        )
+
+
+def refuse_other_length(workdir: pathlib.Path, group: Group, results: list[Result]):
+    """A finished part is not trained again, so it must have been trained for as long as is asked for now."""
+    steps = group.prepared.steps
+    other = [result for result in results if result.diverged is None and result.steps != steps]
+    if other:
+        raise UserError(
+            f"workdir {workdir} holds another sweep: {other[0].name} was trained for {other[0].steps} steps, and the config "
+            f"asks for {steps}; choose another --workdir"
         )
 
 

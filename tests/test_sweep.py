@@ -475,7 +475,7 @@ def test_a_sweep_of_another_grid_is_refused(tiny, swept, tmp_path):
     line = refused(sweep(tiny, workdir, *GRID, "--config.optim.b1=0.5"))
     assert "config.optim.b1 was 0.9 and is 0.5 (in rank=1,mode=lora,seed=0 and others)" in line
     line = refused(sweep(tiny, workdir, *GRID, "--config.train.steps=8"))
-    assert "config.train.steps was 6 and is 8" in line
+    assert "rank=1,mode=lora,seed=0 was trained for 6 steps, and the config asks for 8; choose another" in line
 
 
 def test_the_workdir_of_something_else_is_refused(tiny, trained, swept, tmp_path):
