@@ -1,6 +1,7 @@
 """The members' step: padding is without effect, members do not disturb each other, and each does what a run alone does."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,9 @@ def run_alone(config, params, mesh):
     return state, losses
 
 
-def run_together(configs, params, mesh, at_once=1, poison=None):
-    """-> (final state, metrics of each step, the members' own layouts); `poison`: a member whose weights are not finite."""
+def run_together(configs, params, mesh, at_once=1, poison=None, text_of=None):
+    """-> (final state, metrics of each step, evaluation losses); `poison`: a member whose weights are not finite;
+    `text_of`: a list that gets the compiled step's text."""
     wide = members.widest([config.lora for config in configs])
     model, shapes = model_of(wide, mesh)
     mask = partition.trainable_mask(shapes, "lora")
@@ -115,6 +117,8 @@ def run_together(configs, params, mesh, at_once=1, poison=None):
     seen = []
     with jax.set_mesh(mesh):
         step = members.make_members_step(model, configs[0], mask, mesh_lib.batch_shards(mesh), layout, at_once)
+        if text_of is not None:
+            text_of.append(step.lower(state, numbers, frozen, batch_of(0), np.int32(0)).compile().as_text())
         for i in range(STEPS):
             state, scalars = step(state, numbers, frozen, batch_of(i), np.int32(i))
             seen.append(jax.device_get(scalars))
@@ -176,7 +180,10 @@ def test_members_over_devices_equal_one_device_and_lie_where_they_should(params,
     devices = jax.devices()[: data * fsdp * tensor]
     over = mesh_lib.members_mesh(mesh_lib.make_mesh(mesh_lib.MeshConfig(data, fsdp, tensor), devices))
     assert over.shape == {"member": data, "data": 1, "fsdp": fsdp, "tensor": tensor}
-    state, found, over_losses = run_together(configs, params, over, at_once)
+    text = []
+    state, found, over_losses = run_together(configs, params, over, at_once, text_of=text)
+    if fsdp * tensor == 1:  # whole members on each device have nothing to tell each other
+        assert not re.findall(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", text[0])
     for one, other in zip(found, seen, strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-6)
     np.testing.assert_allclose(over_losses, losses, rtol=2e-6)
