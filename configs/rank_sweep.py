@@ -99,6 +99,6 @@ def get_config():
     config.sweep.train = ml_collections.ConfigDict()
     config.sweep.train.mode = ("lora", "full")
     config.sweep.optim = ml_collections.ConfigDict()
-    config.sweep.optim.learning_rate = (1e-3, 3e-3, 1e-2)
+    config.sweep.optim.learning_rate = (3e-4, 1e-3, 3e-3, 1e-2)
     config.sweep.seed = (0, 1)
     return config
