@@ -87,9 +87,8 @@ def main(arguments: list[str]) -> int | None:
                     found = read_results(done, part)
                     refuse_other_length(workdir, group, found)
                     refuse_damaged(workdir, folder, group, part, found)
-                    shutil.rmtree(
-                        folder / "checkpoints", ignore_errors=True
-                    )  # if it was killed before this the last time
+                    # There only if the sweep was killed just after this part was finished.
+                    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                     results += found
                     continue
                 if stop():  # in the last step of the part before

@@ -285,7 +285,7 @@ def test_a_sweep_whose_members_all_diverge_ends_and_says_so(tiny, tmp_path):
     short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
     finished = sweep(tiny, tmp_path / "run", *short, "--config.sweep.optim.learning_rate=(1e25,1e30)")
     assert finished.code == 0 and "step 6/6" not in finished.out, finished.err
-    assert "diverged" in finished.out.splitlines()[-6:][0] or "diverged" in finished.out
+    assert "  1. diverged  learning_rate=" in finished.out and "  2. diverged  learning_rate=" in finished.out
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
