@@ -9,6 +9,7 @@ import jax
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.lora import LoraConfig
+from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition, workdir
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.weights.base import Base
@@ -68,7 +69,7 @@ def _fitted(found: dict, wanted: dict, folder: pathlib.Path, made_for: str | Non
     if misfits:
         of = f", which was made for {made_for}," if made_for else ""
         raise UserError(f"adapter {folder}{of} does not fit the model: {'; '.join(misfits)}; give its own base")
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), found, wanted)
+    return jax.tree.map(lambda leaf, like: mesh_lib.put(leaf.astype(like.dtype), like.sharding), found, wanted)
 
 
 def _saved_step(folder: pathlib.Path, step: int | None) -> int:

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank import adapters
+from lowrank import config as config_lib
 from lowrank.config import Config
 from lowrank.data import examples as examples_lib
 from lowrank.data import loader, packing
@@ -71,6 +72,14 @@ def identity(config: Config, prepared: Prepared) -> dict:
         "data.train": workdir_lib.file_hash(config.data.train),
         "data.eval": workdir_lib.file_hash(config.data.eval),
     }
+
+
+def facts(config: Config, run_identity: dict) -> dict[str, str]:
+    """What has to be the same in all processes of a run, in words short enough to be shown: files by content, not by path."""
+    settings = {key: value for key, value in workdir_lib.flat(config_lib.to_dict(config)) if key not in workdir_lib.PATHS}
+    settings = {f"config.{key}": repr(value) for key, value in settings.items()}
+    files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
+    return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
 
 
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
@@ -151,7 +160,7 @@ def evaluation_batches(config: Config, held_out: Examples | None) -> list[loader
 def on_devices(batch: loader.Batch, mesh: Mesh) -> dict:
     """What a step takes of a batch, its rows spread over the mesh."""
     layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
-    return jax.device_put({name: batch[name] for name in BATCH_KEYS}, layout)
+    return {name: mesh_lib.put(batch[name], layout) for name in BATCH_KEYS}
 
 
 def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
@@ -169,7 +178,7 @@ def initial_variables(config: Config, model: Decoder, base: Base | None, shapes:
         # What an adapter starts from depends on its ranks alone: members of a sweep with the same share the program.
         ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)
         layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
-        variables["lora"] = jax.device_put(_fresh_adapter(Decoder(model.config, ranks), key), layout)
+        variables["lora"] = jax.tree.map(mesh_lib.put, _fresh_adapter(Decoder(model.config, ranks), key), layout)
     return variables
 
 

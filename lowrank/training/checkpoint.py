@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lowrank.errors import UserError
+from lowrank.parallel import distributed
 from lowrank.training import partition
 from lowrank.training.step import State
 
@@ -68,7 +69,9 @@ class Checkpoints:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._ignore_late_writes
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
+        if error and distributed.running():
+            return  # the others have no part in this error: they would be waited for, for ever
         try:
             self.wait()
         finally:

@@ -1,7 +1,7 @@
 """What a run tells: `metrics.jsonl` always, the console, and TensorBoard or W&B if asked for.
 
 The step's scalars stay on the device; the loop hands them over one step late, so that reading them never keeps the
-next step from being dispatched.
+next step from being dispatched. Of several processes the first one writes; in the others the same calls write nothing.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import rich.console
 import rich.progress
 
 from lowrank.errors import UserError
+from lowrank.parallel import distributed
 
 
 @contextlib.contextmanager
@@ -31,6 +32,8 @@ def writing(file: pathlib.Path):
 
 def replace(file: pathlib.Path, text: str):
     """Give the file a new content: whole, or (after a power cut, too) still the old one."""
+    if not distributed.first():
+        return
     fresh = file.with_suffix(".tmp")
     with writing(file):
         with open(fresh, "w", encoding="utf-8") as stream:
@@ -42,6 +45,8 @@ def replace(file: pathlib.Path, text: str):
 
 def append_line(file: pathlib.Path, record: dict):
     """Append one JSON object and have it on the disk before going on."""
+    if not distributed.first():
+        return
     with writing(file), open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         stream.flush()
@@ -58,7 +63,7 @@ def read_lines(file: pathlib.Path) -> list[dict]:
 
 def forget_after(file: pathlib.Path, step: int):
     """Drop the lines of steps after `step`, which a resumed run is about to write again. Atomic."""
-    if file.exists():
+    if distributed.first() and file.exists():
         kept = [record for record in read_lines(file) if record["step"] <= step]
         replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
@@ -75,6 +80,8 @@ class Metrics:
         """`step`: what was written after it is about to come again."""
         self.file = workdir / "metrics.jsonl"
         self.tensorboard = self.wandb = None
+        if not distributed.first():
+            return
         if tensorboard:
             try:
                 import tensorboardX
@@ -161,6 +168,8 @@ def human_bytes(size: float) -> str:
 
 def plot_curves(metrics_file: pathlib.Path, picture: pathlib.Path, title: str):
     """Training and evaluation loss over steps, and beneath them the learning rate and the gradient's norm."""
+    if not distributed.first():
+        return
     import matplotlib
 
     matplotlib.use("agg")  # no display is needed, nor looked for

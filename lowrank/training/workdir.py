@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 
 import jax
 
@@ -20,8 +21,11 @@ from lowrank import config as config_lib
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
+from lowrank.parallel import distributed
 from lowrank.training import metrics
 
+NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
+PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
 # What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
 FREE_ON_RESUME = (
     *("base", "tokenizer", "data.train", "data.eval"),
@@ -42,6 +46,10 @@ DEFAULTS = {
 def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str], command: str):
     """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
     file = workdir / "config.json"
+    if not distributed.first():
+        refuse_other_folder(workdir, distributed.from_first(lambda: None))
+        yield
+        return
     with locked(workdir, file, "run"):
         if file.exists():
             differences = resume_differences(read_record(workdir), config, identity)
@@ -56,12 +64,27 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
             "identity": identity,
         }
         metrics.replace(file, json.dumps(record, indent=1) + "\n")
+        distributed.from_first(lambda: record["at"])
         yield
+
+
+def refuse_other_folder(workdir: pathlib.Path, at: float):
+    """In a process that is not the first: UserError unless process 0's folder, in which a record was written `at`, is this one."""
+    for waited in range(NFS_SECONDS):
+        time.sleep(min(waited, 1))
+        with contextlib.suppress(UserError):
+            if read_record(workdir).get("at") == at:
+                return
+    raise UserError(
+        f"workdir {workdir} of this process is not the folder of that name of process 0; checkpoints need one that all "
+        "processes see, such as one on NFS or a bucket (gs://)"
+    )
 
 
 def origin(command: str, arguments: list[str]) -> dict:
     """Where a record comes from: how the command was called, and on what it runs."""
     return {
+        "at": time.time(),
         "command": shlex.join(["python", "-m", f"lowrank.{command}", *sys.argv[1:]]),
         "overrides": arguments,
         "versions": versions(),
@@ -142,6 +165,16 @@ def versions() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return {"python": platform.python_version(), **found}
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of the Python files of this package."""
+    digest = hashlib.sha256()
+    package = pathlib.Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache
