@@ -76,7 +76,9 @@ def identity(config: Config, prepared: Prepared) -> dict:
 
 def facts(config: Config, run_identity: dict) -> dict[str, str]:
     """What has to be the same in all processes of a run, in words short enough to be shown: files by content, not by path."""
-    settings = {key: value for key, value in workdir_lib.flat(config_lib.to_dict(config)) if key not in workdir_lib.PATHS}
+    settings = {
+        key: value for key, value in workdir_lib.flat(config_lib.to_dict(config)) if key not in workdir_lib.PATHS
+    }
     settings = {f"config.{key}": repr(value) for key, value in settings.items()}
     files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
     return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}

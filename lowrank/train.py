@@ -45,7 +45,9 @@ from lowrank.training.step import abstract_state, init_state, make_eval_step, ma
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string("workdir", None, "The folder of this run: made if absent, resumed if it holds the same run.")
 flags.DEFINE_bool("dry_run", False, "Print what would be trained on what, and at what cost; train nothing.")
-flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0. Not needed on a TPU slice, under srun, mpirun.")
+flags.DEFINE_string(
+    "coordinator", None, "Several processes: HOST:PORT of process 0. Not needed on a TPU slice, under srun, mpirun."
+)
 flags.DEFINE_integer("processes", None, "Several processes: how many; as above.")
 flags.DEFINE_integer("process", None, "Several processes: which one this is, from 0; as above.")
 flags.DEFINE_float("coordinator_timeout", 300, "Several processes: how long to wait for all of them, in seconds.")

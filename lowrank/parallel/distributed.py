@@ -65,9 +65,10 @@ def decide(
         flags = {"coordinator_address": "coordinator", "num_processes": "processes", "process_id": "process"}
         missing = [f"--{flag}" for name, flag in flags.items() if name not in arguments]
         if missing:
+            told = f" ({how} does not say it)" if found else ""
             raise UserError(
-                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing (found through {how}); several processes "
-                "need --coordinator=HOST:PORT (where process 0 runs), --processes=N and --process=I"
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{told}; several processes need "
+                "--coordinator=HOST:PORT (where process 0 runs), --processes=N and --process=I"
             )
         count, index = arguments["num_processes"], arguments["process_id"]
         if not 0 <= index < count:
@@ -122,7 +123,9 @@ def tpu_hosts() -> int:
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10) as got:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10
+        ) as got:
             return len(got.read().decode().split(","))
     except OSError:
         return 1
@@ -140,6 +143,7 @@ class _Processes:
         self.calls = itertools.count()
         self.ending = threading.Lock()  # taken by whoever prints the last line, and never given back
         self.finished = threading.Event()
+        self.gone = 0
         self.heard = dict.fromkeys(range(count), (None, time.monotonic()))
         self._put(f"name/{index}", self.name)
         self.thread = threading.Thread(target=self._watch, name="watching the other processes", daemon=True)
@@ -178,6 +182,7 @@ class _Processes:
                 name = self._found("name").get(str(index), f"process {index}")
                 message = f"{name} is gone without a word (killed, or its machine is); {GO_ON}"
                 self._put("over/0", message)
+                self.gone = 1
                 return {"0": message}
         return {}
 
@@ -195,7 +200,7 @@ class _Processes:
         with contextlib.suppress(Exception):
             self._put(f"left/{self.index}", "")
             deadline = time.monotonic() + PARTING
-            while self.index == 0 and time.monotonic() < deadline and len(self._found("left")) < self.count:
+            while self.index == 0 and time.monotonic() < deadline and len(self._found("left")) < self.count - self.gone:
                 time.sleep(0.1)
         # Not sys.exit: the main thread may wait in a sum that nobody else comes to, and JAX's own farewell for all.
         os._exit(1)
@@ -231,8 +236,8 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
     _processes = _Processes(
         jax.process_index(), jax.process_count(), global_state.coordinator_address, global_state.client
     )
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what a run says, process 0 says; mistakes go to stderr)
+    if jax.process_index():  # what a run says, process 0 says; mistakes go to stderr
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return f"{jax.process_count()}, found through {how.how}; process 0 is at {global_state.coordinator_address}"
 
 
