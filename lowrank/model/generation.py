@@ -48,9 +48,10 @@ def generate_ids(
     settings = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     key = jax.random.key(sampling.seed)
 
-    layout = jax.tree.leaves(variables)[0].sharding
+    layouts = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables)]
+    meshes = [layout.mesh for layout in layouts if isinstance(layout, NamedSharding)]
     # Said, so that every process can read the tokens: left to itself, the compiler may spread them over the devices.
-    whole = NamedSharding(layout.mesh, PartitionSpec()) if isinstance(layout, NamedSharding) else None
+    whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
 
     draw_key = jax.random.fold_in(key, 0)
     token, cache = _prefill(model, whole, variables, tokens, segments, pads, draw_key, settings)

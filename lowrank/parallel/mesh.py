@@ -16,6 +16,7 @@ from lowrank.errors import UserError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "group": "data",  # the rows that devices along fsdp look up together, each its part of `embed`
     "length": None,
     "embed": "fsdp",
     "heads": "tensor",
