@@ -121,35 +121,34 @@ def _compile_cache():
         use(before)
 
 
-def environment(devices: int) -> dict[str, str]:
+def environment(devices: int, code: pathlib.Path = ROOT) -> dict[str, str]:
     cache = {name.upper(): str(value) for name, value in CACHE.items()}
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | cache
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(code)} | cache
 
 
-def start(name: str, *arguments: str, devices: int = 1, **options) -> subprocess.Popen:
-    """Start a command in a process of its own, with so many devices and this suite's compiled programs."""
+def start(name: str, *arguments: str, devices: int = 1, code=ROOT, **options) -> subprocess.Popen:
+    """Start a command in a process of its own, with so many devices and this suite's compiled programs.
+
+    `code`: the folder in which the package lies.
+    """
     words = [sys.executable, "-m", f"lowrank.{name}", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, env=environment(devices), **(pipes | options))
+    return subprocess.Popen(words, env=environment(devices, code), cwd=code, **(pipes | options))
 
 
-def start_processes(count: int, devices: int, *arguments: str, own: dict | None = None) -> list[subprocess.Popen]:
-    """Start a training of several processes; `own` are further arguments of some of them, by number."""
+def start_processes(
+    count: int, devices: int, *arguments: str, own: dict | None = None, code=()
+) -> list[subprocess.Popen]:
+    """Start a training of several processes; `own` are further arguments of some of them, by number; `code` is where each
+    has its package, if not here."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"--coordinator=localhost:{probe.getsockname()[1]}"
-    return [
-        start(
-            "train",
-            *arguments,
-            coordinator,
-            f"--processes={count}",
-            f"--process={i}",
-            *(own or {}).get(i, ()),
-            devices=devices,
-        )
-        for i in range(count)
-    ]
+    processes = []
+    for i, folder in enumerate(code or [ROOT] * count):
+        flags = (coordinator, f"--processes={count}", f"--process={i}", *(own or {}).get(i, ()))
+        processes.append(start("train", *arguments, *flags, devices=devices, code=folder))
+    return processes
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> Finished:

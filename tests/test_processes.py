@@ -6,6 +6,7 @@ are, so a run goes on with another number of them exactly where it was; sums ove
 
 import json
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,6 +182,16 @@ def test_processes_with_other_data_and_settings_are_refused(tiny, tmp_path):
         assert "data.eval" not in line
         assert "give all of them the same command, code and files" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_code_are_refused(tiny, tmp_path):
+    shutil.copytree(ROOT / "lowrank", tmp_path / "code" / "lowrank")
+    with open(tmp_path / "code" / "lowrank" / "training" / "optimizer.py", "a") as file:
+        file.write("\n# Edited on one host and not on the other.\n")
+    first, second = finish(start(tiny, tmp_path / "run", code=(ROOT, tmp_path / "code")))
+    assert (first.code, second.code) == (1, 1)
+    assert "the processes do not run the same thing: the code of lowrank is " in first.err
+    assert "process 1 of 2" in second.err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("process", [0, 1])
