@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int | None:
     held_out, steps = prepared.held_out, prepared.steps
     mesh = mesh_lib.make_mesh(config.mesh)
     check_mesh(mesh, config, architecture)
-    begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
+    begun = bool(FLAGS.workdir) and distributed.from_first(pathlib.Path(FLAGS.workdir, "config.json").exists)
     if config.init_adapter:
         config = adapters.with_ranks_of_start(config, base, pathlib.Path(FLAGS.workdir) if begun else None)
 
@@ -255,8 +255,9 @@ def main(arguments: list[str]) -> int | None:
             checkpoints.wait()
 
     # ---- What came of it.
-    metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
-    print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
+    if distributed.first():
+        metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
+        print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
     return None
 
 

@@ -110,6 +110,18 @@ def test_two_processes_write_a_checkpoint_as_one_does(one_process, two_processes
     assert steps(workdir) == steps(one_process)
 
 
+def test_a_run_of_one_process_goes_on_with_two_on_another_mesh(tiny, one_process, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(one_process, tmp_path / name)
+    more = (*MESH, "--config.train.steps=9")
+    assert running.run("train", tiny, f"--workdir={tmp_path / 'one'}", *more, devices=4).code == 0
+    fsdp = ("--config.mesh.data=1", "--config.mesh.fsdp=4")  # each process reads and holds half of the base
+    first, second = finish(start(tiny, tmp_path / "two", *more, *fsdp))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "resumed from step 6" in first.out and "the mesh is another one now" in first.out
+    assert_close(tmp_path / "two", tmp_path / "one", step=9)
+
+
 def test_sigterm_to_one_process_stops_all_at_one_step_and_the_run_goes_on_to_the_bit(tiny, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     processes = start(tiny, stopped, *LONG)
