@@ -108,7 +108,9 @@ def test_a_tpu_slice_knows_its_hosts():
     assert decide(tpu_hosts=4).arguments == {}
     assert decide({"TPU_WORKER_HOSTNAMES": "a,b"}).how == "the TPU slice"
     assert decide({"TPU_WORKER_HOSTNAMES": "a"}, tpu_hosts=4) is None  # GKE says one host: no need to ask the machine
-    assert decide({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}).arguments == {}
+    assert decide({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "1"}).arguments == {}
+    with pytest.raises(UserError, match="2 TPU slices"):
+        decide({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"})
     assert decide({"JAX_PLATFORMS": "cpu"}, tpu_hosts=4) is None
 
 
