@@ -102,11 +102,11 @@ class Cloud:
         for number, script in enumerate(scripts, 1):
             (self.folder / f"python.{number}").write_text(script)
 
-    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    def start(self, script: str, *arguments: str, stdin=subprocess.DEVNULL, **environment: str) -> subprocess.Popen:
         settings = {"ZONE": "there-1a", "NAME": "mine", "PAUSE": "0", "YES": "1", "CLOUD": str(self.folder)}
         path = f"{self.tools}:{os.environ['PATH']}"
         words = [self.checkout / "launch" / script, *arguments]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(
             words, env={**os.environ, **settings, "PATH": path, **environment}, start_new_session=True, **pipes
         )

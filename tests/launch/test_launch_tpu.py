@@ -1,10 +1,15 @@
 """tpu_vm.sh and queued_resource.sh from beginning to end, on a fake cloud: above all, that nothing is left that costs money."""
 
+import json
+import os
+import pty
+import re
 import shutil
 import signal
+import sys
 
 import pytest
-from fake_cloud import ENDLESS, Cloud, train
+from fake_cloud import ENDLESS, ROOT, Cloud, train
 
 DISK = ["--config=configs/demo.py", "--workdir=runs/demo", "--config.sample.prompts=('one two',)"]
 BUCKET = ["--config=configs/demo.py", "--workdir=gs://bucket/runs/demo"]
@@ -51,6 +56,18 @@ def test_the_price_is_said_and_nothing_is_created_without_a_yes(cloud):
     assert cloud.calls() == []
 
 
+@pytest.mark.parametrize(("answer", "created"), [("n", 0), ("", 0), ("y", 1)])
+def test_on_a_terminal_it_asks(cloud, answer, created):
+    cloud.trainings(train())
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    code, _, err = cloud.finish(cloud.start("tpu_vm.sh", *DISK, stdin=terminal, YES=""))
+    assert "Create mine in there-1a? [y/N]" in err
+    assert cloud.verbs().count("create") == created and code == 1 - created
+    assert ("error: nothing was created" in err) == (not created)
+    os.close(keyboard), os.close(terminal)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -92,7 +109,7 @@ def test_a_signal_stops_the_training_which_saves_and_then_fetches_and_deletes(cl
     process = cloud.start("tpu_vm.sh", *DISK)
     log = cloud.folder / "hosts" / "0" / "lowrank" / "launch.log"
     cloud.wait_for(lambda: log.exists() and "training" in log.read_text() and "tail" in " ".join(cloud.calls()))
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: all of the group, in which gcloud must not be
     code, _, err = cloud.finish(process)
     assert code == 75, err
     assert f"{number.name}: asking the training to save and stop" in err
@@ -221,6 +238,27 @@ def test_a_result_that_cannot_be_fetched_is_no_success(cloud):
     assert code == 1
     assert "error: the training is done, but runs/demo could not be fetched" in err
     assert not cloud.exists()
+
+
+@pytest.mark.slow
+def test_a_real_training_is_stopped_fetched_and_resumed(cloud):
+    """The real command on the machine: Ctrl-C saves, and the same command goes on from there on another machine."""
+    real = f'#!/bin/sh\nPYTHONPATH={ROOT} JAX_PLATFORMS=cpu exec {sys.executable} "$@"\n'
+    cloud.trainings(real, real)
+    off = [f"--config.{key}=0" for key in ("eval.every", "eval.answers", "sample.every", "checkpoint.every")]
+    arguments = [f"--config={ROOT}/configs/demo.py", "--workdir=runs/demo", "--config.log.every=1", *off]
+    process = cloud.start("tpu_vm.sh", *arguments, "--config.train.steps=400")
+    written = cloud.folder / "hosts" / "0" / "lowrank" / "runs" / "demo" / "metrics.jsonl"
+    cloud.wait_for(lambda: written.exists() and len(written.read_text().splitlines()) > 3, timeout=120)
+    process.send_signal(signal.SIGINT)
+    code, out, err = cloud.finish(process)
+    assert code == 75, err
+    (stopped,) = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", out)
+    assert (cloud.checkout / "runs" / "demo" / "checkpoints" / stopped).is_dir()
+    steps = int(stopped) + 3
+    code, out, err = cloud.run("tpu_vm.sh", *arguments, f"--config.train.steps={steps}")
+    assert code == 0, err
+    assert [json.loads(line)["step"] for line in metrics(cloud)] == list(range(1, steps + 1))
 
 
 # ---- Spot machines in a queue ----------------------------------------------------------------------------------------
