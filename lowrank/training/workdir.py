@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -18,6 +17,7 @@ import time
 import jax
 
 from lowrank import config as config_lib
+from lowrank import storage
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
@@ -146,14 +146,14 @@ def flat(values: dict, prefix: str = ""):
 def file_hash(file) -> str | None:
     if file is None:
         return None
-    found = os.stat(file)
+    found = storage.path(file).stat()
     return _hash_of(str(file), found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=16)
 def _hash_of(file: str, modified: int, size: int) -> str:
     """Asked again for each member of a sweep; `modified` and `size` are there to tell when it is another file."""
-    with open(file, "rb") as stream:
+    with storage.path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 

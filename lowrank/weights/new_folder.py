@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from safetensors import SafetensorError
 
+from lowrank import storage
 from lowrank.errors import UserError
 
 
@@ -38,8 +39,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def carry(source: str | os.PathLike, target: pathlib.Path, names: Iterable[str]) -> None:
+def carry(source: str | os.PathLike | storage.BucketPath, target: pathlib.Path, names: Iterable[str]) -> None:
     """Copy those of the named files that `source` has."""
     for name in names:
-        if (pathlib.Path(source) / name).is_file():
-            shutil.copyfile(pathlib.Path(source) / name, target / name)
+        if (storage.path(source) / name).is_file():
+            (target / name).write_bytes((storage.path(source) / name).read_bytes())
