@@ -10,10 +10,13 @@ What a bucket answers becomes one line (`UserError`), or, if there is no such ob
 
 import contextlib
 import dataclasses
+import datetime
+import email.utils
 import errno
 import fnmatch
 import functools
 import io
+import json
 import logging
 import os
 import pathlib
@@ -42,6 +45,15 @@ def path(where: "str | os.PathLike | BucketPath") -> "pathlib.Path | BucketPath"
             f"{text}: paths that begin with {scheme[0]} are not known; say {SCHEME}BUCKET/PATH, or a local path"
         )
     return pathlib.Path(text)
+
+
+def local(where: "str | os.PathLike") -> pathlib.Path:
+    """A path of this machine's; UserError for one in a bucket, where what is renamed when it is whole cannot be made."""
+    if is_remote(where):
+        raise UserError(
+            f"{where}: this is written on this machine only; name a local folder, and copy it with `gcloud storage cp`"
+        )
+    return pathlib.Path(where)
 
 
 def is_remote(where: "str | os.PathLike | BucketPath") -> bool:
@@ -117,18 +129,15 @@ class BucketPath:
         return types.SimpleNamespace(st_size=int(info["size"]), st_mtime_ns=int(info["generation"]) * 1000)
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        with _errors(self):
+        """What is in the folder; nothing where there is no such folder, which for a bucket is the same."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), _errors(self):
             found = _files().ls(self.where, detail=False)
         yield from (BucketPath(name.rstrip("/")) for name in found if name.rstrip("/") != self.where)
 
     def glob(self, pattern: str) -> list["BucketPath"]:
         """The folder's own objects of such names."""
         return [file for file in self.iterdir() if fnmatch.fnmatchcase(file.name, pattern)]
-
-    def sizes(self) -> dict[str, int]:
-        """Every object in the folder and its folders: its path, how many bytes it has."""
-        with _errors(self):
-            return {name: int(info["size"]) for name, info in _files().find(self.where, detail=True).items()}
 
     # ---- Reading and writing -----------------------------------------------------------------------------------------
 
@@ -154,12 +163,40 @@ class BucketPath:
         with _errors(self):
             _files().pipe_file(self.where, content)
 
+    def create(self, metadata: dict[str, str]) -> None:
+        """Make an empty object that carries `metadata`; FileExistsError if there is one of this name."""
+        with _errors(self):
+            _files().pipe_file(self.where, b"", metadata=metadata, mode="create")
+
+    def request(self, method: str, **parameters) -> tuple[dict | None, datetime.datetime]:
+        """One request of the bucket's JSON interface about the object -> what it says of it, and its own time.
+
+        FileExistsError if a precondition among the parameters is not met.
+        """
+        with _errors(self):
+            headers, content = _files().call(method, "b/{}/o/{}", self.bucket, self.key, **parameters)
+        return json.loads(content or b"null"), email.utils.parsedate_to_datetime(headers["Date"])
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """A folder is there as soon as something is in it."""
+
     def unlink(self, missing_ok: bool = False) -> None:
         with contextlib.suppress(*[FileNotFoundError] * missing_ok), _errors(self):
             _files().rm_file(self.where)
 
     def _missing(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+
+
+Path = pathlib.Path | BucketPath
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """How many bytes every file has that lies in the folder or a folder in it."""
+    if not isinstance(folder, BucketPath):
+        return {str(file): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    with _errors(folder):
+        return {SCHEME + name: int(info["size"]) for name, info in _files().find(folder.where, detail=True).items()}
 
 
 # ---- The bucket's side ------------------------------------------------------------------------------------------------

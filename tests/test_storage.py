@@ -63,7 +63,7 @@ def test_an_object_is_written_read_and_listed(bucket):
     storage.path("gs://bucket/a/c/d").write_bytes(b"x" * 5)
     assert [*file.parent.iterdir()] == [file, file.parent / "c"]
     assert file.parent.glob("*.txt") == [file]
-    assert file.parent.sizes() == {"bucket/a/b.txt": 8, "bucket/a/c/d": 5}
+    assert storage.sizes(file.parent) == {"gs://bucket/a/b.txt": 8, "gs://bucket/a/c/d": 5}
     before = file.stat().st_mtime_ns
     file.write_bytes(b"one\r\ntwo")
     assert file.stat().st_mtime_ns > before  # the same bytes, but written anew

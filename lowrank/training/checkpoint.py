@@ -8,14 +8,14 @@ leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets it
 import contextlib
 import errno
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from lowrank import storage
 from lowrank.errors import UserError
 from lowrank.parallel import distributed
 from lowrank.training import partition
@@ -41,12 +41,12 @@ def nested(tree) -> dict:
 class Checkpoints:
     """The checkpoints of one workdir. A context manager: leaving it waits for the last save to be on disk."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1, read_only: bool = False):
+    def __init__(self, workdir: storage.Path, keep: int = 1, read_only: bool = False):
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[EVAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.folder = (workdir / "checkpoints").absolute()
+        self.folder = epath.Path(str((workdir / "checkpoints").absolute()))  # which may be one in a bucket
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
@@ -120,7 +120,7 @@ class Checkpoints:
     def forget(self):
         """Remove all checkpoints."""
         for step in self.manager.all_steps():
-            shutil.rmtree(self.folder / str(step))
+            (self.folder / str(step)).rmtree()
         self.manager.reload()
 
     def restore(self, step: int, state: State) -> tuple[State, dict]:

@@ -22,7 +22,7 @@ from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
 from lowrank.parallel import distributed
-from lowrank.training import metrics
+from lowrank.training import bucket_lock, metrics
 
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
@@ -106,14 +106,18 @@ def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+        if storage.is_remote(workdir):
+            lock = bucket_lock.locked(workdir / ".lock", str(workdir))
+        else:
+            lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written to ({error.strerror}); choose another --workdir"
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not storage.is_remote(workdir):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
         yield

@@ -15,7 +15,7 @@ from lowrank.errors import UserError
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields an empty folder to fill; it becomes `folder` when the block ends without an error, else it is removed."""
-    folder = pathlib.Path(os.path.abspath(folder))  # "." has no name
+    folder = pathlib.Path(os.path.abspath(storage.local(folder)))  # "." has no name
     # Beside the target, for only a rename within one file system is atomic.
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
