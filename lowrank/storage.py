@@ -177,6 +177,11 @@ class BucketPath:
             headers, content = _files().call(method, "b/{}/o/{}", self.bucket, self.key, **parameters)
         return json.loads(content or b"null"), email.utils.parsedate_to_datetime(headers["Date"])
 
+    def check_bucket(self) -> None:
+        """UserError if the bucket itself may not be asked what kind it is: Orbax asks, when it removes an old checkpoint."""
+        with _errors(self):
+            _files().call("GET", "b/{}", self.bucket)
+
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """A folder is there as soon as something is in it."""
 
@@ -250,15 +255,15 @@ def _errors(where: BucketPath | str) -> Iterator[None]:
 def said_of(error: BaseException) -> str | None:
     """A failure of storage, its credentials or the network, in words and with what to do; None if it is something else."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    text = (" ".join(str(error).split()) or type(error).__name__)[:300]
+    text = (" ".join(str(error).split()).partition(" [http_response")[0] or type(error).__name__)[:300]
     code = getattr(error, "code", None)
     if code in (401, "401") or "google.auth.exceptions.GoogleAuthError" in kinds:
         return f"Google Cloud Storage does not know who asks ({text}); {LOGIN}"
-    if isinstance(error, OSError) and text.startswith("Forbidden"):
-        reason = re.sub(r"^Forbidden: \S+ ?", "", text) or "forbidden"
+    if code == 403 or (isinstance(error, OSError) and text.startswith("Forbidden")) or "PERMISSION_DENIED" in text:
+        reason = re.sub(r"^(Forbidden: \S+|403 [A-Z]+ \S+:|PERMISSION_DENIED:) ?", "", text) or "forbidden"
         return (
             f"Google Cloud Storage does not allow it ({reason}); give this account the role Storage Object Viewer on the "
-            "bucket, and to write Storage Object User"
+            "bucket, and for a workdir there Storage Object User and Storage Legacy Bucket Reader"
         )
     if kinds & {"aiohttp.client_exceptions.ClientError", "requests.exceptions.RequestException"} or isinstance(
         error, TimeoutError

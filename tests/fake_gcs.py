@@ -30,6 +30,7 @@ class Bucket:
         self.generation = int(time.time() * 1e6)
         self.read = collections.Counter()  # bytes of each object: "bucket/name"
         self.requests = []  # (method, path)
+        self.writes = collections.defaultdict(list)  # of each object: (generation, content)
         self.uploads = {}  # of several requests: id -> (where, conditions, bytes so far)
         self.refuse = None  # a function of (method, path): (status, message), or None to go on
         self.ahead = 0.0  # seconds by which the server's clock is ahead
@@ -38,6 +39,7 @@ class Bucket:
         with self.lock:
             self.generation += 1
             self.objects[where] = {"content": bytes(content), "generation": self.generation, "metageneration": 1}
+            self.writes[where].append((self.generation, bytes(content)))
             self.objects[where] |= {"updated": self.now(), "metadata": metadata or {}}
             return self.described(where)
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/STEP/` of four items: `adapter` (the trainable leaves under their paths),
 `opt_state`, `data` (the loader's position) and `meta`. The trees that come in have holes where the base is, so no
-leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets its name when it is whole.
+leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets its name when it is whole; in a bucket, where
+nothing can be renamed, it gets the object `commit_success.txt` then, and is nothing without it.
 """
 
 import contextlib
@@ -169,6 +170,8 @@ class Checkpoints:
             yield
         except Exception as error:
             text = f"{error} {error.__cause__ or ''}"
+            if reason := storage.said_of(error):
+                raise UserError(f"checkpoint in {self.folder} could not be written: {reason}") from error
             signs = [sign for sign in DISK_SIGNS if sign in text]
             if signs or getattr(error, "errno", None) in DISK_ERRORS:
                 last = self.latest()

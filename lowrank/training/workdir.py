@@ -107,6 +107,7 @@ def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
         if storage.is_remote(workdir):
+            workdir.check_bucket()
             lock = bucket_lock.locked(workdir / ".lock", str(workdir))
         else:
             lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
