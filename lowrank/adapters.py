@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 
+from lowrank import storage
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.lora import LoraConfig
@@ -20,7 +21,7 @@ from lowrank.weights.peft import read_peft
 class Adapter:
     """What was trained, still on the disk. `lora` is None where it is a whole model, of a full fine-tuning."""
 
-    folder: pathlib.Path
+    folder: storage.Path
     lora: LoraConfig | None
     format: str | None  # of the prompts it was trained on, if that is known
     tokenizer: str | None  # that it was trained with, if not the base's own
@@ -34,7 +35,7 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
 
     `layers`: how many the base has, if that is known; PEFT's settings do not say.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if (folder / "adapter_config.json").is_file():
         tree, lora, made_for = read_peft(folder, layers)
         return Adapter(

@@ -6,7 +6,6 @@ Everything that a user can get wrong with these is refused here, so that it is k
 import dataclasses
 import functools
 import math
-import pathlib
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -97,11 +96,11 @@ def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
             raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
         base, architecture = None, SIZES[config.architecture]
     elif config.base:
-        base = read_base(pathlib.Path(config.base))
+        base = read_base(config.base)
         architecture = base.config
     else:
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
-    tokenizer = load_tokenizer(pathlib.Path(config.tokenizer or config.base))
+    tokenizer = load_tokenizer(config.tokenizer or config.base)
     check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
     if config.data.max_length > architecture.max_length:
         raise UserError(

@@ -8,7 +8,6 @@ SIGTERM and Ctrl-C finish the step, save, and end with exit code 75; a second Ct
 
 import contextlib
 import math
-import pathlib
 import time
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lowrank import adapters, command, config_file, inference
+from lowrank import adapters, command, config_file, inference, storage
 from lowrank import config as config_lib
 from lowrank.command import STOPPED
 from lowrank.errors import UserError
@@ -68,9 +67,10 @@ def main(arguments: list[str]) -> int | None:
     held_out, steps = prepared.held_out, prepared.steps
     mesh = mesh_lib.make_mesh(config.mesh)
     check_mesh(mesh, config, architecture)
-    begun = bool(FLAGS.workdir) and distributed.from_first(pathlib.Path(FLAGS.workdir, "config.json").exists)
+    workdir = storage.path(FLAGS.workdir or "")
+    begun = bool(FLAGS.workdir) and distributed.from_first((workdir / "config.json").exists)
     if config.init_adapter:
-        config = adapters.with_ranks_of_start(config, base, pathlib.Path(FLAGS.workdir) if begun else None)
+        config = adapters.with_ranks_of_start(config, base, workdir if begun else None)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
@@ -95,7 +95,6 @@ def main(arguments: list[str]) -> int | None:
         return None
 
     # ---- Workdir: a new run, or the same one again.
-    workdir = pathlib.Path(FLAGS.workdir)
     with (
         workdir_lib.open_workdir(workdir, config, run_identity, arguments, "train"),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
@@ -243,6 +242,7 @@ def main(arguments: list[str]) -> int | None:
                     if saves or better or stopped_by:
                         meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                         meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
+                        metrics_lib.flush_lines()
                         checkpoints.save(step, state, batches.get_state(), meta, eval_loss)
                     clock += time.monotonic() - paused
                     if stopped_by and step < steps:
@@ -282,7 +282,7 @@ def not_finite(step: int, scalars: dict, examples: np.ndarray, checkpoints: Chec
     )
 
 
-def best_loss(workdir: pathlib.Path) -> float:
+def best_loss(workdir: storage.Path) -> float:
     """The best evaluation so far, from the metrics that are left after resuming."""
     losses = [line["eval/loss"] for line in metrics_lib.read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
     return min(losses, default=math.inf)

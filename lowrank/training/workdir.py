@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -18,11 +17,12 @@ import time
 import jax
 
 from lowrank import config as config_lib
+from lowrank import storage
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
 from lowrank.parallel import distributed
-from lowrank.training import metrics
+from lowrank.training import bucket_lock, metrics
 
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
@@ -106,14 +106,19 @@ def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+        if storage.is_remote(workdir):
+            workdir.check_bucket()
+            lock = bucket_lock.locked(workdir / ".lock", str(workdir))
+        else:
+            lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written to ({error.strerror}); choose another --workdir"
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not storage.is_remote(workdir):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
         yield
@@ -146,14 +151,14 @@ def flat(values: dict, prefix: str = ""):
 def file_hash(file) -> str | None:
     if file is None:
         return None
-    found = os.stat(file)
+    found = storage.path(file).stat()
     return _hash_of(str(file), found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=16)
 def _hash_of(file: str, modified: int, size: int) -> str:
     """Asked again for each member of a sweep; `modified` and `size` are there to tell when it is another file."""
-    with open(file, "rb") as stream:
+    with storage.path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
