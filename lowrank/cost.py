@@ -135,12 +135,25 @@ def link_traffic(share: Share) -> float:
     held = (share.layer_kernels * a.layers + 3 * share.table) / tensor * share.held_itemsize
     gathers = share.passes * held * (fsdp - 1) / fsdp
     sums = a.layers * 2 * share.passes * share.tokens * a.embed * share.itemsize * 2 * (tensor - 1) / tensor
-    trained = share.layer_kernels * a.layers * 4  # in mode "full"
-    if c.adapted:
-        sizes = [(*a.projections()[target], c.lora.width(target)) for target in c.lora.targets]
-        trained = a.layers * sum((inputs + outputs) * width for inputs, outputs, width in sizes) * share.itemsize
+    trained = _adapter(share) * share.itemsize if c.adapted else share.layer_kernels * a.layers * 4
     gradients = trained * 2 * (shards - 1) / shards
     return c.train.microbatches * (gathers + sums + gradients)
+
+
+def arguments(share: Share) -> float:
+    """Bytes of base, adapter and optimizer on one device; what tiles add is not in it."""
+    a = share.architecture
+    held = share.layer_kernels * a.layers + share.table * (1 if a.tied_head else 2)
+    if not share.config.adapted:
+        return 12 * held / (share.fsdp * share.tensor)  # in float32, with two moments
+    # The factors lie over fsdp or tensor on one side, over nothing on the other: as if over fsdp alone, to be safe.
+    return held * share.held_itemsize / (share.fsdp * share.tensor) + 12 * _adapter(share) / share.fsdp
+
+
+def _adapter(share: Share) -> int:
+    """Elements of lora_a and lora_b."""
+    a, lora = share.architecture, share.config.lora
+    return a.layers * sum(sum(a.projections()[target]) * lora.width(target) for target in lora.targets)
 
 
 def temporaries(share: Share) -> float:

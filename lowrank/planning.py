@@ -22,6 +22,7 @@ from lowrank.parallel.mesh import MeshConfig
 from lowrank.parallel.topology import Slice, sizes_in
 from lowrank.preparation import check_mesh
 from lowrank.program import Memory, Step, abstract_step, compile_step, memory_of
+from lowrank.training.metrics import human_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,8 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: in
         excess = arguments.total - slice.memory
         return Plan(config, architecture, slice, step, arguments, excess, [], roofline(share, slice, None))
     try:
-        compiled = compile_step(step)
+        with slice.compiling():
+            compiled = compile_step(step)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -95,28 +97,43 @@ def interconnect_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> f
 # ---- The search ------------------------------------------------------------------------------------------------------
 
 
+# Above this share of the memory a candidate is not tried. The guess of the temporaries was 4.28 GB where the compiler needed
+# 4.54 (Llama 3 8B, 8 rows of 2,048 over 8 chips, remat full).
+HOPELESS = 1.1
+
+
 def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
-    """Every mesh, remat and number of micro-batches that the model and the batch allow, by estimated seconds a step, best
-    first; without those whose memory, by a guess, is more than 1.5 times what there is."""
-    found = []
+    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: the
+    fastest first, of equally fast ones the one that needs the least memory; without those that hardly fit, by a guess."""
+    found, least = [], math.inf
     count = len(slice.devices)
-    for tensor in _divisors(math.gcd(count, architecture.kv_heads, architecture.mlp, architecture.vocab)):
+    for tensor in _divisors(
+        math.gcd(count, architecture.heads, architecture.kv_heads, architecture.mlp, architecture.vocab)
+    ):
         for fsdp in _divisors(math.gcd(count // tensor, architecture.embed)):
             mesh = MeshConfig(count // tensor // fsdp, fsdp, tensor)
             rows = config.train.batch_size / (mesh.data * fsdp)
-            for microbatches in _divisors(int(rows)) if rows >= 1 and rows.is_integer() else ():
+            for microbatches in _divisors(int(rows)) if rows.is_integer() else ():
                 for remat in REMAT:
                     train = dataclasses.replace(config.train, microbatches=microbatches)
                     one = dataclasses.replace(config, mesh=mesh, remat=remat, train=train)
                     share = Share(one, architecture, mesh.data, fsdp, tensor)
-                    if _arguments(share) + cost.temporaries(share) < 1.5 * slice.memory:
-                        found.append((roofline(share, slice, None).seconds, one))
+                    needed = cost.arguments(share) + cost.temporaries(share)
+                    least = min(least, needed)
+                    if needed < HOPELESS * slice.memory:
+                        found.append((roofline(share, slice, None).seconds, needed, one))
+    if least == math.inf:
+        raise UserError(
+            f"{slice.name} has no mesh for this model and a batch of {config.train.batch_size} rows; choose another slice, or a "
+            f"config.train.batch_size that {count} devices divide"
+        )
     if not found:
         raise UserError(
-            f"{slice.name} has no mesh for a batch of {config.train.batch_size} rows of this model: choose a larger slice, "
-            f"or a config.train.batch_size that its {count} devices divide"
+            f"{slice.name} is too small: a step needs about {human_bytes(least)} on a device, by hand, and there are "
+            f"{human_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
         )
-    return sorted(found, key=lambda entry: (entry[0], entry[1].train.microbatches, REMAT.index(entry[1].remat)))
+    found.sort(key=lambda entry: (float(f"{entry[0]:.3g}"), entry[1]))
+    return [(seconds, one) for seconds, _, one in found]
 
 
 def search(
@@ -130,12 +147,6 @@ def search(
         yield plan
         if fitting == wanted:
             return
-
-
-def _arguments(share: Share) -> float:
-    a = share.architecture
-    held = (share.layer_kernels * a.layers + share.table * (1 if a.tied_head else 2)) * share.held_itemsize
-    return held / (share.fsdp * share.tensor) * (1 if share.config.adapted else 4)
 
 
 def _divisors(number: int) -> list[int]:

@@ -13,6 +13,7 @@ import re
 import typing
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lowrank.errors import UserError
 from lowrank.parallel.chips import CHIPS, Chip
@@ -59,6 +60,10 @@ class Slice:
             links += 0 if spread == 1 else 2 if ring and spread == size else 1
         return max(links, 1) * self.chip.link  # two devices of one chip: over something that is no slower
 
+    def compiling(self) -> typing.ContextManager:
+        """To compile in. Without the compile cache: what it holds cannot be loaded where there is no TPU."""
+        return uncached()
+
     @property
     def pair_bandwidth(self) -> float:
         """Of permutes between neighbours, which the compiler sends in both directions at a time."""
@@ -85,6 +90,21 @@ def quiet():
     """To be called before JAX looks for devices."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def uncached():
+    before = jax.config.jax_enable_compilation_cache
+
+    def use(on: bool):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # it asks once only whether it is on
+
+    use(False)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def open_slice(name: str) -> Slice:
