@@ -38,8 +38,8 @@ setuptools.setup(
         "cuda13": ["jax[cuda13]"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.19"],
         "plan": ["jax[tpu]"],
-        # torch is pinned: an open range would bring the CUDA build of several gigabytes.
-        "test": ["pytest>=8", "torch==2.13.0", "transformers>=5", "peft>=0.18", "tensorboardX>=2.6"],
+        # torch is pinned: an open range would bring the CUDA build of several gigabytes. jax[tpu] is for `plan`.
+        "test": ["pytest>=8", "torch==2.13.0", "transformers>=5", "peft>=0.18", "tensorboardX>=2.6", "jax[tpu]"],
         "dev": ["ruff==0.17.6"],
     },
 )

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int | None:
     if FLAGS.json:
         numbers = plan_report.record(plan, workloads, FLAGS.efficiency, price)
         pathlib.Path(FLAGS.json).write_text(json.dumps(numbers, indent=1) + "\n")
-    source = plan_report.price_source(slice.chip.name, price, given)
+    source = "" if local and not given else plan_report.price_source(slice.chip.name, price, given)
     print(plan_report.estimate(plan, workloads, FLAGS.efficiency, price, source))
     if local and plan.fits:
         seconds = measured_seconds(plan)

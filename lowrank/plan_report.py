@@ -27,8 +27,8 @@ def _heading(plan: Plan) -> str:
             f"heads {a.heads}/{a.kv_heads}, vocab {a.vocab}",
             f"adapter    {adapter}",
             f"slice      {plan.slice.name}, {plan.slice.chips} chips; mesh data {data} x fsdp {fsdp} x tensor {tensor}",
-            f"step       {c.train.batch_size} rows of {c.data.max_length} tokens in {c.train.microbatches} micro-batches of "
-            f"{rows}; remat {c.remat}; computed in {c.dtype}, base held in {c.param_dtype}",
+            f"step       {c.train.batch_size} rows of {c.data.max_length} tokens, {rows} in each of {c.train.microbatches} "
+            f"micro-batches; remat {c.remat}; computed in {c.dtype}, base held in {c.param_dtype}",
         ]
     )
 
@@ -44,7 +44,7 @@ def _memory(plan: Plan) -> str:
         ("activations", memory.temporaries, "and gathered kernels, gradients: the program's temporaries"),
         ("program", memory.program, ""),
     ]
-    if plan.memory.program == 0:
+    if not plan.compiled:
         rows = [row for row in rows if row[0] not in ("activations", "program")]
     lines = [f"on each {chip}"] + [f"  {name:<12}{human_bytes(size):>10}  {what}".rstrip() for name, size, what in rows]
     if plan.fits:
@@ -61,7 +61,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _collectives(plan: Plan) -> str:
-    if plan.memory.program == 0:
+    if not plan.compiled:
         return "collectives  unknown: there is no program"
     table = totals(plan.collectives)
     if not table:
@@ -94,9 +94,10 @@ def estimate(plan: Plan, workloads: list[Workload], efficiency: float, price: fl
     """The roofline and the money; `source` says where the price is from."""
     r = plan.roofline
     slots = plan.config.train.batch_size * plan.config.data.max_length
-    by_hand = "" if plan.memory.program else " (by hand)"
+    numbers = "what a device here did just now" if plan.slice.name == "local" else "the chip's published numbers"
+    by_hand = "" if plan.compiled else " (by hand)"
     lines = [
-        "ESTIMATE, not a measurement: a roofline of the chip's published numbers",
+        f"ESTIMATE, not a measurement: a roofline of {numbers}",
         f"  seconds a step: compute {r.compute:.4g}, memory {r.memory:.4g}, interconnect {r.interconnect:.4g}{by_hand}; "
         f"bound by {r.bound}",
         f"  {'':<44}{'roofline':>14}{f'at {efficiency:.0%} of it':>14}",
@@ -112,8 +113,7 @@ def estimate(plan: Plan, workloads: list[Workload], efficiency: float, price: fl
         lines.append(f"  {'  hours':<44}{best.hours:>14.4g}{likely.hours:>14.4g}")
         if best.dollars is not None:
             lines.append(f"  {'  dollars':<44}{best.dollars:>14,.2f}{likely.dollars:>14,.2f}")
-    lines.append(f"  {source}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {source}"] if source else lines)
 
 
 def price_source(chip: str, price: float | None, given: bool) -> str:
@@ -165,11 +165,11 @@ def record(plan: Plan, workloads: list[Workload], efficiency: float, price: floa
         "microbatches": c.train.microbatches,
         "max_length": c.data.max_length,
         "fits": plan.fits,
-        "compiled": plan.memory.program > 0,
+        "compiled": plan.compiled,
         "bytes": dataclasses.asdict(plan.memory) | {"together": plan.memory.total, "available": plan.slice.memory},
         "excess": plan.excess,
         "collectives": {
-            kind: {"times": times, "sent": sent} for kind, (times, sent) in totals(plan.collectives).items()
+            kind: {"times": times, "sent": sent} for kind, (times, sent) in totals(plan.collectives or []).items()
         },
         "seconds": {"compute": r.compute, "memory": r.memory, "interconnect": r.interconnect, "roofline": r.seconds},
         "efficiency": efficiency,

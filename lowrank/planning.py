@@ -27,7 +27,7 @@ from lowrank.training.metrics import human_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of a step that does not fit there is no program: `memory` is then what its arguments need, `collectives` is empty."""
+    """Where a step does not fit there may be no program: `memory` is then what its arguments need, and `collectives` None."""
 
     config: Config
     architecture: ModelConfig
@@ -35,12 +35,16 @@ class Plan:
     step: Step
     memory: Memory
     excess: float  # bytes above what a device has; 0 or less: it fits
-    collectives: list[Collective]
+    collectives: list[Collective] | None
     roofline: Roofline
 
     @property
     def fits(self) -> bool:
         return self.excess <= 0
+
+    @property
+    def compiled(self) -> bool:
+        return self.collectives is not None
 
     @property
     def mesh(self) -> Mesh:
@@ -55,7 +59,7 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: in
     arguments = memory_of(step, None)
     if arguments.total > slice.memory:  # no program can help
         excess = arguments.total - slice.memory
-        return Plan(config, architecture, slice, step, arguments, excess, [], roofline(share, slice, None))
+        return Plan(config, architecture, slice, step, arguments, excess, None, roofline(share, slice, None))
     try:
         with slice.compiling():
             compiled = compile_step(step)
@@ -63,7 +67,9 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: in
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, available = sizes_in(str(error)) or (math.inf, 0)
-        return Plan(config, architecture, slice, step, arguments, needed - available, [], roofline(share, slice, None))
+        return Plan(
+            config, architecture, slice, step, arguments, needed - available, None, roofline(share, slice, None)
+        )
     memory, found = memory_of(step, compiled), collectives(compiled.as_text())
     time_on_links = interconnect_seconds(found, slice, mesh)
     excess = memory.total - slice.memory

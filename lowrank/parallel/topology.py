@@ -9,23 +9,21 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import pathlib
 import re
 import typing
 
 import jax
+from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from lowrank.errors import UserError
 from lowrank.parallel.chips import CHIPS, Chip
 
-# Set before libtpu is loaded, and only where nothing is said: it would look for TPUs on this machine, ask for them over
-# the network, and complain on stderr that there are none; and it lets one process at a time have it.
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+# What libtpu, where it is installed and there is no TPU, would look for in vain, ask the network for, and complain about in
+# five lines on stderr. To be set before JAX looks for devices, and only where nothing is said.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+GOOGLE = "0x1ae0"  # as a vendor of PCI devices, which TPUs are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +85,11 @@ def find(name: str) -> tuple[Chip, str]:
 
 
 def quiet():
-    """To be called before JAX looks for devices."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    """Keep libtpu from looking for TPUs on a machine that has none. Harmless without libtpu, and twice."""
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
@@ -115,9 +115,7 @@ def open_slice(name: str) -> Slice:
             f"--topology={name}: compiling for a TPU needs libtpu, which is not installed; pip install 'lowrank[plan]', or "
             "make .venv/.installed EXTRAS=plan in a checkout"
         )
-    quiet()
-    from jax.experimental import topologies  # not before `quiet`
-
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one process at a time may compile
     options = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}  # a host has 2x2 unless it is said
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{topology}", **options)
