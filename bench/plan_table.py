@@ -94,12 +94,14 @@ def too_small(record: dict | None) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("docs/plan"))
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="of chips, to compile for (several runs can go side by side)"
+    )
     parser.add_argument("--print", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
-    found = {
-        (model, kind): smallest(model, kind, arguments.to, not arguments.print) for kind in KINDS for model in MODELS
-    }
+    kinds = [] if arguments.print else arguments.kinds.split(",")
+    found = {(model, kind): smallest(model, kind, arguments.to, kind in kinds) for kind in KINDS for model in MODELS}
     print(tables(found))
 
 
