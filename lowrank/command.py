@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
 from lowrank.errors import UserError
-from lowrank.parallel import distributed
+from lowrank.parallel import distributed, topology
 
 STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (sysexits' "temporary failure")
 
@@ -35,6 +35,7 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return _fail(f"{str(error).splitlines()[0]}; see --help")
 
     def guarded(argv):
+        topology.quiet()
         use_compile_cache()
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:

@@ -84,7 +84,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `architecture` names a model to train from scratch in mode "full", where others name a `base`."""
+    """One run. `architecture` names the model that `base` must be; without a base, one to plan, or to train from scratch."""
 
     base: str | None = None
     architecture: str | None = None

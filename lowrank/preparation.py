@@ -85,19 +85,20 @@ def facts(config: Config, run_identity: dict) -> dict[str, str]:
 
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
     """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
-    if config.architecture:
-        if config.base or config.train.mode != "full":
-            raise UserError(
-                "config.architecture is trained from scratch: it needs train.mode='full' and no config.base"
-            )
-        if config.architecture not in SIZES:
-            raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
-        if not config.tokenizer:
-            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
-        base, architecture = None, SIZES[config.architecture]
-    elif config.base:
+    wanted = named_architecture(config)
+    if config.base:
         base = read_base(config.base)
         architecture = base.config
+        differing = wanted.shape_differences(architecture) if wanted else []
+        if differing:
+            raise UserError(
+                f"config.base={config.base} is no {config.architecture}, which config.architecture says it is: "
+                f"{'; '.join(differing)}; give another base, or --config.architecture=None"
+            )
+    elif wanted and config.train.mode == "full":
+        if not config.tokenizer:
+            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
+        base, architecture = None, wanted
     else:
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
     tokenizer = load_tokenizer(config.tokenizer or config.base)
@@ -108,6 +109,13 @@ def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
             f"positions); say --config.data.max_length={architecture.max_length} or less"
         )
     return base, architecture, tokenizer
+
+
+def named_architecture(config: Config) -> ModelConfig | None:
+    """The model that `config.architecture` names."""
+    if config.architecture and config.architecture not in SIZES:
+        raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
+    return SIZES[config.architecture] if config.architecture else None
 
 
 def read_data(config: Config, tokenizer: Tokenizer):

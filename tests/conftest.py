@@ -9,7 +9,9 @@ import pytest
 import running
 
 from lowrank import command
+from lowrank.parallel import topology
 
+topology.quiet()
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the suite's time: programs that several tests (or two runs of the suite) share are compiled once.
 command.use_compile_cache()

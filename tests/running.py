@@ -23,7 +23,7 @@ from lowrank import command
 from lowrank.parallel import mesh
 from lowrank.training.partition import named_leaves
 
-COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze")
+COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze", "plan")
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = {  # compiled programs that the commands share, in this run of the suite and in the next
     "jax_compilation_cache_dir": str(ROOT / ".pytest_cache" / "compiled"),

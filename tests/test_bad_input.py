@@ -114,9 +114,14 @@ def unknown_architecture(given):
     return given.train("base=None", "architecture=tiny", "train.mode=full", "tokenizer=x")
 
 
-@case("config.architecture is trained from scratch")
-def architecture_and_base(given):
+@case("is no demo, which config.architecture says it is: vocab is 512, not 1024; embed is 64, not 128")
+def architecture_of_another_base(given):
     return given.train("architecture=demo")
+
+
+@case("config.base is missing; say --config.base=DIR")
+def architecture_without_base(given):
+    return given.train("base=None", "architecture=demo")
 
 
 # ---- The base and its tokenizer --------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ class ModelConfig:
             "down_proj": (self.mlp, self.embed),
         }
 
+    def shape_differences(self, other: "ModelConfig") -> list[str]:
+        """Where the arrays of `other` have other shapes than this config's, a few words each."""
+        fields = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim", "tied_head", "biased", "qk_norm")
+        pairs = [(name, getattr(other, name), getattr(self, name)) for name in fields]
+        return [f"{name} is {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours]
+
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters of the base; a tied head counts once."""
@@ -403,6 +409,7 @@ SIZES: dict[str, ModelConfig] = {
     "llama3-70b": dataclasses.replace(_LLAMA_3, **_70B),
     "llama3.1-8b": _LLAMA_31,
     "llama3.1-70b": dataclasses.replace(_LLAMA_31, **_70B),
+    "llama3.1-405b": dataclasses.replace(_LLAMA_31, embed=16384, mlp=53248, layers=126, heads=128),
     "llama3.2-1b": dataclasses.replace(_LLAMA_32, embed=2048, mlp=8192, layers=16, head_dim=64),
     "llama3.2-3b": dataclasses.replace(_LLAMA_32, embed=3072, mlp=8192, layers=28, heads=24),
     "llama3.3-70b": dataclasses.replace(_LLAMA_31, **_70B, eos_ids=(128001, 128008, 128009)),  # instruct only

@@ -186,6 +186,7 @@ def test_named_sizes_have_their_published_parameter_counts():
         "llama3-70b": 70_553_706_496,
         "llama3.1-8b": 8_030_261_248,
         "llama3.1-70b": 70_553_706_496,
+        "llama3.1-405b": 405_853_388_800,
         "llama3.2-1b": 1_235_814_400,
         "llama3.2-3b": 3_212_749_824,
         "llama3.3-70b": 70_553_706_496,

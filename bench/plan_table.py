@@ -1,0 +1,109 @@
+"""The table of docs/plan.md: for each model and kind of chip the smallest slice that its step fits, made by `lowrank.plan`.
+
+    python bench/plan_table.py --to=docs/plan              # hours: some 15 programs are compiled; goes on where it stopped
+    python bench/plan_table.py --to=docs/plan --print      # the tables, from what is there
+
+Slices are tried from the smallest up, each with `--search --search_fits=1`: the fastest mesh, remat and micro-batches by hand
+that the compiler then says fits. Every plan's numbers stay in a JSON file; of a slice that is too small, the reason.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from lowrank.parallel.chips import CHIPS
+
+MODELS = ("llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b")
+KINDS = ("v5e", "v6e", "v5p")
+BUDGET = 100  # dollars: what a run was meant to cost
+
+
+def command(model: str, name: str) -> list[str]:
+    return ["--config=configs/" + model + ".py", "--topology=" + name, "--search", "--search_fits=1", "--search_most=4"]
+
+
+def smallest(model: str, kind: str, folder: pathlib.Path, run: bool) -> list[dict]:
+    """Records of the slices that were tried, the last of which fits, unless none does."""
+    records = []
+    for topology in CHIPS[kind].topologies:
+        file = folder / f"{model}_{kind}_{topology}.json"
+        if run and not file.exists():
+            words = [sys.executable, "-m", "lowrank.plan", *command(model, f"{kind}:{topology}"), f"--json={file}.part"]
+            print(" ".join(words), flush=True)
+            done = subprocess.run(words, capture_output=True, text=True)
+            written = pathlib.Path(f"{file}.part")
+            if written.exists():
+                written.rename(file)
+            elif "is too small" in done.stderr:
+                reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ").split(";")[0]
+                file.write_text(json.dumps({"slice": f"{kind}:{topology}", "fits": False, "reason": reason}) + "\n")
+            else:
+                sys.exit(done.stdout + done.stderr)
+        if not file.exists():
+            break
+        records.append(json.loads(file.read_text()))
+        if records[-1]["fits"]:
+            break
+    return records
+
+
+def tables(found: dict[tuple[str, str], list[dict]]) -> str:
+    fits = {key: records[-1] for key, records in found.items() if records and records[-1]["fits"]}
+    lines = [
+        "| model | smallest slice | chips | mesh | remat | micro-batches | GB a chip | of | the next smaller |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, r in fits.items():
+        mesh = " x ".join(str(r["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
+        smaller = found[key][-2] if len(found[key]) > 1 else None
+        cells = [r["model"], r["slice"], r["chips"], mesh, r["remat"], r["microbatches"]]
+        cells += [f"{r['bytes']['together'] / 1e9:.1f}", f"{r['bytes']['available'] / 1e9:.1f}", too_small(smaller)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "| model | slice | s a step: compute | memory | links | estimate | tokens/s | Alpaca epoch: h | $ | 100M tokens: h | $ |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in fits.values():
+        seconds = r["seconds"]
+        likely = seconds["roofline"] / r["efficiency"]
+        cells = [r["model"], r["slice"], *(f"{seconds[part]:.2f}" for part in ("compute", "memory", "interconnect"))]
+        cells += [f"{likely:.2f}", f"{r['batch_size'] * r['max_length'] / likely:,.0f}"]
+        for bill in (bill_of(r, "Alpaca"), bill_of(r, "100M")):
+            mark = "**" if bill["dollars"] <= BUDGET else ""
+            cells += [f"{bill['hours']:.2f}", f"{mark}{bill['dollars']:,.2f}{mark}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def bill_of(record: dict, part: str) -> dict:
+    return next(bill for name, bill in record["at_efficiency"].items() if part in name)
+
+
+def too_small(record: dict | None) -> str:
+    if record is None:
+        return "there is none"
+    if "reason" in record:
+        return record["reason"]
+    how = "compiled" if record["compiled"] else "the best candidate"
+    return f"{record['slice']}: {how}, {record['excess'] / 1e9:.1f} GB too much"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("docs/plan"))
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="of chips, to compile for (several runs can go side by side)"
+    )
+    parser.add_argument("--print", action="store_true", help="compile nothing")
+    arguments = parser.parse_args()
+    arguments.to.mkdir(parents=True, exist_ok=True)
+    kinds = [] if arguments.print else arguments.kinds.split(",")
+    found = {(model, kind): smallest(model, kind, arguments.to, kind in kinds) for kind in KINDS for model in MODELS}
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()

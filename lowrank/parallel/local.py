@@ -1,0 +1,54 @@
+"""This machine's own devices as a slice like any other: how fast one is, measured in a second or two."""
+
+import contextlib
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from lowrank.parallel import memory
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.chips import Chip
+from lowrank.parallel.topology import Slice
+
+SIZE = 2048  # of the matrices; 256 MiB are copied
+
+
+class Local(Slice):
+    """Its links are taken to be as fast as its memory, which is what several CPU devices share."""
+
+    @property
+    def name(self) -> str:
+        return self.chip.name
+
+    def compiling(self) -> typing.ContextManager:
+        return contextlib.nullcontext()
+
+    def group_bandwidth(self, devices: typing.Sequence[jax.Device]) -> float:
+        return self.chip.link
+
+
+def open_local(dtype: jnp.dtype) -> Local:
+    """All local devices. FLOP/s are those of one large matrix product in `dtype` with float32 accumulation, the best of 5."""
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
+    devices = list(mesh.devices.flat)
+    x = jax.device_put(jnp.ones((SIZE, SIZE), dtype), devices[0])
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # as `dot` in model/lora.py
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=precision, preferred_element_type=jnp.float32))
+    long = jax.device_put(jnp.ones(2**26, jnp.float32), devices[0])
+    copy = jax.jit(lambda x: x + 1)
+    bandwidth = 2 * long.nbytes / _seconds(copy, long)
+    free = memory.free_bytes(mesh)
+    chip = Chip("local", 2 * SIZE**3 / _seconds(product, x), free, bandwidth, bandwidth, (str(len(devices)),))
+    return Local(chip, str(len(devices)), devices)
+
+
+def _seconds(function, x) -> float:
+    jax.block_until_ready(function(x))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(function(x))
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,139 @@
+"""A slice of TPUs by its name, `v5e:2x4`: devices to compile for, on a machine that has none.
+
+Its one idea: what a collective has of the interconnect follows from where its group lies in the slice. Along each dimension
+that the group's chips differ in they have one link's bandwidth, or two links' where it is a whole ring.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import os
+import pathlib
+import re
+import typing
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+from lowrank.errors import UserError
+from lowrank.parallel.chips import CHIPS, Chip
+
+# What libtpu, where it is installed and there is no TPU, would look for in vain, ask the network for, and complain about in
+# five lines on stderr. To be set before JAX looks for devices, and only where nothing is said.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+GOOGLE = "0x1ae0"  # as a vendor of PCI devices, which TPUs are
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """`devices` are what a mesh is made of: they can be compiled for, not computed on."""
+
+    chip: Chip
+    topology: str
+    devices: typing.Sequence[jax.Device]
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{self.topology}"
+
+    @property
+    def chips(self) -> int:
+        return self.chip.chips(self.topology)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a program may have on one device."""
+        return self.chip.memory // self.chip.devices
+
+    def group_bandwidth(self, devices: typing.Sequence[jax.Device]) -> float:
+        """Bytes a second that a chip can send in a collective over these devices."""
+        places = [device.coords for device in devices]
+        links = 0
+        for size, ring, *along in zip(
+            self.chip.dimensions(self.topology), self.chip.rings(self.topology), *places, strict=False
+        ):
+            spread = len(set(along))
+            links += 0 if spread == 1 else 2 if ring and spread == size else 1
+        return max(links, 1) * self.chip.link  # two devices of one chip: over something that is no slower
+
+    def compiling(self) -> typing.ContextManager:
+        """To compile in. Without the compile cache: what it holds cannot be loaded where there is no TPU."""
+        return uncached()
+
+    @property
+    def pair_bandwidth(self) -> float:
+        """Of permutes between neighbours, which the compiler sends in both directions at a time."""
+        return 2 * self.chip.link
+
+
+def find(name: str) -> tuple[Chip, str]:
+    """`v5e:2x4` -> the chip and the topology. UserError that lists what there is."""
+    kind, _, topology = name.partition(":")
+    if kind not in CHIPS:
+        close = difflib.get_close_matches(kind, CHIPS, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(
+            f"--topology={name}: no chip is called {kind or 'that'}{meant}; say CHIP:TOPOLOGY with one of "
+            f"{', '.join(CHIPS)}, as v5e:2x4, or local for this machine's own devices"
+        )
+    chip = CHIPS[kind]
+    if topology not in chip.topologies:
+        raise UserError(f"--topology={name}: {kind} has no such slice; there are {', '.join(chip.topologies)}")
+    return chip, topology
+
+
+def quiet():
+    """Keep libtpu from looking for TPUs on a machine that has none. Harmless without libtpu, and twice."""
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def uncached():
+    before = jax.config.jax_enable_compilation_cache
+
+    def use(on: bool):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # it asks once only whether it is on
+
+    use(False)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def open_slice(name: str) -> Slice:
+    """The devices of the slice `name`, from libtpu."""
+    chip, topology = find(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={name}: compiling for a TPU needs libtpu, which is not installed; pip install 'lowrank[plan]', or "
+            "make .venv/.installed EXTRAS=plan in a checkout"
+        )
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one process at a time may compile
+    options = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}  # a host has 2x2 unless it is said
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{topology}", **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={name}: libtpu does not know it: {str(error).splitlines()[0]}") from None
+    return Slice(chip, topology, description.devices)
+
+
+def sizes_in(message: str) -> tuple[float, float] | None:
+    """What a compiler says that a program needs, and what there is, in bytes; from the text of RESOURCE_EXHAUSTED."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+    def bytes_of(text):
+        return float(text[:-1]) * units[text[-1]]
+
+    with contextlib.suppress(TypeError, AttributeError):
+        if used := re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message):
+            return bytes_of(used[1]), bytes_of(used[2])
+        needed = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+        return bytes_of(needed[1]), bytes_of(needed[2])
+    return None

@@ -1,0 +1,141 @@
+"""What a training will need and cost, before a dollar is spent: its real step, compiled for a slice that is not here.
+
+    python -m lowrank.plan --config=configs/llama3_8b.py --topology=v5e:2x4
+    python -m lowrank.plan --config=configs/llama3_8b.py --topology=v5e:4x4 --search
+    python -m lowrank.plan --config=configs/demo.py --topology=local
+
+It needs no weights, no tokenizer and no data, only the `plan` extra (libtpu). Bytes and collectives are the compiler's; times
+and dollars are estimates. Exit code 1 where the step does not fit. With `--topology=local` the step also runs, on random
+weights, and the estimate is held against the clock.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from lowrank import command, config_file, plan_report, workload
+from lowrank.config import Config
+from lowrank.cost import EFFICIENCY
+from lowrank.errors import UserError
+from lowrank.local_run import measured_seconds
+from lowrank.model.architecture import ModelConfig
+from lowrank.parallel import prices, topology
+from lowrank.parallel.local import open_local
+from lowrank.parallel.topology import Slice
+from lowrank.planning import Plan, candidates, make_plan, search
+from lowrank.preparation import named_architecture, prepare
+from lowrank.weights.base import read_base
+from lowrank.workload import Workload
+
+flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
+flags.DEFINE_string(
+    "topology", None, "The slice, as v5e:2x4 (an unknown one lists all), or local: this machine's devices."
+)
+flags.DEFINE_bool("search", False, "Try meshes, remat and micro-batches; the batch stays what it is.")
+flags.DEFINE_integer("search_fits", 3, "With --search: compile until so many fit.", lower_bound=1)
+flags.DEFINE_integer("search_most", 12, "With --search: compile no more than so many.", lower_bound=1)
+flags.DEFINE_float("tokens", None, "Also say what training on so many tokens takes.", lower_bound=1)
+flags.DEFINE_float("price_per_chip_hour", None, "Dollars, in place of the list price.", lower_bound=0)
+flags.DEFINE_string("json", None, "Also write the plan's numbers into this file.")
+flags.DEFINE_float("efficiency", EFFICIENCY, "The share of the roofline that is taken to be reached.", 0.01, 1)
+FLAGS = flags.FLAGS
+
+
+def main(arguments: list[str]) -> int | None:
+    config = config_file.read(FLAGS.config, arguments)
+    if not FLAGS.topology:
+        raise UserError(f"--topology is missing; say local, or CHIP:TOPOLOGY with one of {', '.join(topology.CHIPS)}")
+    architecture = architecture_of(config)
+
+    # ---- The slice. One that is not here is compiled for on the CPU.
+    local = FLAGS.topology == "local"
+    if local:
+        slice = open_local(jnp.dtype(config.dtype))
+    else:
+        topology.find(FLAGS.topology)
+        jax.config.update("jax_platforms", "cpu")
+        slice = topology.open_slice(FLAGS.topology)
+
+    # ---- How much there is to do, and what an hour costs.
+    steps, workloads = amounts(config, architecture)
+    given = FLAGS.price_per_chip_hour is not None
+    price = FLAGS.price_per_chip_hour if given else prices.PER_CHIP_HOUR.get(slice.chip.name)
+
+    # ---- The plan: compiled, or the best of several.
+    if FLAGS.search:
+        plan = best_of(config, architecture, slice, steps)
+    else:
+        plan = make_plan(config, architecture, slice, steps)
+    print(plan_report.describe(plan))
+    print()
+    if FLAGS.json:
+        numbers = plan_report.record(plan, workloads, FLAGS.efficiency, price)
+        pathlib.Path(FLAGS.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    source = "" if local and not given else plan_report.price_source(slice.chip.name, price, given)
+    print(plan_report.estimate(plan, workloads, FLAGS.efficiency, price, source))
+    if local and plan.fits:
+        seconds = measured_seconds(plan)
+        print(
+            f"\nmeasured   {seconds:.4g} seconds a step here, {seconds / plan.roofline.seconds:.3g} times the roofline's"
+        )
+    return 0 if plan.fits else 1
+
+
+def architecture_of(config: Config) -> ModelConfig:
+    """Of the base, where there is one, else the one that the config names."""
+    if config.base and pathlib.Path(config.base).exists():
+        return read_base(pathlib.Path(config.base)).config
+    named = named_architecture(config)
+    if named is None:
+        raise UserError(
+            f"config.base={config.base} is not here, and config.architecture names no model; "
+            "say --config.architecture=llama3-8b, or another name"
+        )
+    return named
+
+
+def amounts(config: Config, architecture: ModelConfig) -> tuple[int, list[Workload]]:
+    """-> the configured run's steps, and what is to be priced: that run, if its data can be read or it says its steps, one
+    epoch of Alpaca, 100M tokens, and what --tokens says."""
+    round_amounts = [100e6] + ([FLAGS.tokens] if FLAGS.tokens else [])
+    known = [workload.alpaca_epoch(config, architecture)]
+    known += [workload.of_tokens(config, architecture, tokens) for tokens in round_amounts]
+    slots = config.train.batch_size * config.data.max_length
+    if config.data.train and pathlib.Path(config.data.train).exists() and (config.base or config.tokenizer):
+        prepared = prepare(config)
+        name = f"the configured run over {config.data.train}"
+        return prepared.steps, [Workload(name, prepared.steps * slots * prepared.fill, prepared.fill), *known]
+    if config.train.steps:
+        fill = known[0].fill
+        name = "the configured steps, rows filled as Alpaca's"
+        return config.train.steps, [Workload(name, config.train.steps * slots * fill, fill), *known]
+    return 1000, known  # only the learning rates depend on it, which nothing here does
+
+
+def best_of(config: Config, architecture: ModelConfig, slice: Slice, steps: int) -> Plan:
+    """Search, print the ranked table, and return its first row: where nothing fits, what comes nearest."""
+    count = len(candidates(config, architecture, slice))
+    plans = []
+    for plan in search(config, architecture, slice, steps, FLAGS.search_fits, FLAGS.search_most):
+        plans.append(plan)
+        print(f"compiled {len(plans)} of {count} candidates", file=sys.stderr, flush=True)
+    fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.roofline.seconds)
+    others = sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.excess)
+    print(
+        f"{count} candidates ranked by hand, the best {len(plans)} compiled: {len(fitting)} fit, {len(others)} do not"
+    )
+    print(plan_report.SEARCH_HEADING)
+    for rank, plan in enumerate(fitting, 1):
+        print(plan_report.search_row(plan, rank))
+    for plan in others:
+        print(plan_report.search_row(plan, None))
+    print()
+    return (fitting or others)[0]
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,159 @@
+"""One plan: a config's step compiled for a slice, what it needs there, and what it is estimated to take.
+
+And a search over plans: meshes, remat and micro-batches, ranked by hand first, then compiled from the best down.
+"""
+
+import dataclasses
+import math
+import typing
+
+import jax
+from jax.sharding import Mesh
+
+from lowrank import cost
+from lowrank.config import Config
+from lowrank.cost import Roofline, Share
+from lowrank.errors import UserError
+from lowrank.model.architecture import ModelConfig
+from lowrank.model.decoder import REMAT
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.collectives import Collective, collectives
+from lowrank.parallel.mesh import MeshConfig
+from lowrank.parallel.topology import Slice, sizes_in
+from lowrank.preparation import check_mesh
+from lowrank.program import Memory, Step, abstract_step, compile_step, memory_of
+from lowrank.training.metrics import human_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where a step does not fit there may be no program: `memory` is then what its arguments need, and `collectives` None."""
+
+    config: Config
+    architecture: ModelConfig
+    slice: Slice
+    step: Step
+    memory: Memory
+    excess: float  # bytes above what a device has; 0 or less: it fits
+    collectives: list[Collective] | None
+    roofline: Roofline
+
+    @property
+    def fits(self) -> bool:
+        return self.excess <= 0
+
+    @property
+    def compiled(self) -> bool:
+        return self.collectives is not None
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.step.mesh
+
+
+def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: int) -> Plan:
+    mesh = mesh_lib.make_mesh(config.mesh, devices=slice.devices)
+    check_mesh(mesh, config, architecture)
+    step = abstract_step(config, architecture, mesh, steps)
+    share = Share(config, architecture, *mesh.devices.shape)
+    arguments = memory_of(step, None)
+    if arguments.total > slice.memory:  # no program can help
+        excess = arguments.total - slice.memory
+        return Plan(config, architecture, slice, step, arguments, excess, None, roofline(share, slice, None))
+    try:
+        with slice.compiling():
+            compiled = compile_step(step)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed, available = sizes_in(str(error)) or (math.inf, 0)
+        return Plan(
+            config, architecture, slice, step, arguments, needed - available, None, roofline(share, slice, None)
+        )
+    memory, found = memory_of(step, compiled), collectives(compiled.as_text())
+    time_on_links = interconnect_seconds(found, slice, mesh)
+    excess = memory.total - slice.memory
+    return Plan(config, architecture, slice, step, memory, excess, found, roofline(share, slice, time_on_links))
+
+
+def roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline:
+    """Without the program's own seconds on the links, they are estimated by hand."""
+    chip = slice.chip
+    if interconnect is None:
+        links = 2 * sum(size > 1 for size in chip.dimensions(slice.topology)) or 1
+        interconnect = cost.link_traffic(share) * chip.devices / (links * chip.link)
+    return Roofline(
+        compute=cost.flops(share) * chip.devices / chip.flops,
+        memory=cost.memory_traffic(share) * chip.devices / chip.bandwidth,
+        interconnect=interconnect,
+    )
+
+
+def interconnect_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> float:
+    """One after the other, each at the bandwidth that its group has in the slice."""
+    seconds = 0.0
+    for one in found:
+        devices = [mesh.devices.flat[place] for place in one.group]
+        permute = one.kind == "collective-permute"
+        bandwidth = slice.pair_bandwidth if permute else slice.group_bandwidth(devices)
+        seconds += one.link_bytes * slice.chip.devices / bandwidth
+    return seconds
+
+
+# ---- The search ------------------------------------------------------------------------------------------------------
+
+
+# Above this share of the memory a candidate is not tried. The guess of the temporaries was 4.28 GB where the compiler needed
+# 4.54 (Llama 3 8B, 8 rows of 2,048 over 8 chips, remat full).
+HOPELESS = 1.1
+
+
+def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
+    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: the
+    fastest first, of equally fast ones the one that needs the least memory; without those that hardly fit, by a guess."""
+    found, least = [], math.inf
+    count = len(slice.devices)
+    for tensor in _divisors(
+        math.gcd(count, architecture.heads, architecture.kv_heads, architecture.mlp, architecture.vocab)
+    ):
+        for fsdp in _divisors(math.gcd(count // tensor, architecture.embed)):
+            mesh = MeshConfig(count // tensor // fsdp, fsdp, tensor)
+            rows = config.train.batch_size / (mesh.data * fsdp)
+            for microbatches in _divisors(int(rows)) if rows.is_integer() else ():
+                for remat in REMAT:
+                    train = dataclasses.replace(config.train, microbatches=microbatches)
+                    one = dataclasses.replace(config, mesh=mesh, remat=remat, train=train)
+                    share = Share(one, architecture, mesh.data, fsdp, tensor)
+                    needed = cost.arguments(share) + cost.temporaries(share)
+                    least = min(least, needed)
+                    if needed < HOPELESS * slice.memory:
+                        found.append((roofline(share, slice, None).seconds, needed, one))
+    if least == math.inf:
+        raise UserError(
+            f"{slice.name} has no mesh for this model and a batch of {config.train.batch_size} rows; choose another slice, or a "
+            f"config.train.batch_size that {count} devices divide"
+        )
+    if not found:
+        raise UserError(
+            f"{slice.name} is too small: a step needs about {human_bytes(least)} on a device, by hand, and there are "
+            f"{human_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
+        )
+    found.sort(key=lambda entry: (float(f"{entry[0]:.3g}"), entry[1]))
+    return [(seconds, one) for seconds, _, one in found]
+
+
+def search(
+    config: Config, architecture: ModelConfig, slice: Slice, steps: int, wanted: int, most: int
+) -> typing.Iterator[Plan]:
+    """Compile the candidates from the best down until `wanted` of them fit, or `most` are compiled."""
+    fitting = 0
+    for _, one in candidates(config, architecture, slice)[:most]:
+        plan = make_plan(one, architecture, slice, steps)
+        fitting += plan.fits
+        yield plan
+        if fitting == wanted:
+            return
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
