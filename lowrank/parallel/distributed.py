@@ -80,7 +80,9 @@ def decide(
         return None
     slices = environ.get("MEGASCALE_NUM_SLICES") or "1"
     if slices != "1":
-        raise UserError(f"{slices} TPU slices (MEGASCALE_NUM_SLICES): a run is laid out over one; start it on one slice")
+        raise UserError(
+            f"{slices} TPU slices (MEGASCALE_NUM_SLICES): a run is laid out over one; start it on one slice"
+        )
     names = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if (len(names.split(",")) if names else tpu_hosts()) > 1:
         return Start("the TPU slice", {})  # which process this is, and which is the first, JAX asks of it
