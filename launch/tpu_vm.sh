@@ -5,7 +5,8 @@
 #     --config.base=gs://BUCKET/llama2-7b --config.data.train=gs://BUCKET/alpaca.json
 #
 # Needs: gcloud, logged in, with a project that has quota for TYPE in ZONE; bash, git, tar. A slice of several hosts needs
-# --workdir=gs://BUCKET/FOLDER, which its service account can write. All arguments go to `python -m lowrank.train`.
+# --workdir=gs://BUCKET/FOLDER, which its service account can write, and gcloud's key in an ssh-agent (it reaches all hosts at
+# once): ssh-add ~/.ssh/google_compute_engine. All arguments go to `python -m lowrank.train`.
 #
 #   TYPE  v5litepod-8 (default), v5litepod-16, v6e-8, v5p-8 ...     NAME, RUNTIME, EXTRAS  where the defaults do not suit
 #   PRICE_PER_CHIP_HOUR  what a chip costs, in dollars (default: see launch/tpu.sh)
