@@ -29,6 +29,7 @@ from lowrank.errors import UserError
 BEAT = 1.0  # seconds between two signs of life
 GONE_AFTER = 20.0  # seconds without one: long for a thread that a busy machine starves, short for a user who waits
 PARTING = 10.0  # seconds that process 0, which holds the store, stays for the others to read why the run is over
+LOST, FAILED = 75, 1  # exit codes: another process is lost, start all again (as after SIGTERM); this or another one failed
 GO_ON = "start the same command again, on all of them, to go on from the last checkpoint"
 
 
@@ -171,10 +172,10 @@ class _Processes:
                     over = self._missed()
             except Exception as error:
                 if not self.finished.is_set():
-                    self._end(f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {GO_ON}")
+                    self._end(LOST, f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {GO_ON}")
                 return
             if over:
-                self._end(*over.values())
+                self._end(*json.loads(over["why"]))
 
     def _missed(self) -> dict[str, str]:
         """In process 0: whether one of the others has not been heard of for too long. Then all are told."""
@@ -185,19 +186,20 @@ class _Processes:
                 self.heard[index] = (beat, now)
             if now - self.heard[index][1] > GONE_AFTER:
                 name = self._found("name").get(str(index), f"process {index}")
-                message = f"{name} is gone without a word (killed, or its machine is); {GO_ON}"
-                self._put("over/0", message)
+                why = json.dumps([LOST, f"{name} is gone without a word (killed, or its machine is); {GO_ON}"])
+                self._put("over/why", why)
                 self.gone = 1
-                return {"0": message}
+                return {"why": why}
         return {}
 
     def fail(self, message: str):
         """Tell the others why, and end."""
         with contextlib.suppress(Exception):
-            self.store.key_value_set("lowrank/over/0", message)  # the first to fail is the reason; others only follow
-        self._end(message)
+            # The first to fail is the reason; others only follow.
+            self.store.key_value_set("lowrank/over/why", json.dumps([FAILED, message]))
+        self._end(FAILED, message)
 
-    def _end(self, message: str):
+    def _end(self, code: int, message: str):
         if not self.ending.acquire(blocking=False):
             time.sleep(2 * PARTING)  # another thread is at it
         sys.stdout.flush()
@@ -208,7 +210,7 @@ class _Processes:
             while self.index == 0 and time.monotonic() < deadline and len(self._found("left")) < self.count - self.gone:
                 time.sleep(0.1)
         # Not sys.exit: the main thread may wait in a sum that nobody else comes to, and JAX's own farewell for all.
-        os._exit(1)
+        os._exit(code)
 
 
 _processes: _Processes | None = None
@@ -275,7 +277,8 @@ def _catch_aborts():
             trouble = _unreachable(_processes.coordinator) if _processes.index else None
             lost = f"has lost process 0, which coordinates ({trouble})" if trouble else "was aborted by JAX's runtime"
             os.write(2, f"error: {_processes.name} {lost}; {GO_ON}\n".encode())
-        os._exit(1)
+            os._exit(LOST if trouble else FAILED)
+        os._exit(FAILED)
 
     global _last_words
     _last_words = ctypes.CFUNCTYPE(None, ctypes.c_int)(last_words)  # held: C keeps the address alone
