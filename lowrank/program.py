@@ -32,6 +32,7 @@ class Step:
     model: Decoder
     shapes: dict  # of all variables
     mask: dict  # which of them are trained
+    schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     state: State
     frozen: dict
@@ -71,7 +72,7 @@ def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: 
         key: jax.ShapeDtypeStruct(rows, jnp.bool_ if key == "loss_mask" else jnp.int32, sharding=layout)
         for key in BATCH_KEYS
     }
-    return Step(mesh, model, shapes, mask, optimizer, state, frozen, batch, function)
+    return Step(mesh, model, shapes, mask, schedule, optimizer, state, frozen, batch, function)
 
 
 def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None, mesh: Mesh) -> tuple[Decoder, dict]:
