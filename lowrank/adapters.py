@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import jax
 
+from lowrank import storage
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.lora import LoraConfig
+from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition, workdir
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.weights.base import Base
@@ -19,7 +21,7 @@ from lowrank.weights.peft import read_peft
 class Adapter:
     """What was trained, still on the disk. `lora` is None where it is a whole model, of a full fine-tuning."""
 
-    folder: pathlib.Path
+    folder: storage.Path
     lora: LoraConfig | None
     format: str | None  # of the prompts it was trained on, if that is known
     tokenizer: str | None  # that it was trained with, if not the base's own
@@ -33,7 +35,7 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
 
     `layers`: how many the base has, if that is known; PEFT's settings do not say.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if (folder / "adapter_config.json").is_file():
         tree, lora, made_for = read_peft(folder, layers)
         return Adapter(
@@ -68,7 +70,7 @@ def _fitted(found: dict, wanted: dict, folder: pathlib.Path, made_for: str | Non
     if misfits:
         of = f", which was made for {made_for}," if made_for else ""
         raise UserError(f"adapter {folder}{of} does not fit the model: {'; '.join(misfits)}; give its own base")
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), found, wanted)
+    return jax.tree.map(lambda leaf, like: mesh_lib.put(leaf.astype(like.dtype), like.sharding), found, wanted)
 
 
 def _saved_step(folder: pathlib.Path, step: int | None) -> int:

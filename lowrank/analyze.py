@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from lowrank import command
+from lowrank import command, storage
 from lowrank.adapters import Adapter, read_adapter
 from lowrank.errors import UserError
 from lowrank.model import decoder
@@ -309,9 +309,9 @@ def describe(modules: Modules, shared, base: Base) -> str:
 def common_start() -> list[str]:
     """What to say where both runs drew their first lora_a from the same seed."""
     configs = [
-        workdir.read_config(pathlib.Path(folder))
+        workdir.read_config(storage.path(folder))
         for folder in (FLAGS.adapter, FLAGS.other)
-        if (pathlib.Path(folder) / "config.json").is_file()
+        if (storage.path(folder) / "config.json").is_file()
     ]
     if len(configs) < 2 or configs[0].seed != configs[1].seed:
         return []

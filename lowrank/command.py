@@ -5,14 +5,16 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 import typing
 import warnings
 
 import jax
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 
 from lowrank.errors import UserError
-from lowrank.parallel import topology
+from lowrank.parallel import distributed, topology
 
 STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (sysexits' "temporary failure")
 
@@ -37,10 +39,13 @@ def run(main: typing.Callable[[list[str]], int | None]):
         use_compile_cache()
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            return main(argv[1:])
+            code = main(argv[1:])
+            distributed.finish()
+            return code
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
+            distributed.fail("interrupted")
             print("interrupted", file=sys.stderr)
             return 130  # as shells count it: 128 + SIGINT
         except BrokenPipeError:  # `... | head` is no mistake, but nor is it done
@@ -48,11 +53,15 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return 141  # as shells count it: 128 + SIGPIPE
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
+                _end_others(error)
                 raise
             return _fail(
                 f"the device is out of memory ({str(error).splitlines()[0]}); more config.train.microbatches, "
                 "config.remat='full', a smaller config.data.max_length or more devices along config.mesh.fsdp need less"
             )
+        except Exception as error:
+            _end_others(error)
+            raise
 
     app.run(guarded, flags_parser=parse_flags)
 
@@ -81,8 +90,15 @@ def use_compile_cache():
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a function that gives the name of the signal that asked to stop, or None."""
+    """Yields a function that gives the name of the signal that asked to stop, or None.
+
+    Of several processes each asks it once in every step, with the step's number; all have the same answer at the same step.
+    """
     received: list[str] = []
+    if distributed.running():
+        with _stop_signals_of_all() as stop:
+            yield stop
+        return
 
     def handle(number, _):
         if received and number == signal.SIGINT:
@@ -91,13 +107,38 @@ def stop_signals():
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: received[0] if received else None
+        yield lambda step=None: received[0] if received else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _stop_signals_of_all():
+    """JAX's runtime takes SIGTERM for a preemption, and finds a step that no process is beyond. So Ctrl-C becomes a SIGTERM."""
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_others(error: Exception):
+    """An error that nobody foresaw, in one of several processes: if it is another's end that caused it, that is said;
+    else the others end with this one's."""
+    if distributed.running():
+        distributed.wait_for_reason()
+        traceback.print_exc()
+        distributed.fail(f"{type(error).__name__}: {distributed.first_line(error)}")
+
+
 def _fail(message: str):
     message = " ".join(message.splitlines())  # what libraries say may have several
+    distributed.fail(message)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import operator
-import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ import rich.console
 import rich.progress
 from absl import flags
 
-from lowrank import command
+from lowrank import command, storage
 from lowrank.data.tokenizer import COMPANIONS
 from lowrank.errors import UserError
 from lowrank.model.architecture import hf_config
@@ -52,7 +51,7 @@ def main(arguments: list[str]):
     missing = [f"--{name}" for name, value in (("from", source), ("to", to)) if not value]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; see --help")
-    if pathlib.Path(source).resolve() == pathlib.Path(to).resolve():
+    if storage.path(source).resolve() == storage.path(to).resolve():
         raise UserError(f"--to={to} is the folder to convert; give another one")
     print(convert(read_base(source), to, FLAGS.dtype))
 

@@ -114,7 +114,8 @@ def memory_traffic(share: Share) -> float:
 
     Counted: each pass reads every kernel of a layer (and writes it first, where fsdp gathers it); every projection reads
     its input and writes its output; two norms and two sums; the scores of attention, written and read in float32 and
-    as weights; logits, written and read, and the head again for each chunk. The backward pass counts twice for activations.
+    as weights; logits and their gradient, written and read, and the head twice for each chunk. The backward pass counts twice for
+    activations.
     """
     a, c = share.architecture, share.config
     microbatches = c.train.microbatches
@@ -124,7 +125,7 @@ def memory_traffic(share: Share) -> float:
     scores = a.heads * visible_pairs(c.data.max_length) / c.data.max_length / share.tensor * 12
     activations = share.tokens * a.layers * (token * share.itemsize + scores) * (share.passes + 1)
     chunks = math.ceil(share.tokens / CHUNK_TOKENS)
-    head = 3 * (chunks * share.table * share.itemsize + 2 * share.tokens * a.vocab * 4) / share.tensor
+    head = 2 * (chunks * share.table * share.itemsize + 2 * share.tokens * a.vocab * 4) / share.tensor
     return microbatches * (kernels * share.passes + activations + head)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from lowrank import command, config_file, inference
+from lowrank import command, config_file, inference, storage
 from lowrank.adapters import Adapter, read_adapter
 from lowrank.config import FORMATS, DataConfig
 from lowrank.data import loader
@@ -55,7 +55,7 @@ def main(arguments: list[str]):
     missing = [f"--{name}" for name in ("base", "data") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} missing; see --help")
-    if FLAGS.to and pathlib.Path(FLAGS.to).exists():
+    if FLAGS.to and storage.local(FLAGS.to).exists():
         raise UserError(f"--to={FLAGS.to} exists; give a new name or remove it")
     if FLAGS.to and not pathlib.Path(FLAGS.to).parent.is_dir():
         raise UserError(f"--to={FLAGS.to}: its folder does not exist; make it first")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lowrank import command, inference
+from lowrank import command, inference, storage
 from lowrank.adapters import Adapter, read_adapter
 from lowrank.data.tokenizer import load_tokenizer, write_tokenizer
 from lowrank.errors import UserError
@@ -56,7 +56,7 @@ def main(arguments: list[str]):
     missing = [f"--{name}" for name in ("workdir", "format", "to") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; see --help")
-    workdir, to = pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.to)
+    workdir, to = storage.path(FLAGS.workdir), storage.local(FLAGS.to)
     run = workdir_lib.read_config(workdir)
     adapter = read_adapter(workdir, FLAGS.step)
     if FLAGS.format == "peft" and adapter.lora is None:

@@ -9,12 +9,11 @@ The text goes to stdout, everything else to stderr. A prompt is put into the for
 """
 
 import json
-import pathlib
 import sys
 
 from absl import flags
 
-from lowrank import command, inference
+from lowrank import command, inference, storage
 from lowrank.adapters import read_adapter
 from lowrank.data.examples import encode_prompt
 from lowrank.data.prompts import FORMATS, format_chat
@@ -74,7 +73,7 @@ def read_prompts() -> list[tuple[str, str]]:
     """(prompt, input) pairs from the flags."""
     if FLAGS.prompt is not None:
         return [(prompt, FLAGS.input) for prompt in FLAGS.prompt]
-    file = pathlib.Path(FLAGS.prompts)
+    file = storage.path(FLAGS.prompts)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

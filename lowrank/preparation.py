@@ -6,12 +6,12 @@ Everything that a user can get wrong with these is refused here, so that it is k
 import dataclasses
 import functools
 import math
-import pathlib
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank import adapters
+from lowrank import config as config_lib
 from lowrank.config import Config
 from lowrank.data import examples as examples_lib
 from lowrank.data import loader, packing
@@ -73,11 +73,21 @@ def identity(config: Config, prepared: Prepared) -> dict:
     }
 
 
+def facts(config: Config, run_identity: dict) -> dict[str, str]:
+    """What has to be the same in all processes of a run, in words short enough to be shown: files by content, not by path."""
+    settings = {
+        key: value for key, value in workdir_lib.flat(config_lib.to_dict(config)) if key not in workdir_lib.PATHS
+    }
+    settings = {f"config.{key}": repr(value) for key, value in settings.items()}
+    files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
+    return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
+
+
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
     """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
     wanted = named_architecture(config)
     if config.base:
-        base = read_base(pathlib.Path(config.base))
+        base = read_base(config.base)
         architecture = base.config
         differing = wanted.shape_differences(architecture) if wanted else []
         if differing:
@@ -91,7 +101,7 @@ def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
         base, architecture = None, wanted
     else:
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
-    tokenizer = load_tokenizer(pathlib.Path(config.tokenizer or config.base))
+    tokenizer = load_tokenizer(config.tokenizer or config.base)
     check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
     if config.data.max_length > architecture.max_length:
         raise UserError(
@@ -159,7 +169,7 @@ def evaluation_batches(config: Config, held_out: Examples | None) -> list[loader
 def on_devices(batch: loader.Batch, mesh: Mesh) -> dict:
     """What a step takes of a batch, its rows spread over the mesh."""
     layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
-    return jax.device_put({name: batch[name] for name in BATCH_KEYS}, layout)
+    return {name: mesh_lib.put(batch[name], layout) for name in BATCH_KEYS}
 
 
 def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
@@ -177,7 +187,7 @@ def initial_variables(config: Config, model: Decoder, base: Base | None, shapes:
         # What an adapter starts from depends on its ranks alone: members of a sweep with the same share the program.
         ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)
         layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
-        variables["lora"] = jax.device_put(_fresh_adapter(Decoder(model.config, ranks), key), layout)
+        variables["lora"] = jax.tree.map(mesh_lib.put, _fresh_adapter(Decoder(model.config, ranks), key), layout)
     return variables
 
 

@@ -17,7 +17,7 @@ import shutil
 
 from absl import flags
 
-from lowrank import command
+from lowrank import command, storage
 from lowrank import grid as grid_lib
 from lowrank import group as group_lib
 from lowrank import part as part_lib
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int | None:
     grid = grid_lib.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the sweep is to live, --workdir=runs/NAME")
+    workdir = storage.local(FLAGS.workdir or "")
     if wandb := next((member.config.log.wandb for member in grid.members if member.config.log.wandb), None):
         raise UserError(
             f"config.log.wandb={wandb}: a sweep's members train at once, W&B knows one run at a time; leave it out"
@@ -57,7 +58,6 @@ def main(arguments: list[str]) -> int | None:
         return None
 
     # ---- Workdir: a new sweep, or the same one again.
-    workdir = pathlib.Path(FLAGS.workdir)
     file = workdir / "sweep.json"
     with workdir_lib.locked(workdir, file, "sweep"), command.stop_signals() as stop:
         record = {"members": {m.name: m.swept for m in grid.members}, "sweep": dataclasses.asdict(grid.sweep)}

@@ -8,22 +8,22 @@ SIGTERM and Ctrl-C finish the step, save, and end with exit code 75; a second Ct
 
 import contextlib
 import math
-import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lowrank import adapters, command, config_file, inference
+from lowrank import adapters, command, config_file, inference, storage
 from lowrank import config as config_lib
 from lowrank.command import STOPPED
 from lowrank.errors import UserError
+from lowrank.parallel import distributed
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.preparation import (
     check_mesh,
     evaluation_batches,
+    facts,
     identity,
     initial_variables,
     on_devices,
@@ -41,23 +41,33 @@ from lowrank.training.step import init_state, make_eval_step, make_train_step
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string("workdir", None, "The folder of this run: made if absent, resumed if it holds the same run.")
 flags.DEFINE_bool("dry_run", False, "Print what would be trained on what, and at what cost; train nothing.")
+flags.DEFINE_string(
+    "coordinator", None, "Several processes: HOST:PORT of process 0. Not needed on a TPU slice, under srun, mpirun."
+)
+flags.DEFINE_integer("processes", None, "Several processes: how many; as above.")
+flags.DEFINE_integer("process", None, "Several processes: which one this is, from 0; as above.")
+flags.DEFINE_float("coordinator_timeout", 300, "Several processes: how long to wait for all of them, in seconds.")
 FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> int | None:
+    processes = distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.coordinator_timeout)
     config = config_file.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
 
     # ---- Base, tokenizer, data: everything a user can get wrong is found before anything heavy begins.
     prepared = prepare(config)
+    run_identity = identity(config, prepared)
+    distributed.refuse_differences(facts(config, run_identity), "give all of them the same command, code and files")
     base, architecture, tokenizer = prepared.base, prepared.architecture, prepared.tokenizer
     held_out, steps = prepared.held_out, prepared.steps
     mesh = mesh_lib.make_mesh(config.mesh)
     check_mesh(mesh, config, architecture)
-    begun = bool(FLAGS.workdir) and pathlib.Path(FLAGS.workdir, "config.json").exists()
+    workdir = storage.path(FLAGS.workdir or "")
+    begun = bool(FLAGS.workdir) and distributed.from_first((workdir / "config.json").exists)
     if config.init_adapter:
-        config = adapters.with_ranks_of_start(config, base, pathlib.Path(FLAGS.workdir) if begun else None)
+        config = adapters.with_ranks_of_start(config, base, workdir if begun else None)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     setup = abstract_step(config, architecture, mesh, steps)
@@ -65,6 +75,8 @@ def main(arguments: list[str]) -> int | None:
     if config.init_adapter and not begun:  # whether it fits is found out before there is a workdir
         adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})
 
+    if processes:
+        print(f"processes  {processes}")
     print(report.describe_model(config, architecture, mesh, setup.state.trainable, setup.frozen, optimizer))
     print(report.describe_data(config, prepared))
     if FLAGS.dry_run:
@@ -72,15 +84,13 @@ def main(arguments: list[str]) -> int | None:
         return None
 
     # ---- Workdir: a new run, or the same one again.
-    workdir = pathlib.Path(FLAGS.workdir)
-    run_identity = identity(config, prepared)
     with (
         workdir_lib.open_workdir(workdir, config, run_identity, arguments, "train"),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
     ):
         # ---- State: from the last checkpoint, else from the beginning.
         batches = training_batches(config, prepared.train)
-        first = checkpoints.latest() or 0
+        first = distributed.from_first(checkpoints.latest) or 0
         # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
         made = set(shapes) - ({"lora" if config.adapted else "params"} if first else set())
         variables = initial_variables(config, model, base, shapes, made)
@@ -89,8 +99,8 @@ def main(arguments: list[str]) -> int | None:
         tokens = 0
         if first:
             state, position = checkpoints.restore(first, layout)
-            at = jax.device_put((jnp.int32(first), key), (layout.step.sharding, layout.key.sharding))
-            state = state._replace(step=at[0], key=at[1])
+            step = mesh_lib.put(np.int32(first), layout.step.sharding)
+            state = state._replace(step=step, key=mesh_lib.put(key, layout.key.sharding))
             batches.set_state(position)
             meta = checkpoints.meta(first)
             tokens = meta["tokens"]
@@ -165,7 +175,7 @@ def main(arguments: list[str]) -> int | None:
         began = clock = time.monotonic()
         clock_tokens = tokens
         pending = None
-        best = best_loss(workdir)
+        best = distributed.from_first(lambda: best_loss(workdir))
 
         def read_pending():
             """Wait for the pending step's scalars, refuse what is not finite, and log it if it is due."""
@@ -208,7 +218,9 @@ def main(arguments: list[str]) -> int | None:
                 evaluates = bool(eval_batches) and due(step, config.eval.every, steps)
                 samples = due(step, config.sample.every, steps)
                 saves = step == steps or due(step, config.checkpoint.every, steps)
-                if evaluates or samples or saves or stop():
+                # Asked once a step: of several processes, all have the same answer at the same step.
+                stopped_by = stop(step)
+                if evaluates or samples or saves or stopped_by:
                     read_pending()
                     paused = time.monotonic()  # what follows is no part of the tokens per second
                     eval_loss = evaluate(step) if evaluates else None
@@ -216,10 +228,10 @@ def main(arguments: list[str]) -> int | None:
                         sample(step)
                     better = eval_loss is not None and eval_loss < best
                     best = eval_loss if better else best
-                    stopped_by = stop()  # asked once, after what takes long, so that what is said to be saved is
                     if saves or better or stopped_by:
                         meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                         meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
+                        metrics_lib.flush_lines()
                         checkpoints.save(step, state, batches.get_state(), meta, eval_loss)
                     clock += time.monotonic() - paused
                     if stopped_by and step < steps:
@@ -232,8 +244,9 @@ def main(arguments: list[str]) -> int | None:
             checkpoints.wait()
 
     # ---- What came of it.
-    metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
-    print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
+    if distributed.first():
+        metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
+        print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
     return None
 
 
@@ -258,7 +271,7 @@ def not_finite(step: int, scalars: dict, examples: np.ndarray, checkpoints: Chec
     )
 
 
-def best_loss(workdir: pathlib.Path) -> float:
+def best_loss(workdir: storage.Path) -> float:
     """The best evaluation so far, from the metrics that are left after resuming."""
     losses = [line["eval/loss"] for line in metrics_lib.read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
     return min(losses, default=math.inf)

@@ -1,7 +1,9 @@
 """Fixtures that the whole suite shares. Eight CPU devices, so that shardings are real ones."""
 
+import importlib.util
 import pathlib
 
+import fake_gcs
 import jax
 import pytest
 import running
@@ -40,6 +42,15 @@ def trained(tmp_path_factory, tiny) -> pathlib.Path:
     finished = running.run("train", tiny, f"--workdir={workdir}")
     assert finished.code == 0, finished.err
     return workdir
+
+
+@pytest.fixture
+def bucket():
+    """The content of gs://bucket, on a server in this process."""
+    if importlib.util.find_spec("gcsfs") is None:  # looked for, not imported: it reads the environment that is set here
+        pytest.skip("gcsfs is not installed")
+    with fake_gcs.serving() as bucket:
+        yield bucket
 
 
 @pytest.fixture(scope="session")

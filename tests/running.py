@@ -7,17 +7,21 @@ import io
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import NamedTuple
 from unittest import mock
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from lowrank import command
 from lowrank.parallel import mesh
+from lowrank.training.partition import named_leaves
 
 COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze", "plan")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,13 +121,34 @@ def _compile_cache():
         use(before)
 
 
-def start(name: str, *arguments: str, **options) -> subprocess.Popen:
-    """Start a command in a process of its own, with one device and this suite's compiled programs."""
+def environment(devices: int, code: pathlib.Path = ROOT) -> dict[str, str]:
     cache = {name.upper(): str(value) for name, value in CACHE.items()}
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)} | cache
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(code)} | cache
+
+
+def start(name: str, *arguments: str, devices: int = 1, code=ROOT, **options) -> subprocess.Popen:
+    """Start a command in a process of its own, with so many devices and this suite's compiled programs.
+
+    `code`: the folder in which the package lies.
+    """
     words = [sys.executable, "-m", f"lowrank.{name}", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, env=environment, **(pipes | options))
+    return subprocess.Popen(words, env=environment(devices, code), cwd=code, **(pipes | options))
+
+
+def start_processes(
+    count: int, devices: int, *arguments: str, own: dict | None = None, code=()
+) -> list[subprocess.Popen]:
+    """Start a training of several processes; `own` are further arguments of some of them, by number; `code` is where each
+    has its package, if not here."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"--coordinator=localhost:{probe.getsockname()[1]}"
+    processes = []
+    for i, folder in enumerate(code or [ROOT] * count):
+        flags = (coordinator, f"--processes={count}", f"--process={i}", *(own or {}).get(i, ()))
+        processes.append(start("train", *arguments, *flags, devices=devices, code=folder))
+    return processes
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> Finished:
@@ -133,3 +158,32 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> Finished:
 
 def lines(file: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    """Without the one number that is not the run's but the machine's."""
+    return [
+        {name: value for name, value in line.items() if name != "train/tokens_per_second"}
+        for line in lines(workdir / "metrics.jsonl")
+    ]
+
+
+def arrays(workdir: pathlib.Path, step: int, item: str) -> dict[str, np.ndarray]:
+    """The leaves of a checkpoint's item, whole, read by Orbax without our code."""
+    folder = workdir / "checkpoints" / str(step) / item
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return named_leaves(checkpointer.restore(folder, restore_args=as_numpy))
+
+
+def assert_same_run(workdir: pathlib.Path, other: pathlib.Path, step: int = 6):
+    """Bitwise: metrics, samples, adapter, optimizer state."""
+    assert metrics(workdir) == metrics(other)
+    samples, expected = (folder / "samples.jsonl" for folder in (workdir, other))
+    assert not expected.exists() or samples.read_bytes() == expected.read_bytes()
+    for item in ("adapter", "opt_state"):
+        found, expected = arrays(workdir, step, item), arrays(other, step, item)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name].tobytes() == expected[name].tobytes(), name

@@ -18,9 +18,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import running
+from running import arrays, assert_same_run, metrics
 
 from lowrank import inference
 from lowrank.training.partition import named_leaves
@@ -33,34 +33,8 @@ def train(tiny, workdir, *overrides, **options):
     return running.run("train", tiny, f"--workdir={workdir}", *overrides, **options)
 
 
-def metrics(workdir) -> list[dict]:
-    """Without the one number that is not the run's but the machine's."""
-    return [
-        {name: value for name, value in line.items() if name != "train/tokens_per_second"}
-        for line in running.lines(workdir / "metrics.jsonl")
-    ]
-
-
 def steps(workdir) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def arrays(workdir, step, item) -> dict[str, np.ndarray]:
-    """The leaves of a checkpoint's item, read by Orbax without our code."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / item)
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
-
-
-def assert_same_run(workdir, other, step=6):
-    assert metrics(workdir) == metrics(other)
-    samples, expected = (folder / "samples.jsonl" for folder in (workdir, other))
-    assert not expected.exists() or samples.read_bytes() == expected.read_bytes()
-    for item in ("adapter", "opt_state"):
-        found, expected = arrays(workdir, step, item), arrays(other, step, item)
-        assert found.keys() == expected.keys()
-        for name in expected:
-            assert found[name].tobytes() == expected[name].tobytes(), name
 
 
 def without_checkpoints(trained, workdir, gone) -> pathlib.Path:

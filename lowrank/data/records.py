@@ -11,6 +11,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from lowrank import storage
 from lowrank.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -28,7 +29,7 @@ class Record:
 
 def read_records(path: str | pathlib.Path, format: str) -> list[Record]:
     """Every record of a file. `.txt` holds documents parted by blank lines (format `text`), anything else JSON."""
-    path = pathlib.Path(path)
+    path = storage.path(path)
     text = _read_text(path)
     if path.suffix == ".txt":
         if format != "text":

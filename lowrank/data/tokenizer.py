@@ -12,12 +12,12 @@ Left out: training a tokenizer.
 import json
 import pathlib
 import re
-import shutil
 from collections.abc import Sequence
 
 import sentencepiece
 import tokenizers
 
+from lowrank import storage
 from lowrank.data import sentencepieces, tiktoken
 from lowrank.errors import UserError
 
@@ -171,7 +171,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     With both files there, tokenizer.json is read: it is the one that Hugging Face and so every peer reads, it says
     itself how tokens added later are cut out of a text, and beside a Llama 3's the other is a tiktoken file.
     """
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:
@@ -211,9 +211,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
 
     for name in COMPANIONS:
         if (source / name).is_file() and source / name != tokenizer.path:
-            shutil.copyfile(source / name, folder / name)
+            (folder / name).write_bytes((source / name).read_bytes())
     if not is_tiktoken:
-        shutil.copyfile(tokenizer.path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
+        (folder / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(tokenizer.path.read_bytes())
     if spec:
         spec["post_processor"] = _bos_first(tokenizer)
         unk = spec["model"]["unk_token"]

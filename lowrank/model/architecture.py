@@ -9,10 +9,10 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from lowrank import storage
 from lowrank.errors import UserError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -138,7 +138,7 @@ HARMLESS = frozenset(
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
     """The `ModelConfig` of `folder/config.json`, in the old spelling or that of transformers 5."""
-    path = pathlib.Path(folder) / "config.json"
+    path = storage.path(folder) / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -103,7 +103,10 @@ class Decoder(nn.Module):
     ):
         c = self.config
         embedding = Table("embedding", (c.vocab, c.embed), ("vocab", "embed"), self.param_dtype, name="embed_tokens")()
-        x = constrain(jnp.take(embedding, tokens, axis=0).astype(self.dtype), "batch", "length", None)
+        # Looked up where the table lies, then each device gives the others their rows: left to itself, the compiler
+        # gathers the table, or all rows on all devices.
+        x = jnp.take(embedding, constrain(tokens, "group", "length"), axis=0)
+        x = constrain(constrain(x, "group", "length", "embed").astype(self.dtype), "batch", "length", None)
         angles = positions.astype(jnp.float32)[..., None] * rotary_frequencies(c)
         key_segments = segment_ids if key_segment_ids is None else key_segment_ids
         mask = visible(slot + jnp.arange(tokens.shape[1]), segment_ids, key_segments)

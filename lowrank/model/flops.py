@@ -5,7 +5,7 @@ passes over the same products, and what a part costs is its forward pass times h
 
     base         forward 1, backward 1 (with respect to x; a frozen kernel has no gradient of its own), remat 1
     adapter      forward 1, backward 2, remat 1
-    head         forward 1, backward 1, and 1 for the logits that are computed again instead of kept
+    head         forward 1, backward 1; its logits are neither kept nor computed again (training/objective.py)
     attention    forward 1, backward 2, and 1 for the scores that are computed again instead of kept, remat 1
 
 With remat, a product whose result only leaves the block (down_proj, its lora_b) is not done again. In mode "full" every
@@ -66,7 +66,7 @@ def step_flops(
         base_forward=base,
         base_backward=base * (2 if full else 1),
         adapter=3 * adapter,
-        head=head * (4 if full else 3),
+        head=head * (3 if full else 2),
         attention=attention * 3,
         recomputation=again + attention * pieces,
     )

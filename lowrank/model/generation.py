@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import dot
@@ -43,39 +44,44 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         segments[row, width - len(prompt) :] = 1
-    pads = jnp.asarray([width - len(prompt) for prompt in prompts], jnp.int32)
-    segments = jnp.asarray(segments)
+    pads = np.asarray([width - len(prompt) for prompt in prompts], np.int32)
     settings = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     key = jax.random.key(sampling.seed)
 
-    token, cache = _prefill(model, variables, jnp.asarray(tokens), segments, pads, jax.random.fold_in(key, 0), settings)
+    layouts = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables)]
+    meshes = [layout.mesh for layout in layouts if isinstance(layout, NamedSharding)]
+    # Said, so that every process can read the tokens: left to itself, the compiler may spread them over the devices.
+    whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+
+    draw_key = jax.random.fold_in(key, 0)
+    token, cache = _prefill(model, whole, variables, tokens, segments, pads, draw_key, settings)
     for drawn in range(1, max_new_tokens + 1):
         yield np.asarray(token)
         if drawn < max_new_tokens:
             slot, draw_key = jnp.int32(width + drawn - 1), jax.random.fold_in(key, drawn)
-            token, cache = _decode(model, variables, token, slot, segments, pads, cache, draw_key, settings)
+            token, cache = _decode(model, whole, variables, token, slot, segments, pads, cache, draw_key, settings)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(model: Decoder, variables, tokens, segments, pads, key, settings):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, segments, pads, key, settings):
     c, (rows, width) = model.config, tokens.shape
     empty = jnp.zeros((c.layers, rows, segments.shape[1], c.kv_heads, c.head_dim), model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], (empty, empty), 0, segments)
-    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings), cache
+    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings, whole), cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
-def _decode(model: Decoder, variables, token, slot, segments, pads, cache, key, settings):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+def _decode(model: Decoder, whole: NamedSharding | None, variables, token, slot, segments, pads, cache, key, settings):
     positions = (slot - pads)[:, None]
     hidden, head, cache = model.apply(
         variables, token[:, None], positions, jnp.ones_like(positions), cache, slot, segments
     )
-    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings), cache
+    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings, whole), cache
 
 
-def _sample(logits: jax.Array, key: jax.Array, settings) -> jax.Array:
-    """float32 [rows, vocab] -> int32 [rows]. Top-k is taken first, then the smallest set of tokens that holds top_p."""
+def _sample(logits: jax.Array, key: jax.Array, settings, whole: NamedSharding | None) -> jax.Array:
+    """float32 [rows, vocab] -> int32 [rows], laid out as `whole`. Top-k is taken first, then the smallest set of tokens that holds top_p."""
     temperature, top_k, top_p = settings
     rows, vocab = logits.shape
 
@@ -92,4 +98,5 @@ def _sample(logits: jax.Array, key: jax.Array, settings) -> jax.Array:
         return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= threshold, logits, -jnp.inf))
 
     chosen = jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits)
-    return chosen.astype(jnp.int32)
+    chosen = chosen.astype(jnp.int32)
+    return chosen if whole is None else jax.lax.with_sharding_constraint(chosen, whole)

@@ -9,12 +9,14 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.errors import UserError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "group": "data",  # the rows that devices along fsdp look up together, each its part of `embed`
     "length": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -50,6 +52,19 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         )
     # Auto is said, not left to the default: it changed between versions of JAX.
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def put(value, sharding):
+    """An array that every process has whole -> laid out: each process gives its own devices their parts.
+
+    `jax.device_put` would first compare the arrays of all processes, which is a sum over all devices.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.jit(lambda value: value, out_shardings=sharding)(value)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
 def batch_shards(mesh: Mesh) -> int:

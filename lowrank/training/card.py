@@ -5,6 +5,7 @@ Only what was recorded or measured is said. Of the data's path only the file's n
 
 import pathlib
 
+from lowrank import storage
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
 from lowrank.model.lora import LoraConfig
 from lowrank.training.report import describe_ranks
@@ -42,10 +43,14 @@ def model_card(
 
 def _header(base: str, lora: LoraConfig | None, form: str) -> str:
     fields = [f"library_name: {'peft' if form == 'peft' else 'transformers'}", "pipeline_tag: text-generation"]
-    if not pathlib.Path(base).exists():  # the hub refuses a card whose base_model is a path
+    if not _is_here(base):  # the hub refuses a card whose base_model is a path
         fields.append(f"base_model: {base}")
     fields += ["tags:", *(["- lora"] if lora else []), "- lowrank"]
     return "\n".join(["---", *fields, "---"])
+
+
+def _is_here(base: str) -> bool:
+    return storage.is_remote(base) or pathlib.Path(base).exists()
 
 
 def _summary(record: dict, base: str, lora: LoraConfig | None, form: str) -> str:
@@ -115,7 +120,7 @@ def _prompts(form: str) -> str:
 
 def _loading(record: dict, base: str, lora: LoraConfig | None, export: dict) -> str:
     name, form = export["name"], record["config"]["data"]["format"]
-    here = base if pathlib.Path(base).exists() else "DIR"  # lowrank reads folders, not names on a hub
+    here = base if _is_here(base) else "DIR"  # lowrank reads folders, not names on a hub
     download = [] if here == base else ["", f"(`DIR`: the folder that `{base}` was downloaded to.)"]
     if export["format"] == "merged":
         return f"""```python

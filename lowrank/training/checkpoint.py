@@ -2,21 +2,23 @@
 
 A checkpoint is a folder `checkpoints/STEP/` of four items: `adapter` (the trainable leaves under their paths),
 `opt_state`, `data` (the loader's position) and `meta`. The trees that come in have holes where the base is, so no
-leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets its name when it is whole.
+leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets its name when it is whole; in a bucket, where
+nothing can be renamed, it gets the object `commit_success.txt` then, and is nothing without it.
 """
 
 import contextlib
 import errno
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from lowrank import storage
 from lowrank.errors import UserError
+from lowrank.parallel import distributed
 from lowrank.training import partition
 from lowrank.training.step import State
 
@@ -40,12 +42,12 @@ def nested(tree) -> dict:
 class Checkpoints:
     """The checkpoints of one workdir. A context manager: leaving it waits for the last save to be on disk."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1, read_only: bool = False):
+    def __init__(self, workdir: storage.Path, keep: int = 1, read_only: bool = False):
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[EVAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.folder = (workdir / "checkpoints").absolute()
+        self.folder = epath.Path(str((workdir / "checkpoints").absolute()))  # which may be one in a bucket
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
@@ -68,7 +70,9 @@ class Checkpoints:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._ignore_late_writes
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
+        if error and distributed.running():
+            return  # the others have no part in this error: they would be waited for, for ever
         try:
             self.wait()
         finally:
@@ -117,7 +121,7 @@ class Checkpoints:
     def forget(self):
         """Remove all checkpoints."""
         for step in self.manager.all_steps():
-            shutil.rmtree(self.folder / str(step))
+            (self.folder / str(step)).rmtree()
         self.manager.reload()
 
     def restore(self, step: int, state: State) -> tuple[State, dict]:
@@ -166,6 +170,8 @@ class Checkpoints:
             yield
         except Exception as error:
             text = f"{error} {error.__cause__ or ''}"
+            if reason := storage.said_of(error):
+                raise UserError(f"checkpoint in {self.folder} could not be written: {reason}") from error
             signs = [sign for sign in DISK_SIGNS if sign in text]
             if signs or getattr(error, "errno", None) in DISK_ERRORS:
                 last = self.latest()

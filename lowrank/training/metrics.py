@@ -1,21 +1,25 @@
 """What a run tells: `metrics.jsonl` always, the console, and TensorBoard or W&B if asked for.
 
 The step's scalars stay on the device; the loop hands them over one step late, so that reading them never keeps the
-next step from being dispatched.
+next step from being dispatched. Of several processes the first one writes; in the others the same calls write nothing.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
 import pathlib
 import sys
+import time
 import uuid
 
 import rich.console
 import rich.progress
 
+from lowrank import storage
 from lowrank.errors import UserError
+from lowrank.parallel import distributed
 
 
 @contextlib.contextmanager
@@ -29,8 +33,14 @@ def writing(file: pathlib.Path):
         ) from error
 
 
-def replace(file: pathlib.Path, text: str):
+def replace(file: storage.Path, text: str):
     """Give the file a new content: whole, or (after a power cut, too) still the old one."""
+    if not distributed.first():
+        return
+    if storage.is_remote(file):
+        _lines.pop(file, None)
+        file.write_bytes(text.encode())
+        return
     fresh = file.with_suffix(".tmp")
     with writing(file):
         with open(fresh, "w", encoding="utf-8") as stream:
@@ -40,25 +50,70 @@ def replace(file: pathlib.Path, text: str):
         fresh.replace(file)
 
 
-def append_line(file: pathlib.Path, record: dict):
-    """Append one JSON object and have it on the disk before going on."""
+def append_line(file: storage.Path, record: dict):
+    """Append one JSON object and have it on the disk before going on; in a bucket it is there after `flush_lines`."""
+    if not distributed.first():
+        return
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    if storage.is_remote(file):
+        _lines.setdefault(file, BucketLines(file)).append(line)
+        return
     with writing(file), open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def read_lines(file: pathlib.Path) -> list[dict]:
+class BucketLines:
+    """The lines of an object, which can only be replaced whole, and about once a second at most.
+
+    So it is not written for each line, but where 10 seconds have passed (more if writing takes long: it may take a twentieth
+    of the time), and before every checkpoint. A run that is killed loses lines after its last checkpoint alone, and these
+    are written again when it goes on from there.
+    """
+
+    def __init__(self, file: storage.BucketPath):
+        self.file = file
+        self.content = bytearray(file.read_bytes() if file.exists() else b"")
+        self.written, self.next = True, 0.0
+
+    def append(self, line: str):
+        self.content += line.encode()
+        self.written = False
+        if time.monotonic() >= self.next:
+            self.flush()
+
+    def flush(self):
+        if not self.written:
+            began = time.monotonic()
+            self.file.write_bytes(bytes(self.content))
+            now = time.monotonic()
+            self.written, self.next = True, now + max(SECONDS_BETWEEN, 20 * (now - began))
+
+
+SECONDS_BETWEEN = 10.0
+_lines: dict[storage.BucketPath, BucketLines] = {}
+
+
+def flush_lines():
+    """Have every line in its bucket; those on a disk are there already."""
+    for lines in _lines.values():
+        lines.flush()
+
+
+def read_lines(file: storage.Path) -> list[dict]:
     """The whole lines of a JSON-lines file; a last line that was cut short by a kill is left out."""
+    if file in _lines:
+        _lines[file].flush()
     if not file.exists():
         return []
     whole = file.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in whole]
 
 
-def forget_after(file: pathlib.Path, step: int):
+def forget_after(file: storage.Path, step: int):
     """Drop the lines of steps after `step`, which a resumed run is about to write again. Atomic."""
-    if file.exists():
+    if distributed.first() and file.exists():
         kept = [record for record in read_lines(file) if record["step"] <= step]
         replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
@@ -71,10 +126,12 @@ def due(step: int, every: int, last: int) -> bool:
 class Metrics:
     """Writes the scalars of a step to every place that was asked for."""
 
-    def __init__(self, workdir: pathlib.Path, config: dict, tensorboard: bool, wandb: str | None, step: int):
+    def __init__(self, workdir: storage.Path, config: dict, tensorboard: bool, wandb: str | None, step: int):
         """`step`: what was written after it is about to come again."""
         self.file = workdir / "metrics.jsonl"
         self.tensorboard = self.wandb = None
+        if not distributed.first():
+            return
         if tensorboard:
             try:
                 import tensorboardX
@@ -90,7 +147,8 @@ class Metrics:
             if not id_file.exists():
                 replace(id_file, uuid.uuid4().hex)
             run_id = id_file.read_text()
-            self.wandb = wandb_library.init(project=wandb, id=run_id, resume="allow", config=config, dir=str(workdir))
+            place = None if storage.is_remote(workdir) else str(workdir)
+            self.wandb = wandb_library.init(project=wandb, id=run_id, resume="allow", config=config, dir=place)
 
     def write(self, step: int, scalars: dict[str, float]):
         append_line(self.file, {"step": step, **scalars})
@@ -102,6 +160,8 @@ class Metrics:
             self.wandb.log(scalars, step=step)
 
     def close(self):
+        flush_lines()
+        _lines.clear()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -159,8 +219,10 @@ def human_bytes(size: float) -> str:
     raise AssertionError
 
 
-def plot_curves(metrics_file: pathlib.Path, picture: pathlib.Path, title: str):
+def plot_curves(metrics_file: storage.Path, picture: storage.Path, title: str):
     """Training and evaluation loss over steps, and beneath them the learning rate and the gradient's norm."""
+    if not distributed.first():
+        return
     import matplotlib
 
     matplotlib.use("agg")  # no display is needed, nor looked for
@@ -188,6 +250,8 @@ def plot_curves(metrics_file: pathlib.Path, picture: pathlib.Path, title: str):
         right.plot(*points, color="tab:gray", alpha=0.6)
         right.set(ylabel="gradient norm")
     bottom.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
     with writing(picture):
-        figure.savefig(picture, dpi=120)
+        picture.write_bytes(content.getvalue())
     plt.close(figure)

@@ -1,11 +1,10 @@
 """What a run says of itself before it begins (`--dry_run` stops there) and when it ends."""
 
-import os
-import pathlib
 import shlex
 
 import jax
 
+from lowrank import storage
 from lowrank.config import Config
 from lowrank.model.lora import LoraConfig, padding
 from lowrank.training import metrics, partition
@@ -97,14 +96,14 @@ def describe_leaves(shapes: dict, mask: dict) -> str:
     return "\n".join(lines)
 
 
-def closing(workdir: pathlib.Path, config: Config, tokens: int, steps: int, seconds: float) -> str:
+def closing(workdir: storage.Path, config: Config, tokens: int, steps: int, seconds: float) -> str:
     """What came of the run, and what to try next."""
     lines = metrics.read_lines(workdir / "metrics.jsonl")
     names = ("train/loss", "eval/loss", "eval/exact_match")
     series = {name: [line[name] for line in lines if name in line] for name in names}
     shown = [f"{name} {values[0]:.4f} -> {values[-1]:.4f}" for name, values in series.items() if values]
     folder = workdir / "checkpoints"
-    size = sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
+    size = sum(storage.sizes(folder).values())
     what = "adapter" if config.adapted else "model"
     result = [
         *before_and_after(workdir),
@@ -132,11 +131,12 @@ def closing(workdir: pathlib.Path, config: Config, tokens: int, steps: int, seco
         f"--workdir={workdir}",
         f"--format={'peft' if config.adapted else 'merged'}",
     ]
-    result.append(f"hand on    {shlex.join([*export, f'--to={workdir}-export'])}")
+    to = workdir.name if storage.is_remote(workdir) else workdir  # a folder of this machine
+    result.append(f"hand on    {shlex.join([*export, f'--to={to}-export'])}")
     return "\n".join(result)
 
 
-def before_and_after(workdir: pathlib.Path, count: int = 5) -> list[str]:
+def before_and_after(workdir: storage.Path, count: int = 5) -> list[str]:
     """The first held-out prompts with the first and the last answer to them, where `eval.answers` asked for any."""
     asked = [record for record in metrics.read_lines(workdir / "samples.jsonl") if "reference" in record]
     if not asked:

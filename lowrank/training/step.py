@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.model.decoder import Decoder
+from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import constrain
 from lowrank.training import partition
 from lowrank.training.objective import cross_entropy_sum, token_losses
@@ -52,8 +54,8 @@ def init_state(optimizer: optax.GradientTransformation, trainable: dict, key: ja
     """The state before step 1, as `layout` (from `abstract_state`) says."""
     opt_layout = jax.tree.map(lambda leaf: leaf.sharding, layout.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_layout)(trainable)
-    step = jax.device_put(jnp.int32(0), layout.step.sharding)
-    return State(step, trainable, opt_state, jax.device_put(key, layout.key.sharding))
+    step = mesh_lib.put(np.int32(0), layout.step.sharding)
+    return State(step, trainable, opt_state, mesh_lib.put(key, layout.key.sharding))
 
 
 def loss_sum(

@@ -7,21 +7,25 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shlex
 import subprocess
 import sys
+import time
 
 import jax
 
 from lowrank import config as config_lib
+from lowrank import storage
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig
-from lowrank.training import metrics
+from lowrank.parallel import distributed
+from lowrank.training import bucket_lock, metrics
 
+NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
+PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
 # What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
 FREE_ON_RESUME = (
     *("base", "tokenizer", "data.train", "data.eval"),
@@ -42,6 +46,10 @@ DEFAULTS = {
 def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str], command: str):
     """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
     file = workdir / "config.json"
+    if not distributed.first():
+        refuse_other_folder(workdir, distributed.from_first(lambda: None))
+        yield
+        return
     with locked(workdir, file, "run"):
         if file.exists():
             differences = resume_differences(read_record(workdir), config, identity)
@@ -56,12 +64,27 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
             "identity": identity,
         }
         metrics.replace(file, json.dumps(record, indent=1) + "\n")
+        distributed.from_first(lambda: record["at"])
         yield
+
+
+def refuse_other_folder(workdir: pathlib.Path, at: float):
+    """In a process that is not the first: UserError unless process 0's folder, in which a record was written `at`, is this one."""
+    for waited in range(NFS_SECONDS):
+        time.sleep(min(waited, 1))
+        with contextlib.suppress(UserError):
+            if read_record(workdir).get("at") == at:
+                return
+    raise UserError(
+        f"workdir {workdir} of this process is not the folder of that name of process 0; checkpoints need one that all "
+        "processes see, such as one on NFS or a bucket (gs://)"
+    )
 
 
 def origin(command: str, arguments: list[str]) -> dict:
     """Where a record comes from: how the command was called, and on what it runs."""
     return {
+        "at": time.time(),
         "command": shlex.join(["python", "-m", f"lowrank.{command}", *sys.argv[1:]]),
         "overrides": arguments,
         "versions": versions(),
@@ -83,14 +106,19 @@ def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+        if storage.is_remote(workdir):
+            workdir.check_bucket()
+            lock = bucket_lock.locked(workdir / ".lock", str(workdir))
+        else:
+            lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written to ({error.strerror}); choose another --workdir"
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not storage.is_remote(workdir):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
         yield
@@ -123,14 +151,14 @@ def flat(values: dict, prefix: str = ""):
 def file_hash(file) -> str | None:
     if file is None:
         return None
-    found = os.stat(file)
+    found = storage.path(file).stat()
     return _hash_of(str(file), found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=16)
 def _hash_of(file: str, modified: int, size: int) -> str:
     """Asked again for each member of a sweep; `modified` and `size` are there to tell when it is another file."""
-    with open(file, "rb") as stream:
+    with storage.path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
@@ -142,6 +170,16 @@ def versions() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return {"python": platform.python_version(), **found}
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of the Python files of this package."""
+    digest = hashlib.sha256()
+    package = pathlib.Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lowrank import storage
 from lowrank.errors import UserError
 from lowrank.model.architecture import ModelConfig, read_config
 from lowrank.weights import huggingface, meta, native
@@ -31,20 +32,23 @@ from lowrank.weights.tensor_file import Tensor, cut, rows_within
 
 PIECE_BYTES = 2**24  # what goes to a device at once: many times what a transfer costs to start, little to hold
 BAND_BYTES = 2**20  # what is converted and transposed at once: it stays in the processor's cache
+WINDOW_BYTES = (
+    2**24
+)  # of a file, columns that are not wanted among them: what is asked for at once where it lies far away
 AHEAD = 2  # pieces that are read while another is put into its place
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    folder: pathlib.Path
+    folder: pathlib.Path | storage.BucketPath
     config: ModelConfig
     params: dict  # the tree of parameters, with something to read at every leaf (a `StoredLeaf`)
     fingerprint: str  # tells whether two bases are the same weights, whatever files they lie in
 
 
-def read_base(folder: str | os.PathLike) -> Base:
+def read_base(folder: str | os.PathLike | storage.BucketPath) -> Base:
     """Open a base: its config and its tensors' places, checked against each other. Reads a few megabytes."""
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a base model")
     others = huggingface.has_weights(folder) or (folder / native.MANIFEST).is_file()
@@ -103,14 +107,20 @@ class StoredLeaf:
     def _fill(self, out: np.ndarray, tensor: Tensor, spans: list[slice]) -> None:
         """Write a part of one tensor into `out`, a band of the tensor's rows after the other."""
         rows, *columns = reversed(spans) if self.transposed else spans
-        width = math.prod(span.stop - span.start for span in columns)
-        for band in cut(rows, rows_within(BAND_BYTES, width * tensor.dtype.itemsize)):
-            part = tensor.read((band, *columns))
-            place = slice(band.start - rows.start, band.stop - rows.start)
-            if self.transposed:
-                transpose(part, out[:, place])
-            else:
-                out[place] = part
+        width = math.prod(span.stop - span.start for span in columns) * tensor.dtype.itemsize
+        windows = cut(rows, rows_within(WINDOW_BYTES, tensor.nbytes // max(1, tensor.shape[0])))
+        for window, following in itertools.zip_longest(windows, windows[1:]):
+            if window is windows[0]:
+                tensor.expect((window, *columns))
+            if following:
+                tensor.expect((following, *columns))
+            for band in cut(window, rows_within(BAND_BYTES, width)):
+                part = tensor.read((band, *columns))
+                place = slice(band.start - rows.start, band.stop - rows.start)
+                if self.transposed:
+                    transpose(part, out[:, place])
+                else:
+                    out[place] = part
 
 
 def stored_params(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict:
@@ -168,7 +178,8 @@ def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futur
         return jax.make_array_from_single_device_arrays(tuple(whole), sharding, arrays)
 
     together = 1 if sharding is None else len(sharding.device_set) // jax.process_count()  # the same on every host
-    pieces = list(_pieces(leaf, shard, PIECE_BYTES // max(leaf.dtype.itemsize, dtype.itemsize) // together))
+    largest = PIECE_BYTES // max(leaf.dtype.itemsize, dtype.itemsize) // together
+    pieces = list(_pieces(leaf, shard, largest, together))
     if len(pieces) == 1 or _in_host_memory(sharding):
         shards = [_aligned(shard, dtype) for _ in devices]
         for _ in ahead(pool, read, ((piece, [held[piece] for held in shards]) for piece in pieces)):
@@ -211,15 +222,20 @@ def _place(array: jax.Array, piece: jax.Array, starts: jax.Array, sharding: Any)
     return place(array, piece, starts)
 
 
-def _pieces(leaf: StoredLeaf, shard: tuple[int, ...], largest: int) -> Iterator[tuple[slice, ...]]:
+def _pieces(leaf: StoredLeaf, shard: tuple[int, ...], largest: int, together: int) -> Iterator[tuple[slice, ...]]:
     """Cut a shard into pieces of at most so many elements: some layers, else some rows of one layer's tensor.
 
-    Rows are the tensor's own, so a transposed leaf is cut along its last axis: every byte of a file is read once.
+    Rows are the tensor's own, so a transposed leaf is cut along its last axis: every byte of a file is read once. And no
+    more rows than lie in two windows of a file, even if only a few columns of them are wanted: of the devices that are read
+    for `together`, those with other columns find the same rows still in memory.
     """
     inner = shard[1:] if leaf.stacked else shard
     size = math.prod(inner)
     axis = len(inner) - 1 if leaf.transposed else 0
     rows = inner[axis] if size <= largest else rows_within(largest, size // inner[axis])
+    others = min(together, leaf.shape[-1 if leaf.transposed else leaf.stacked] // inner[axis])  # shards with other rows
+    in_file = leaf.tensors[0].nbytes // leaf.tensors[0].shape[0]
+    rows = min(rows, rows_within(2 * WINDOW_BYTES // others, in_file))
     layers = cut(slice(0, shard[0]), max(1, largest // size)) if leaf.stacked else [None]
     for layer, band in itertools.product(layers, cut(slice(0, inner[axis]), rows)):
         spans = [slice(0, n) for n in inner]

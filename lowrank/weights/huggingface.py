@@ -3,8 +3,12 @@
 An index promises where each tensor lies; what the files hold has to be just that.
 """
 
+import contextlib
 import json
+import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 
 from lowrank.errors import UserError
 from lowrank.weights.layout import grouped, ignored
+from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Tensor, TensorFile
 from lowrank.weights.torch_file import open_torch_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".safetensors")
+HEADER_BYTES = 100_000_000  # the library reads no longer ones
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -84,13 +90,17 @@ def open_file(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
 
 def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="numpy"):  # checks that its header is sound and fits its length
-            file = TensorFile(path)
+        file = open_tensor_file(path)
+        with (
+            _local(file) as place,
+            safe_open(place, framework="numpy"),
+        ):  # checks that its header is sound and fits its length
+            pass
     except (SafetensorError, OSError) as error:
         problems.append(f"{path.name} cannot be read ({error}), it is truncated or corrupt")
         return {}
-    length = int.from_bytes(file.map[:8], "little")
-    header = json.loads(file.map[8 : 8 + length])
+    length = int.from_bytes(file.held(0, 8), "little")
+    header = json.loads(bytes(file.held(8, 8 + length)))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -100,3 +110,17 @@ def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tens
         elif not ignored(name):
             problems.append(f"{name} is held in {entry['dtype']}, supported are {', '.join(DTYPES)}")
     return tensors
+
+
+@contextlib.contextmanager
+def _local(file: TensorFile) -> Iterator[os.PathLike | str]:
+    """A local file with the header of this one, and of its length: itself, or where that is far away one full of holes."""
+    if not isinstance(file, RemoteFile):
+        yield file.path
+        return
+    length = int.from_bytes(file.held(0, 8), "little")
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as holes:
+        holes.write(file.held(0, 8 + min(length, HEADER_BYTES)))
+        holes.truncate(file.size)
+        holes.flush()
+        yield holes.name

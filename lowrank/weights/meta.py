@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -132,16 +133,23 @@ def concatenated(parts: list[Tensor], axis: int) -> Tensor:
     own = parts[0].shape[axis]
     shape = tuple(size * len(parts) if i == axis else size for i, size in enumerate(parts[0].shape))
 
-    def read(index: Index) -> np.ndarray:
-        found = []
+    def within(index: Index) -> Iterator[tuple[Tensor, Index]]:
+        """What of each part lies there."""
         for number, part in enumerate(parts):
             start = max(index[axis].start - number * own, 0)
             stop = min(index[axis].stop - number * own, own)
             if start < stop:
-                found.append(part.read((*index[:axis], slice(start, stop), *index[axis + 1 :])))
+                yield part, (*index[:axis], slice(start, stop), *index[axis + 1 :])
+
+    def read(index: Index) -> np.ndarray:
+        found = [part.read(own_index) for part, own_index in within(index)]
         return found[0] if len(found) == 1 else np.concatenate(found, axis)
 
-    return Tensor(shape, parts[0].dtype, read)
+    def expect(index: Index) -> None:
+        for part, own_index in within(index):
+            part.expect(own_index)
+
+    return Tensor(shape, parts[0].dtype, read, expect)
 
 
 def halves_first(tensor: Tensor, head_dim: int) -> Tensor:
@@ -150,14 +158,20 @@ def halves_first(tensor: Tensor, head_dim: int) -> Tensor:
     Meta turns rows 2i and 2i + 1 by the i-th angle, Hugging Face rows i and i + head_dim / 2.
     """
 
+    def whole_heads(rows: slice) -> slice:
+        return slice(rows.start // head_dim * head_dim, -(-rows.stop // head_dim) * head_dim)
+
     def read(index: Index) -> np.ndarray:
         rows, columns = index
-        first, last = rows.start // head_dim, -(-rows.stop // head_dim)  # whole heads are read
-        heads = tensor.read((slice(first * head_dim, last * head_dim), columns))
-        heads = heads.reshape(last - first, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(len(heads), -1)
-        return np.ascontiguousarray(heads[rows.start - first * head_dim : rows.stop - first * head_dim])
+        found = whole_heads(rows)
+        heads = tensor.read((found, columns))
+        heads = heads.reshape(-1, head_dim // 2, 2, heads.shape[1]).swapaxes(1, 2).reshape(heads.shape)
+        return np.ascontiguousarray(heads[rows.start - found.start : rows.stop - found.start])
 
-    return Tensor(tensor.shape, tensor.dtype, read)
+    def expect(index: Index) -> None:
+        tensor.expect((whole_heads(index[0]), index[1]))
+
+    return Tensor(tensor.shape, tensor.dtype, read, expect)
 
 
 # -------------------------------------------------------------------------------------------------- params.json -> config

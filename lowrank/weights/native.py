@@ -143,7 +143,7 @@ def _checked(tensor: Tensor, sums: list[str], where: str) -> Tensor:
                     )
         return part
 
-    return Tensor(tensor.shape, tensor.dtype, read)
+    return Tensor(tensor.shape, tensor.dtype, read, tensor.expect)
 
 
 def _crc32(rows: np.ndarray) -> str:

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator
 
 from safetensors import SafetensorError
 
+from lowrank import storage
 from lowrank.errors import UserError
 
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields an empty folder to fill; it becomes `folder` when the block ends without an error, else it is removed."""
-    folder = pathlib.Path(os.path.abspath(folder))  # "." has no name
+    folder = pathlib.Path(os.path.abspath(storage.local(folder)))  # "." has no name
     # Beside the target, for only a rename within one file system is atomic.
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -38,8 +39,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def carry(source: str | os.PathLike, target: pathlib.Path, names: Iterable[str]) -> None:
+def carry(source: str | os.PathLike | storage.BucketPath, target: pathlib.Path, names: Iterable[str]) -> None:
     """Copy those of the named files that `source` has."""
     for name in names:
-        if (pathlib.Path(source) / name).is_file():
-            shutil.copyfile(pathlib.Path(source) / name, target / name)
+        if (storage.path(source) / name).is_file():
+            (target / name).write_bytes((storage.path(source) / name).read_bytes())

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from lowrank import storage
 from lowrank.errors import UserError
 from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.weights.huggingface import open_file
@@ -64,7 +65,7 @@ def read_peft(folder: str | os.PathLike, layers: int | None = None) -> tuple[dic
 
     `layers` is how many the base has; where that is not known, as many as the tensors speak of.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     fields = _read_fields(folder / CONFIG)
     file = next((folder / name for name in (TENSORS, TENSORS_BIN) if (folder / name).is_file()), None)
     if file is None:

@@ -15,7 +15,6 @@ import dataclasses
 import io
 import math
 import os
-import pathlib
 import pickletools
 import struct
 import zipfile
@@ -25,7 +24,10 @@ import ml_dtypes
 import numpy as np
 
 from lowrank.errors import UserError
+from lowrank.storage import BucketPath
+from lowrank.storage import path as path_of
 from lowrank.weights.layout import ignored
+from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Index, Tensor, TensorFile
 
 SUPPORTED = ("float32", "float16", "bfloat16")
@@ -61,14 +63,14 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def open_torch_file(path: str | os.PathLike, problems: list[str]) -> dict[str, Tensor]:
+def open_torch_file(path: os.PathLike | BucketPath, problems: list[str]) -> dict[str, Tensor]:
     """Every tensor of a file that holds a dict of them, by name; what is wrong with the file joins `problems`.
 
     Reading a tensor raises UserError if the bytes that it lies in do not have their checksum.
     """
-    path = pathlib.Path(path)
+    path = path_of(path)
     try:
-        entries = _entries(TensorFile(path))
+        entries = _entries(open_tensor_file(path))
         values = _dict_in(entries)
     except Refused as refused:
         problems.append(f"{path.name} {refused}")
@@ -104,11 +106,11 @@ class Entry:
     def __init__(self, file: TensorFile, info: zipfile.ZipInfo):
         self.file, self.name, self.size, self.checksum = file, info.filename, info.file_size, info.CRC
         # The directory says where an entry's header lies; only that header says how much padding follows it.
-        header = file.map[info.header_offset : info.header_offset + 30]
+        header = bytes(file.held(info.header_offset, info.header_offset + 30))
         if header[:4] != b"PK\x03\x04":
             raise ValueError(f"{self.name} is not where the directory says")
         length, extra = struct.unpack("<HH", header[26:])
-        name = file.map[info.header_offset + 30 : info.header_offset + 30 + length]
+        name = file.held(info.header_offset + 30, info.header_offset + 30 + length)
         if name != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
             raise ValueError(f"{self.name} has another name in the directory")
         self.offset = info.header_offset + 30 + length + extra
@@ -124,18 +126,20 @@ class Entry:
     def content(self) -> bytes:
         if not self.is_sound():
             raise ValueError(f"{self.name} does not have its checksum")
-        return self.file.map[self.offset : self.offset + self.size]
+        return bytes(self.file.held(self.offset, self.offset + self.size))
 
 
 def _entries(file: TensorFile) -> dict[str, Entry]:
     """The zip's entries, named without the folder that all of them lie in."""
-    start = file.map[:512]
+    start = bytes(file.held(0, 512))
     if start.startswith(BEFORE_ZIP) or start[257:262] == b"ustar":
         raise Refused("is in the format of PyTorch before 1.6; load it there and save it again")
     if not start.startswith(b"PK"):
         raise ValueError("not a zip, as PyTorch's files are")
-    with zipfile.ZipFile(file.path) as archive:
+    with zipfile.ZipFile(file.stream() if isinstance(file, RemoteFile) else file.path) as archive:
         infos = archive.infolist()
+    for info in infos:  # an entry's header and name
+        file.expect(info.header_offset, info.header_offset + 30 + len(info.orig_filename.encode()))
     if any(info.flag_bits & 1 for info in infos):
         raise Refused("is an encrypted zip; decrypt it")
     packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
@@ -354,4 +358,4 @@ def _tensor(view: View) -> Tensor:
             )
         return tensor.read(index)
 
-    return Tensor(view.shape, storage.dtype, read)
+    return Tensor(view.shape, storage.dtype, read, tensor.expect)

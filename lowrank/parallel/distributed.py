@@ -1,0 +1,371 @@
+"""Several processes that train one run together: how they find each other, agree, and end together.
+
+One idea: words, not arrays. Whatever processes have to tell each other beside the step goes through the key-value store of
+JAX's coordination service, which process 0 holds; so they can talk while their devices wait for each other. A thread in
+each process says every second that it is alive and reads whether the run is over: if one process fails, or is gone without a
+word, all the others end with that message instead of waiting for ever in a sum that nobody else comes to.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+
+import jax
+
+from lowrank.errors import UserError
+
+BEAT = 1.0  # seconds between two signs of life
+GONE_AFTER = 20.0  # seconds without one: long for a thread that a busy machine starves, short for a user who waits
+PARTING = 10.0  # seconds that process 0, which holds the store, stays for the others to read why the run is over
+GO_ON = "start the same command again, on all of them, to go on from the last checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How processes find each other: in words, and as arguments of `jax.distributed.initialize`."""
+
+    how: str
+    arguments: dict
+
+
+# ---- Whether and how -------------------------------------------------------------------------------------------------
+
+
+def decide(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    environ: Mapping[str, str],
+    tpu_hosts: Callable[[], int],
+) -> Start | None:
+    """None: one process, which need not ask anybody. Raises UserError where too little is known to begin.
+
+    Flags win; what they leave out comes from SLURM (`srun`) or Open MPI (`mpirun`); a TPU slice knows its hosts itself.
+    """
+    found = _slurm(environ) or _open_mpi(environ)
+    how, known = found or ("flags", {})
+    given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given == {"num_processes": 1}:
+        return None
+    if given or known:
+        arguments = known | given
+        flags = {"coordinator_address": "coordinator", "num_processes": "processes", "process_id": "process"}
+        missing = [f"--{flag}" for name, flag in flags.items() if name not in arguments]
+        if missing:
+            told = f" ({how} does not say it)" if found else ""
+            raise UserError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{told}; several processes need "
+                "--coordinator=HOST:PORT (where process 0 runs), --processes=N and --process=I"
+            )
+        count, index = arguments["num_processes"], arguments["process_id"]
+        if not 0 <= index < count:
+            raise UserError(f"--process={index} is not one of 0 to {count - 1} (--processes={count})")
+        if not re.fullmatch(r"\S+:\d+", arguments["coordinator_address"]):
+            raise UserError(f"--coordinator={arguments['coordinator_address']} must be HOST:PORT")
+        return Start(how, arguments | {"cluster_detection_method": "deactivate"}) if count > 1 else None
+    if environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    slices = environ.get("MEGASCALE_NUM_SLICES") or "1"
+    if slices != "1":
+        raise UserError(
+            f"{slices} TPU slices (MEGASCALE_NUM_SLICES): a run is laid out over one; start it on one slice"
+        )
+    names = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if (len(names.split(",")) if names else tpu_hosts()) > 1:
+        return Start("the TPU slice", {})  # which process this is, and which is the first, JAX asks of it
+    return None
+
+
+def _slurm(environ: Mapping[str, str]) -> tuple[str, dict] | None:
+    """Inside `srun` with several tasks; a script that sbatch runs has no step, and is one process."""
+    tasks, nodes = environ.get("SLURM_STEP_NUM_TASKS"), environ.get("SLURM_STEP_NODELIST")
+    if not tasks or not nodes or int(tasks) < 2 or "SLURM_PROCID" not in environ:
+        return None
+    first = re.sub(r"\[(\d+)[^\]]*\].*", r"\1", nodes).split(",")[0]  # node[001-004,007] -> node001
+    port = 61440 + int(environ.get("SLURM_JOB_ID", 0)) % 4096  # another one for each job that shares a node
+    known = {"coordinator_address": f"{first}:{port}", "num_processes": int(tasks)}
+    known["process_id"] = int(environ["SLURM_PROCID"])
+    several = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0] != "1"
+    return "SLURM", known | _own_device(environ, environ.get("SLURM_LOCALID"), several)
+
+
+def _open_mpi(environ: Mapping[str, str]) -> tuple[str, dict] | None:
+    if int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) < 2:
+        return None
+    known = {"num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]), "process_id": int(environ["OMPI_COMM_WORLD_RANK"])}
+    # Up to Open MPI 4 the address of mpirun, where rank 0 runs, is in the environment; 5 does not say it.
+    launcher = re.match(r"(\d+)\.\d+;tcp6?://\[?([^,\]:]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    if launcher:
+        known["coordinator_address"] = f"{launcher[2]}:{61440 + int(launcher[1]) // 4096 % 4096}"
+    several = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
+    return "Open MPI", known | _own_device(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), several)
+
+
+def _own_device(environ: Mapping[str, str], local: str | None, several: bool) -> dict:
+    """Processes that share a machine take one GPU each, unless the launcher has given each its own already."""
+    bound = len(environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in environ
+    return {"local_device_ids": [int(local)]} if several and local and not bound else {}
+
+
+def tpu_hosts() -> int:
+    """How many hosts the TPU slice has that this machine is a worker of, as its metadata server says; 1 elsewhere."""
+    chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+    if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return 1
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10
+        ) as got:
+            return len(got.read().decode().split(","))
+    except OSError:
+        return 1
+
+
+# ---- Beginning and ending --------------------------------------------------------------------------------------------
+
+
+class _Processes:
+    """This process among the others; there is one, or none where a run is one process."""
+
+    def __init__(self, index: int, count: int, coordinator: str, store):
+        self.index, self.count, self.coordinator, self.store = index, count, coordinator, store
+        self.name = name_of(index, count, socket.gethostname())
+        self.calls = itertools.count()
+        self.ending = threading.Lock()  # taken by whoever prints the last line, and never given back
+        self.finished = threading.Event()
+        self.gone = 0
+        self.heard = dict.fromkeys(range(count), (None, time.monotonic()))
+        self._put(f"name/{index}", self.name)
+        self.thread = threading.Thread(target=self._watch, name="watching the other processes", daemon=True)
+        self.thread.start()
+
+    def _put(self, key: str, value: str):
+        self.store.key_value_set(f"lowrank/{key}", value, allow_overwrite=True)
+
+    def _found(self, folder: str) -> dict[str, str]:
+        return {key.rsplit("/", 1)[-1]: value for key, value in self.store.key_value_dir_get(f"lowrank/{folder}/")}
+
+    def _watch(self):
+        for beat in itertools.count():
+            if self.finished.wait(BEAT):
+                return
+            try:
+                self._put(f"alive/{self.index}", str(beat))
+                over = self._found("over")
+                if not over and self.index == 0:
+                    over = self._missed()
+            except Exception as error:
+                if not self.finished.is_set():
+                    self._end(f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {GO_ON}")
+                return
+            if over:
+                self._end(*over.values())
+
+    def _missed(self) -> dict[str, str]:
+        """In process 0: whether one of the others has not been heard of for too long. Then all are told."""
+        alive, now = self._found("alive"), time.monotonic()
+        for index in range(1, self.count):
+            beat = alive.get(str(index))
+            if beat != self.heard[index][0]:
+                self.heard[index] = (beat, now)
+            if now - self.heard[index][1] > GONE_AFTER:
+                name = self._found("name").get(str(index), f"process {index}")
+                message = f"{name} is gone without a word (killed, or its machine is); {GO_ON}"
+                self._put("over/0", message)
+                self.gone = 1
+                return {"0": message}
+        return {}
+
+    def fail(self, message: str):
+        """Tell the others why, and end."""
+        with contextlib.suppress(Exception):
+            self.store.key_value_set("lowrank/over/0", message)  # the first to fail is the reason; others only follow
+        self._end(message)
+
+    def _end(self, message: str):
+        if not self.ending.acquire(blocking=False):
+            time.sleep(2 * PARTING)  # another thread is at it
+        sys.stdout.flush()
+        os.write(2, f"error: {message}\n".encode())
+        with contextlib.suppress(Exception):
+            self._put(f"left/{self.index}", "")
+            deadline = time.monotonic() + PARTING
+            while self.index == 0 and time.monotonic() < deadline and len(self._found("left")) < self.count - self.gone:
+                time.sleep(0.1)
+        # Not sys.exit: the main thread may wait in a sum that nobody else comes to, and JAX's own farewell for all.
+        os._exit(1)
+
+
+_processes: _Processes | None = None
+
+
+def start(coordinator: str | None, processes: int | None, process: int | None, timeout: float) -> str | None:
+    """Join the other processes, if there are any; then JAX sees the devices of all -> a line that says how.
+
+    To be called before anything asks for a device. Raises UserError; ends the process if the others do not come within
+    `timeout` seconds.
+    """
+    global _processes
+    how = decide(coordinator, processes, process, os.environ, tpu_hosts)
+    if how is None or _processes is not None:
+        return None
+    giving_up = threading.Timer(timeout, _give_up, [how, timeout])
+    giving_up.daemon = True
+    giving_up.start()
+    try:
+        # The runtime ends a process with a page of addresses when its time is out: ours is out before.
+        jax.distributed.initialize(**how.arguments, initialization_timeout=int(timeout) + 60)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the processes (found through {how.how}) could not join: {first_line(error)}") from error
+    finally:
+        giving_up.cancel()
+    # The one private name: JAX has no public way to this store, which Orbax takes in the same way.
+    from jax._src.distributed import global_state
+
+    _catch_aborts()
+    _processes = _Processes(
+        jax.process_index(), jax.process_count(), global_state.coordinator_address, global_state.client
+    )
+    if jax.process_index():  # what a run says, process 0 says; mistakes go to stderr
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return f"{jax.process_count()}, found through {how.how}; process 0 is at {global_state.coordinator_address}"
+
+
+def _give_up(how: Start, timeout: float):
+    index, count = how.arguments.get("process_id"), how.arguments.get("num_processes")
+    address = how.arguments.get("coordinator_address", "the first host of the slice")
+    reason = f"not all of the {count or 'other'} processes came to {address}"
+    if index and (trouble := _unreachable(address)):
+        reason = f"nobody answers at {address} ({trouble}): is process 0 running there, and is that port open?"
+    me = "a process" if index is None else name_of(index, count, socket.gethostname())
+    os.write(2, f"error: {me} waited {timeout:g} s: {reason}\n".encode())
+    os._exit(1)
+
+
+def _unreachable(address: str) -> str | None:
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _catch_aborts():
+    """JAX's runtime aborts a process that has lost process 0, and lets nobody in Python know. So the last line is written
+    from the signal: it says what has happened, beneath the runtime's page of addresses."""
+
+    def last_words(_):
+        if _processes is not None and _processes.ending.acquire(blocking=False):
+            trouble = _unreachable(_processes.coordinator) if _processes.index else None
+            lost = f"has lost process 0, which coordinates ({trouble})" if trouble else "was aborted by JAX's runtime"
+            os.write(2, f"error: {_processes.name} {lost}; {GO_ON}\n".encode())
+        os._exit(1)
+
+    global _last_words
+    _last_words = ctypes.CFUNCTYPE(None, ctypes.c_int)(last_words)  # held: C keeps the address alone
+    ctypes.CDLL(None).signal(signal.SIGABRT, _last_words)
+
+
+_last_words = None
+
+
+def running() -> bool:
+    """Whether this process is one of several."""
+    return _processes is not None
+
+
+def fail(message: str):
+    """Where there are several processes: end all of them with this process's message. Elsewhere: nothing."""
+    if _processes is not None:
+        _processes.fail(f"{_processes.name}: {message}")
+
+
+def wait_for_reason():
+    """After an error that may come of another process's end: wait until that is known, which ends this process, too."""
+    if _processes is not None:
+        time.sleep(GONE_AFTER + 5)
+
+
+def finish():
+    """At the end of a run: all wait for all, then part."""
+    global _processes
+    if _processes is None:
+        return
+    barrier("finish")
+    _processes.finished.set()
+    _processes.thread.join()
+    _processes = None
+    jax.distributed.shutdown()
+
+
+# ---- Agreeing --------------------------------------------------------------------------------------------------------
+
+
+def first() -> bool:
+    """Whether this is the process that writes logs, samples and pictures."""
+    return _processes is None or _processes.index == 0
+
+
+def barrier(name: str):
+    """Wait until all processes are here, however long that takes: a process that fails ends the others anyhow."""
+    if _processes is not None:
+        _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", 7 * 24 * 3600 * 1000)
+
+
+def from_first(value: Callable[[], object]):
+    """What `value` gives in process 0, in all processes; as JSON."""
+    if _processes is None:
+        return value()
+    key = f"lowrank/from_first/{next(_processes.calls)}"
+    if _processes.index == 0:
+        result = value()
+        _processes.store.key_value_set(key, json.dumps(result))
+        return result
+    return json.loads(_processes.store.blocking_key_value_get(key, 7 * 24 * 3600 * 1000))
+
+
+def refuse_differences(facts: Mapping[str, object], remedy: str):
+    """UserError if `facts` are not the same in all processes; it names each fact and process that differs from process 0."""
+    if _processes is None:
+        return
+    call = next(_processes.calls)
+    _processes.store.key_value_set(f"lowrank/facts/{call}/{_processes.index}", json.dumps([_processes.name, facts]))
+    barrier("facts")
+    if _processes.index:
+        barrier("facts are the same")  # or process 0 ends all
+        return
+    found = {int(index): json.loads(text) for index, text in _processes._found(f"facts/{call}").items()}
+    reference = found[0][1]
+    differing = [
+        f"{name} is {there.get(name)} in {who} and {value} in {_processes.name}"
+        for _, (who, there) in sorted(found.items())
+        for name, value in reference.items()
+        if there.get(name) != value
+    ]
+    if differing:
+        raise UserError(f"the processes do not run the same thing: {'; '.join(differing)}; {remedy}")
+    barrier("facts are the same")
+
+
+def name_of(index: int, count: int, host: str) -> str:
+    return f"process {index} of {count} ({host})"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,140 @@
+"""A file of tensors in a bucket: what `tensor_file.py` is for files on a disk, by requests for ranges of bytes.
+
+A request costs some 50 ms before its first byte, so what is wanted in bands of 1 MB is fetched in parts of 4 MB, many at a
+time, as soon as a reader says what it expects. Parts are kept until newer ones need their room, because devices that hold
+other columns of a tensor want the same rows. So at most `KEPT_BYTES` of a base are in memory here, whatever its size.
+
+Nothing is fetched that was not asked for, but rows are fetched whole: columns of a row are too few bytes for a request each.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import io
+import os
+import threading
+from typing import NamedTuple
+
+from lowrank.storage import BucketPath
+from lowrank.storage import path as path_of
+from lowrank.weights.tensor_file import TensorFile
+
+PART_BYTES = 2**22  # of a request: it takes about as long as a request costs to begin
+STREAMS = 32  # requests at a time
+KEPT_BYTES = 2**28
+
+
+def open_tensor_file(where: os.PathLike | BucketPath) -> TensorFile:
+    where = path_of(where)
+    return RemoteFile(where) if isinstance(where, BucketPath) else TensorFile(where)
+
+
+class Part(NamedTuple):
+    start: int
+    stop: int
+    content: concurrent.futures.Future
+
+
+class RemoteFile(TensorFile):
+    def __init__(self, where: BucketPath):
+        self.path, self.size = where, where.stat().st_size
+
+    def held(self, start: int, stop: int) -> memoryview:
+        parts = _kept.parts(self.path, start, min(stop, self.size))
+        pieces = []
+        for part in parts:
+            content = memoryview(part.content.result())
+            pieces.append(content[max(start - part.start, 0) : min(stop, part.stop) - part.start])
+            start = part.stop
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+
+    def expect(self, start: int, stop: int) -> None:
+        _kept.parts(self.path, start, min(stop, self.size))
+
+    def release(self, start: int, stop: int) -> None:
+        """Parts go when there are newer ones."""
+
+    def stream(self) -> io.BufferedReader:
+        return io.BufferedReader(_Stream(self))
+
+
+class _Stream(io.RawIOBase):
+    """The file as something to seek and read in."""
+
+    def __init__(self, file: RemoteFile):
+        self.file, self.at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.file.size}[whence]
+        return self.at
+
+    def readinto(self, out) -> int:
+        found = self.file.held(self.at, self.at + len(out)) if self.at < self.file.size else b""
+        out[: len(found)] = found
+        self.at += len(found)
+        return len(found)
+
+
+class Kept:
+    """Parts of files, fetched or on their way: the newest of them, up to so many bytes."""
+
+    def __init__(self, limit: int = KEPT_BYTES):
+        self.limit, self.nbytes = limit, 0
+        self.lock = threading.Lock()
+        self.by_age: collections.OrderedDict[tuple[str, int, int], Part] = collections.OrderedDict()
+        self.near: dict[tuple[str, int], list[Part]] = collections.defaultdict(list)  # by where in the file they begin
+
+    def parts(self, file: BucketPath, start: int, stop: int) -> list[Part]:
+        """Parts that lie end to end over the bytes from `start` to before `stop`; those that are not here are sent for."""
+        found = []
+        with self.lock:
+            while start < stop:
+                part = self._covering(file.where, start) or self._send_for(
+                    file, start, self._gap(file.where, start, stop)
+                )
+                self.by_age.move_to_end((file.where, part.start, part.stop))
+                found.append(part)
+                start = part.stop
+        return found
+
+    def _around(self, where: str, at: int) -> list[Part]:
+        """Parts that may hold the byte `at`, or begin less than a part behind it."""
+        number = at // PART_BYTES
+        return [part for n in (number - 1, number, number + 1) for part in self.near.get((where, n), ())]
+
+    def _covering(self, where: str, at: int) -> Part | None:
+        return max((part for part in self._around(where, at) if part.start <= at < part.stop), key=_end, default=None)
+
+    def _gap(self, where: str, start: int, stop: int) -> int:
+        """Where what is missing from `start` on ends: at the next part, or after as much as a part holds."""
+        begun = (part.start for part in self._around(where, start) if part.start > start)
+        return min([stop, start + PART_BYTES, *begun])
+
+    def _send_for(self, file: BucketPath, start: int, stop: int) -> Part:
+        part = Part(start, stop, _requests().submit(file.read_range, start, stop))
+        self.by_age[file.where, start, stop] = part
+        self.near[file.where, start // PART_BYTES].append(part)
+        self.nbytes += stop - start
+        while self.nbytes > self.limit and len(self.by_age) > 1:
+            (where, *_), oldest = self.by_age.popitem(last=False)
+            self.near[where, oldest.start // PART_BYTES].remove(oldest)
+            self.nbytes -= oldest.stop - oldest.start
+        return part
+
+
+def _end(part: Part) -> int:
+    return part.stop
+
+
+@functools.cache
+def _requests() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(STREAMS, thread_name_prefix="bucket")
+
+
+_kept = Kept()
