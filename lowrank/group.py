@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from lowrank import adapters
 from lowrank.config import Config
 from lowrank.grid import Member, SweepConfig
-from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
@@ -25,6 +24,7 @@ from lowrank.preparation import (
     prepare,
     with_steps,
 )
+from lowrank.program import model_of
 from lowrank.training import members as members_lib
 from lowrank.training import partition
 from lowrank.training.objective import CHUNK_TOKENS
@@ -86,14 +86,6 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     group = Group(tuple(members), prepared, mesh, model, shapes, mask, len(members), 1)
     size, at_once = chosen_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
     return dataclasses.replace(group, size=size, at_once=at_once)
-
-
-def model_of(config: Config, architecture, lora, mesh: Mesh) -> tuple[Decoder, dict]:
-    """-> the model with this adapter, and its variables' shapes, laid out."""
-    param_dtype = jnp.dtype("float32" if config.train.mode == "full" else config.param_dtype)
-    model = Decoder(architecture, lora, jnp.dtype(config.dtype), param_dtype, config.remat)
-    shapes, axes = decoder.abstract(model)
-    return model, mesh_lib.laid_out(mesh, axes, shapes)
 
 
 def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:

@@ -16,12 +16,10 @@ STEPS = 3  # that are timed, after one that compiles
 
 def measured_seconds(plan: Plan) -> float:
     """Of the fastest of STEPS steps."""
-    step, config = plan.step, plan.config
-    shapes = partition.merge(step.state.trainable, step.frozen)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    step = plan.step
+    layout = jax.tree.map(lambda leaf: leaf.sharding, step.shapes)
     variables = jax.jit(lambda key: decoder.init(step.model, key), out_shardings=layout)(jax.random.key(0))
-    mask = partition.trainable_mask(shapes, config.train.mode)
-    trainable, frozen = partition.split(variables, mask)
+    trainable, frozen = partition.split(variables, step.mask)
     state = init_state(step.optimizer, trainable, jax.random.key(0), step.state)
     del variables, trainable  # the step donates them
     batch = random_batch(plan)

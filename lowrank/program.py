@@ -6,15 +6,18 @@ It is the real step: the same model, mask, optimizer, layouts and jit as `lowran
 
 import dataclasses
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank.config import Config
 from lowrank.model import decoder
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
+from lowrank.model.lora import LoraConfig
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
@@ -25,13 +28,16 @@ from lowrank.training.step import BATCH_KEYS, State, abstract_state, make_train_
 class Step:
     """A training step before there are arrays; leaves of trees are ShapeDtypeStructs that know their layout."""
 
-    model: Decoder
     mesh: Mesh
+    model: Decoder
+    shapes: dict  # of all variables
+    mask: dict  # which of them are trained
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
     state: State
     frozen: dict
     batch: dict
-    function: object  # jitted (state, frozen, batch) -> (state, metrics)
-    optimizer: object
+    function: typing.Callable  # jitted (state, frozen, batch) -> (state, metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +58,7 @@ class Memory:
 
 def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: int) -> Step:
     """What `lowrank.train` sets up before it loads anything, for a run of so many steps."""
-    param_dtype = jnp.dtype("float32" if config.train.mode == "full" else config.param_dtype)
-    model = Decoder(architecture, config.adapted, jnp.dtype(config.dtype), param_dtype, config.remat)
-    shapes, axes = decoder.abstract(model)
-    shapes = mesh_lib.laid_out(mesh, axes, shapes)
+    model, shapes = model_of(config, architecture, config.adapted, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
     trainable, frozen = partition.split(shapes, mask)
     schedule = learning_rate_schedule(config.optim, steps)
@@ -69,7 +72,16 @@ def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: 
         key: jax.ShapeDtypeStruct(rows, jnp.bool_ if key == "loss_mask" else jnp.int32, sharding=layout)
         for key in BATCH_KEYS
     }
-    return Step(model, mesh, state, frozen, batch, function, optimizer)
+    return Step(mesh, model, shapes, mask, schedule, optimizer, state, frozen, batch, function)
+
+
+def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None, mesh: Mesh) -> tuple[Decoder, dict]:
+    """-> the model with this adapter, and its variables' shapes, laid out."""
+    # What is trained is held in float32: bfloat16 would swallow small updates.
+    param_dtype = jnp.dtype("float32" if config.train.mode == "full" else config.param_dtype)
+    model = Decoder(architecture, lora, jnp.dtype(config.dtype), param_dtype, config.remat)
+    shapes, axes = decoder.abstract(model)
+    return model, mesh_lib.laid_out(mesh, axes, shapes)
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:

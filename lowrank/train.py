@@ -11,7 +11,6 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -19,8 +18,6 @@ from lowrank import adapters, command, config_file, inference, storage
 from lowrank import config as config_lib
 from lowrank.command import STOPPED
 from lowrank.errors import UserError
-from lowrank.model import decoder
-from lowrank.model.decoder import Decoder
 from lowrank.parallel import distributed
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.preparation import (
@@ -33,13 +30,13 @@ from lowrank.preparation import (
     prepare,
     training_batches,
 )
+from lowrank.program import abstract_step
 from lowrank.training import metrics as metrics_lib
 from lowrank.training import partition, report
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.training.metrics import due
-from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.step import abstract_state, init_state, make_eval_step, make_train_step
+from lowrank.training.step import init_state, make_eval_step, make_train_step
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string("workdir", None, "The folder of this run: made if absent, resumed if it holds the same run.")
@@ -73,22 +70,14 @@ def main(arguments: list[str]) -> int | None:
         config = adapters.with_ranks_of_start(config, base, workdir if begun else None)
 
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
-    dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-    if config.train.mode == "full":
-        param_dtype = jnp.dtype("float32")  # what is trained is held in float32: bfloat16 would swallow small updates
-    model = Decoder(architecture, config.adapted, dtype, param_dtype, config.remat)
-    shapes, axes = decoder.abstract(model)
-    shapes = mesh_lib.laid_out(mesh, axes, shapes)
+    setup = abstract_step(config, architecture, mesh, steps)
+    model, shapes, mask, optimizer = setup.model, setup.shapes, setup.mask, setup.optimizer
     if config.init_adapter and not begun:  # whether it fits is found out before there is a workdir
         adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})
-    mask = partition.trainable_mask(shapes, config.train.mode)
-    trainable_shapes, frozen_shapes = partition.split(shapes, mask)
-    schedule = learning_rate_schedule(config.optim, steps)
-    optimizer = make_optimizer(config.optim, schedule, mask)
 
     if processes:
         print(f"processes  {processes}")
-    print(report.describe_model(config, architecture, mesh, trainable_shapes, frozen_shapes, optimizer))
+    print(report.describe_model(config, architecture, mesh, setup.state.trainable, setup.frozen, optimizer))
     print(report.describe_data(config, prepared))
     if FLAGS.dry_run:
         print(report.describe_leaves(shapes, mask))
@@ -106,7 +95,7 @@ def main(arguments: list[str]) -> int | None:
         made = set(shapes) - ({"lora" if config.adapted else "params"} if first else set())
         variables = initial_variables(config, model, base, shapes, made)
         trainable, frozen = partition.split(variables, mask)
-        layout, key = abstract_state(optimizer, trainable, mesh), jax.random.key(config.seed)
+        layout, key = setup.state, jax.random.key(config.seed)
         tokens = 0
         if first:
             state, position = checkpoints.restore(first, layout)
@@ -133,7 +122,7 @@ def main(arguments: list[str]) -> int | None:
 
         # ---- Evaluation and samples.
         shards = mesh_lib.batch_shards(mesh)
-        train_step = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, layout)
+        train_step = make_train_step(model, optimizer, setup.schedule, config.train.microbatches, shards, layout)
         eval_step = make_eval_step(model, shards)
         eval_batches, eval_rows = (
             evaluation_batches(config, held_out),
