@@ -193,12 +193,12 @@ def test_a_lock_that_is_not_touched_is_nobodys(bucket, clock, capsys, monkeypatc
     """By the bucket's clock: this machine's may be wrong."""
     monkeypatch.setattr(bucket_lock, "LOOK", 0.2)
     bucket.ahead = clock
-    held(bucket, bucket_lock.STALE - 1)
+    held(bucket, bucket_lock.STALE - 5)
     began = time.monotonic()
     with bucket_lock.locked(storage.path(f"gs://{LOCK}"), WORKDIR):
         assert bucket.objects[LOCK]["metadata"]["id"] != "other"
-        assert time.monotonic() - began < 5
-    assert "was in use by process 7 on elsewhere 59 s ago; looking for up to 1 s" in capsys.readouterr().out
+        assert time.monotonic() - began < 20
+    assert re.search(r"was in use by process 7 on elsewhere 5\d s ago; looking for up to \d s", capsys.readouterr().out)
     assert LOCK not in bucket.objects
 
 
