@@ -294,6 +294,13 @@ def test_what_is_written_on_this_machine_only_says_so(words):
     assert finished.code == 1 and "gs://bucket/out: this is written on this machine only" in finished.err
 
 
+def test_tensorboard_is_refused_before_anything_is_read(tiny):
+    finished = train(tiny, "--config.log.tensorboard=True", "--config.base=nowhere")
+    assert finished.code == 1 and finished.err.startswith(
+        "error: config.log.tensorboard appends to its files, which a bucket"
+    )
+
+
 # ---- Several processes -------------------------------------------------------------------------------------------------
 
 
