@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> int | None:
     config = config_file.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
+    workdir = storage.path(FLAGS.workdir or "")
+    if config.log.tensorboard and storage.is_remote(workdir):
+        raise UserError("config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir")
 
     # ---- Base, tokenizer, data: everything a user can get wrong is found before anything heavy begins.
     prepared = prepare(config)
@@ -64,7 +67,6 @@ def main(arguments: list[str]) -> int | None:
     held_out, steps = prepared.held_out, prepared.steps
     mesh = mesh_lib.make_mesh(config.mesh)
     check_mesh(mesh, config, architecture)
-    workdir = storage.path(FLAGS.workdir or "")
     begun = bool(FLAGS.workdir) and distributed.from_first((workdir / "config.json").exists)
     if config.init_adapter:
         config = adapters.with_ranks_of_start(config, base, workdir if begun else None)

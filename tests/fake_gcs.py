@@ -236,8 +236,9 @@ def serving(names=("bucket",)):
     }
     import fsspec  # after which it no longer looks into the environment
 
+    fsspec.config.conf.setdefault("gcs", {})["token"] = "anon"
     try:
-        with mock.patch.dict(os.environ, environment), mock.patch.dict(fsspec.config.conf, {"gcs": {"token": "anon"}}):
+        with mock.patch.dict(os.environ, environment):
             yield bucket
     finally:
         server.shutdown()

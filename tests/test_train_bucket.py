@@ -120,10 +120,9 @@ def test_killed_by_sigkill_equals_uninterrupted(bucket, tiny, trained, tmp_path)
     process.kill()
     assert running.finish(process).code == -signal.SIGKILL
     assert LOCK in bucket.objects  # the process that held it is gone, which is seen at once on this machine
-    began = time.monotonic()
     finished = train(tiny)
     assert finished.code == 0 and "resumed from step" in finished.out, finished
-    assert time.monotonic() - began < bucket_lock.STALE
+    assert "was in use by" not in finished.out
     assert_same_run(fetched(bucket, tmp_path), trained)
 
 
@@ -193,12 +192,12 @@ def test_a_lock_that_is_not_touched_is_nobodys(bucket, clock, capsys, monkeypatc
     """By the bucket's clock: this machine's may be wrong."""
     monkeypatch.setattr(bucket_lock, "LOOK", 0.2)
     bucket.ahead = clock
-    held(bucket, bucket_lock.STALE - 1)
+    held(bucket, bucket_lock.STALE - 5)
     began = time.monotonic()
     with bucket_lock.locked(storage.path(f"gs://{LOCK}"), WORKDIR):
         assert bucket.objects[LOCK]["metadata"]["id"] != "other"
-        assert time.monotonic() - began < 5
-    assert "was in use by process 7 on elsewhere 59 s ago; looking for up to 1 s" in capsys.readouterr().out
+        assert time.monotonic() - began < 20
+    assert re.search(r"was in use by process 7 on elsewhere 5\d s ago; looking for up to \d s", capsys.readouterr().out)
     assert LOCK not in bucket.objects
 
 
@@ -293,6 +292,13 @@ def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_pat
 def test_what_is_written_on_this_machine_only_says_so(words):
     finished = running.run(*words)
     assert finished.code == 1 and "gs://bucket/out: this is written on this machine only" in finished.err
+
+
+def test_tensorboard_is_refused_before_anything_is_read(tiny):
+    finished = train(tiny, "--config.log.tensorboard=True", "--config.base=nowhere")
+    assert finished.code == 1 and finished.err.startswith(
+        "error: config.log.tensorboard appends to its files, which a bucket"
+    )
 
 
 # ---- Several processes -------------------------------------------------------------------------------------------------

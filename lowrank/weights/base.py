@@ -148,8 +148,43 @@ def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], layers: int, 
 
 def load_params(base: Base, abstract: dict) -> dict:
     """The `params` tree in the dtypes and shardings (if any) that `abstract`, a tree of jax.ShapeDtypeStructs, says."""
+    far = storage.is_remote(base.folder) and jax.process_count() > 1
+
+    def load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = _by_rows(leaf, wanted) if far else None
+        if sharding is None:
+            return _load(leaf, wanted, pool)
+        array = _load(leaf, jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=sharding), pool)
+        return jax.jit(lambda array: array, out_shardings=wanted.sharding, donate_argnums=0)(array).block_until_ready()
+
     with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
-        return jax.tree.map(lambda leaf, wanted: _load(leaf, wanted, pool), base.params, abstract)
+        return jax.tree.map(load, base.params, abstract)
+
+
+def _by_rows(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> NamedSharding | None:
+    """The same cut, but of the tensors' rows alone; None if that saves no host anything, or cannot be.
+
+    In a file columns cannot be had without the rows that they lie in. So where many hosts want other columns of a file that is
+    far away, each fetches other rows, and the devices exchange their parts, which takes them a moment: every byte comes once.
+    """
+    if not isinstance(wanted.sharding, NamedSharding):
+        return None
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in wanted.sharding.spec]
+    axes += [()] * (len(leaf.shape) - len(axes))
+    row = len(axes) - 1 if leaf.transposed else int(leaf.stacked)
+    columns = [axis for axis in range(int(leaf.stacked), len(axes)) if axis != row and axes[axis]]
+    moved = [name for axis in columns for name in axes[axis]]
+    axes[row] = (*axes[row], *moved)
+    for axis in columns:
+        axes[axis] = ()
+    mesh = wanted.sharding.mesh
+    over = tuple(mesh.axis_names.index(name) for name in moved)
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if not moved or (hosts.max(over) == hosts.min(over)).all():  # a host's own devices have all columns of their rows
+        return None
+    if leaf.shape[row] % math.prod(mesh.shape[name] for name in axes[row]):
+        return None
+    return NamedSharding(mesh, P(*(names or None for names in axes)))
 
 
 def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futures.Executor) -> jax.Array:

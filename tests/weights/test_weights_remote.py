@@ -1,5 +1,8 @@
 """Bases in a bucket: the same parameters to the bit, no more than its part for a shard, and little of it in memory."""
 
+import socket
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -167,3 +170,60 @@ def test_generate_answers_alike_from_a_bucket(bucket, shared_data):
         for base in (local, "gs://bucket/base")
     )
     assert (there.code, there.out) == (0, here.out), there.err
+
+
+LOAD = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from jax.experimental import multihost_utils
+from lowrank.weights.base import load_params, read_base
+sys.path += [sys.argv[3], sys.argv[3] + "/weights"]
+from test_weights_remote import shapes_of
+
+here, there = read_base(sys.argv[4]), read_base("gs://bucket/base")
+for mesh in ({"data": 1, "fsdp": 8}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}):
+    shapes = shapes_of(here, **mesh)
+    multihost_utils.sync_global_devices("opened")
+    print("opened", flush=True)
+    sys.stdin.readline()
+    found = load_params(there, shapes)
+    multihost_utils.sync_global_devices("loaded")
+    print("loaded", flush=True)
+    sys.stdin.readline()
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(load_params(here, shapes)), strict=True):
+        assert x.sharding == y.sharding
+        for part, expected in zip(x.addressable_shards, y.addressable_shards, strict=True):
+            assert np.asarray(part.data).tobytes() == np.asarray(expected.data).tobytes()
+    from lowrank.weights import remote_file
+    remote_file._kept = remote_file.Kept()
+"""
+
+
+@pytest.mark.slow
+def test_hosts_that_hold_other_columns_together_read_every_byte_once(bucket, wide):
+    """Each fetches other rows, and their devices exchange what they hold of them: the same shards, to the bit."""
+    bucket.put_folder("bucket/base", wide)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    words = [sys.executable, "-c", LOAD, coordinator]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rest = (str(running.ROOT / "tests"), str(wide))
+    processes = [subprocess.Popen([*words, str(i), *rest], env=running.environment(4), **pipes) for i in range(2)]
+    read = []
+    for _ in range(2 * 3):
+        for process in processes:
+            while not process.stdout.readline().endswith(("opened\n", "loaded\n")):  # gloo has things to say, too
+                assert process.poll() is None
+        read.append(bucket.read[FILE])
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert [process.wait(120) for process in processes] == [0, 0]
+    size = len(bucket.objects[FILE]["content"])
+    shares = [(read[i + 1] - read[i]) / size for i in (0, 2, 4)]
+    assert shares[:2] == pytest.approx([1, 1], abs=0.05)  # less what the fingerprint had fetched
+    assert shares[2] == pytest.approx(2, abs=0.05)  # each host holds all of it
