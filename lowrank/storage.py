@@ -210,6 +210,9 @@ def sizes(folder: Path) -> dict[str, int]:
 @functools.cache
 def _files():
     """gcsfs, by fsspec's name for it: what Orbax uses, too. It finds the user's credentials as Google's own programs do."""
+    # Its experimental class asks over gRPC what kind of bucket it is, again for every range where it gets no answer. Only
+    # zonal buckets need that; whoever has one sets this to true.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
         import gcsfs  # noqa: F401 (asked for here, so that its absence is told from other failures)

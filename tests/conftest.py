@@ -47,7 +47,7 @@ def trained(tmp_path_factory, tiny) -> pathlib.Path:
 @pytest.fixture
 def bucket():
     """The content of gs://bucket, on a server in this process."""
-    if importlib.util.find_spec("gcsfs") is None:  # looked for, not imported: it reads the environment that is set here
+    if importlib.util.find_spec("gcsfs") is None:  # looked for, not imported, which is lowrank.storage's to do
         pytest.skip("gcsfs is not installed")
     with fake_gcs.serving() as bucket:
         yield bucket

@@ -231,7 +231,6 @@ def serving(names=("bucket",)):
         "STORAGE_EMULATOR_HOST": address,  # gcsfs, google.cloud.storage
         "TENSORSTORE_GCS_HTTP_URL": address,
         "FSSPEC_GCS_TOKEN": "anon",  # and no look for credentials, which asks a server of Google's
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which asks by gRPC what kind of bucket it is
         "NO_GCE_CHECK": "true",
     }
     import fsspec  # after which it no longer looks into the environment
