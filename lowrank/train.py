@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> int | None:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
     workdir = storage.path(FLAGS.workdir or "")
     if config.log.tensorboard and storage.is_remote(workdir):
-        raise UserError("config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir")
+        raise UserError(
+            "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
+        )
 
     # ---- Base, tokenizer, data: everything a user can get wrong is found before anything heavy begins.
     prepared = prepare(config)

@@ -20,6 +20,7 @@ from lowrank.storage import path as path_of
 from lowrank.weights.tensor_file import TensorFile
 
 PART_BYTES = 2**22  # of a request: it takes about as long as a request costs to begin
+CRUMB_BYTES = 2**16  # parts that are no longer, such as a fingerprint's samples, are fetched again rather than around
 STREAMS = 32  # requests at a time
 KEPT_BYTES = 2**28
 
@@ -113,7 +114,7 @@ class Kept:
 
     def _gap(self, where: str, start: int, stop: int) -> int:
         """Where what is missing from `start` on ends: at the next part, or after as much as a part holds."""
-        begun = (part.start for part in self._around(where, start) if part.start > start)
+        begun = (p.start for p in self._around(where, start) if p.start > start and p.stop - p.start > CRUMB_BYTES)
         return min([stop, start + PART_BYTES, *begun])
 
     def _send_for(self, file: BucketPath, start: int, stop: int) -> Part:

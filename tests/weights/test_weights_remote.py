@@ -135,6 +135,7 @@ def test_little_of_a_base_is_kept_and_what_went_is_fetched_again(bucket, wide, m
 
 def test_any_bytes_come_in_parts_that_are_there_or_sent_for(bucket, monkeypatch):
     monkeypatch.setattr(remote_file, "PART_BYTES", 100)
+    monkeypatch.setattr(remote_file, "CRUMB_BYTES", 0)
     content = np.random.default_rng(0).bytes(1234)
     bucket.put("bucket/file", content)
     file = RemoteFile(path("gs://bucket/file"))
