@@ -192,12 +192,12 @@ class _Processes:
                 return {"why": why}
         return {}
 
-    def fail(self, message: str):
+    def fail(self, message: str, code: int):
         """Tell the others why, and end."""
         with contextlib.suppress(Exception):
             # The first to fail is the reason; others only follow.
-            self.store.key_value_set("lowrank/over/why", json.dumps([FAILED, message]))
-        self._end(FAILED, message)
+            self.store.key_value_set("lowrank/over/why", json.dumps([code, message]))
+        self._end(code, message)
 
     def _end(self, code: int, message: str):
         if not self.ending.acquire(blocking=False):
@@ -293,10 +293,10 @@ def running() -> bool:
     return _processes is not None
 
 
-def fail(message: str):
+def fail(message: str, code: int = FAILED):
     """Where there are several processes: end all of them with this process's message. Elsewhere: nothing."""
     if _processes is not None:
-        _processes.fail(f"{_processes.name}: {message}")
+        _processes.fail(f"{_processes.name}: {message}", code)
 
 
 def wait_for_reason():

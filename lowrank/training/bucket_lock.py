@@ -94,19 +94,23 @@ def _touch(file: BucketPath, workdir: str, generation: str, over: threading.Even
                 request.result(touched + GIVE_UP - time.monotonic())
                 touched = time.monotonic()
             except (FileNotFoundError, FileExistsError):
-                _end(f"workdir {workdir} was taken over by another process, which took this one for dead")
+                _end(
+                    distributed.FAILED,
+                    f"workdir {workdir} was taken over by another process, which took this one for dead",
+                )
             except (UserError, TimeoutError) as error:
                 if time.monotonic() > touched + GIVE_UP - BEAT:  # another try would come too late
                     _end(
+                        distributed.LOST,
                         f"workdir {workdir} cannot be reached for {GIVE_UP:.0f} s ({error or 'no answer'}), so others may "
-                        "take it; run the same command again to go on from the last checkpoint"
+                        "take it; run the same command again to go on from the last checkpoint",
                     )
 
 
-def _end(message: str):
-    distributed.fail(message)
+def _end(code: int, message: str):
+    distributed.fail(message, code)
     os.write(2, f"error: {message}\n".encode())
-    os._exit(1)  # not by an exception in this thread: the main one may be in the midst of writing
+    os._exit(code)  # not by an exception in this thread: the main one may be in the midst of writing
 
 
 def _machine() -> str:
