@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from lowrank import command, config_file, plan_report, workload
+from lowrank import command, config_file, plan_report, storage, workload
 from lowrank.config import Config
 from lowrank.cost import EFFICIENCY
 from lowrank.errors import UserError
@@ -87,8 +87,8 @@ def main(arguments: list[str]) -> int | None:
 
 def architecture_of(config: Config) -> ModelConfig:
     """Of the base, where there is one, else the one that the config names."""
-    if config.base and pathlib.Path(config.base).exists():
-        return read_base(pathlib.Path(config.base)).config
+    if config.base and storage.path(config.base).exists():
+        return read_base(config.base).config
     named = named_architecture(config)
     if named is None:
         raise UserError(
@@ -105,7 +105,7 @@ def amounts(config: Config, architecture: ModelConfig) -> tuple[int, list[Worklo
     known = [workload.alpaca_epoch(config, architecture)]
     known += [workload.of_tokens(config, architecture, tokens) for tokens in round_amounts]
     slots = config.train.batch_size * config.data.max_length
-    if config.data.train and pathlib.Path(config.data.train).exists() and (config.base or config.tokenizer):
+    if config.data.train and storage.path(config.data.train).exists() and (config.base or config.tokenizer):
         prepared = prepare(config)
         name = f"the configured run over {config.data.train}"
         return prepared.steps, [Workload(name, prepared.steps * slots * prepared.fill, prepared.fill), *known]
