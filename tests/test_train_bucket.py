@@ -280,6 +280,15 @@ def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_pat
     assert from_peft.code == 0, from_peft.err
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, shared_data):
+    run.refuse = lambda method, path: (403, "me has no access") if "/ocdbt.process_0/" in path else None
+    base = f"--base={shared_data / 'stories260k' / 'hf'}"
+    finished = running.run("generate", base, "--prompt=a", f"--adapter={WORKDIR}")
+    assert finished.code == 1 and len(finished.err.splitlines()) == 1
+    assert f"checkpoint {WORKDIR}/checkpoints/6 cannot be read: Google Cloud Storage does not allow it" in finished.err
+    assert "remove" not in finished.err
+
+
 @pytest.mark.parametrize(
     "words",
     [

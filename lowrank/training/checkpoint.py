@@ -157,7 +157,13 @@ class Checkpoints:
     def _read_errors(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except Exception as error:
+            if reason := storage.said_of(error.__cause__ or error):
+                raise UserError(f"checkpoint {self.folder}/{step} cannot be read: {reason}") from error
+            if not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
+                raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UserError(
                 f"checkpoint {self.folder}/{step} cannot be read ({reason}); remove that folder to go on from the one before"
