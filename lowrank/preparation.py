@@ -103,12 +103,16 @@ def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
     tokenizer = load_tokenizer(config.tokenizer or config.base)
     check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
+    check_length(config, architecture)
+    return base, architecture, tokenizer
+
+
+def check_length(config: Config, architecture: ModelConfig):
     if config.data.max_length > architecture.max_length:
         raise UserError(
             f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
             f"positions); say --config.data.max_length={architecture.max_length} or less"
         )
-    return base, architecture, tokenizer
 
 
 def named_architecture(config: Config) -> ModelConfig | None:
