@@ -30,7 +30,7 @@ from lowrank.parallel import prices, topology
 from lowrank.parallel.local import open_local
 from lowrank.parallel.topology import Slice
 from lowrank.planning import Plan, candidates, make_plan, search
-from lowrank.preparation import check_length, named_architecture, read_data, row_shape
+from lowrank.preparation import check_base, check_length, named_architecture, read_data, row_shape
 from lowrank.weights.base import read_base
 from lowrank.workload import Workload
 
@@ -93,7 +93,9 @@ def main(arguments: list[str]) -> int | None:
 def architecture_of(config: Config) -> ModelConfig:
     """Of the base, where there is one, else the one that the config names."""
     if config.base and storage.path(config.base).exists():
-        return read_base(config.base).config
+        architecture = read_base(config.base).config
+        check_base(config, architecture)
+        return architecture
     named = named_architecture(config)
     if named is None:
         raise UserError(
