@@ -27,7 +27,7 @@ from lowrank.training.metrics import human_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where a step does not fit there may be no program: `memory` is then what its arguments need, and `collectives` None."""
+    """Where a step does not fit there is no program: `memory` is then what its arguments need, `collectives` are unknown."""
 
     config: Config
     architecture: ModelConfig
@@ -35,16 +35,13 @@ class Plan:
     step: Step
     memory: Memory
     excess: float  # bytes above what a device has; 0 or less: it fits
-    collectives: list[Collective] | None
+    collectives: list[Collective]
     roofline: Roofline
+    program: jax.stages.Compiled | None
 
     @property
     def fits(self) -> bool:
         return self.excess <= 0
-
-    @property
-    def compiled(self) -> bool:
-        return self.collectives is not None
 
     @property
     def mesh(self) -> Mesh:
@@ -57,23 +54,26 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: in
     step = abstract_step(config, architecture, mesh, steps)
     share = Share(config, architecture, *mesh.devices.shape)
     arguments = memory_of(step, None)
+
+    def without_program(excess):
+        by_hand = roofline(share, slice, None)
+        return Plan(config, architecture, slice, step, arguments, excess, [], by_hand, None)
+
     if arguments.total > slice.memory:  # no program can help
-        excess = arguments.total - slice.memory
-        return Plan(config, architecture, slice, step, arguments, excess, None, roofline(share, slice, None))
+        return without_program(arguments.total - slice.memory)
     try:
         with slice.compiling():
-            compiled = compile_step(step)
+            program = compile_step(step)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed, available = sizes_in(str(error)) or (math.inf, 0)
-        return Plan(
-            config, architecture, slice, step, arguments, needed - available, None, roofline(share, slice, None)
-        )
-    memory, found = memory_of(step, compiled), collectives(compiled.as_text())
-    time_on_links = interconnect_seconds(found, slice, mesh)
-    excess = memory.total - slice.memory
-    return Plan(config, architecture, slice, step, memory, excess, found, roofline(share, slice, time_on_links))
+        sizes = sizes_in(str(error))
+        if sizes is None:
+            raise UserError(f"{slice.name}: the step does not fit, {str(error).splitlines()[0]}") from None
+        return without_program(sizes[0] - sizes[1])
+    memory, found = memory_of(step, program), collectives(program.as_text())
+    times = roofline(share, slice, interconnect_seconds(found, slice, mesh))
+    return Plan(config, architecture, slice, step, memory, memory.total - slice.memory, found, times, program)
 
 
 def roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline:
