@@ -86,7 +86,7 @@ def too_small(record: dict | None) -> str:
     if record is None:
         return "there is none"
     if "reason" in record:
-        return record["reason"]
+        return record["reason"].split(" on a device")[0].replace(" is too small: a step needs", ":") + ", by hand"
     how = "compiled" if record["compiled"] else "the best candidate"
     return f"{record['slice']}: {how}, {record['excess'] / 1e9:.1f} GB too much"
 

@@ -80,8 +80,7 @@ def roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline
     """Without the program's own seconds on the links, they are estimated by hand."""
     chip = slice.chip
     if interconnect is None:
-        links = 2 * sum(size > 1 for size in chip.dimensions(slice.topology)) or 1
-        interconnect = cost.link_traffic(share) * chip.devices / (links * chip.link)
+        interconnect = cost.link_traffic(share) * chip.devices / slice.bandwidth
     return Roofline(
         compute=cost.flops(share) * chip.devices / chip.flops,
         memory=cost.memory_traffic(share) * chip.devices / chip.bandwidth,
@@ -103,14 +102,15 @@ def interconnect_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> f
 # ---- The search ------------------------------------------------------------------------------------------------------
 
 
-# Above this share of the memory a candidate is not tried. The guess of the temporaries was 4.28 GB where the compiler needed
-# 4.54 (Llama 3 8B, 8 rows of 2,048 over 8 chips, remat full).
+# Above this share of the memory a candidate is not tried. The guess of the temporaries was 0.7 to 1.3 of what the compiler then
+# needed (Llama 2 7B and Llama 3 8B and 70B, over 1 to 16 chips).
 HOPELESS = 1.1
 
 
 def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
-    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: the
-    fastest first, of equally fast ones the one that needs the least memory; without those that hardly fit, by a guess."""
+    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: first
+    those that fit by a guess, the fastest before the others, of equally fast ones the one whose compute, memory and links
+    together take the least; then those that just may fit."""
     found, least = [], math.inf
     count = len(slice.devices)
     for tensor in _divisors(
@@ -127,7 +127,10 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
                     needed = cost.arguments(share) + cost.temporaries(share)
                     least = min(least, needed)
                     if needed < HOPELESS * slice.memory:
-                        found.append((roofline(share, slice, None).seconds, needed, one))
+                        times = roofline(share, slice, None)
+                        together = times.compute + times.memory + times.interconnect
+                        rank = (needed > slice.memory, float(f"{times.seconds:.3g}"), together)
+                        found.append((rank, times.seconds, one))
     if least == math.inf:
         raise UserError(
             f"{slice.name} has no mesh for this model and a batch of {config.train.batch_size} rows; choose another slice, or a "
@@ -138,8 +141,7 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
             f"{slice.name} is too small: a step needs about {human_bytes(least)} on a device, by hand, and there are "
             f"{human_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
         )
-    found.sort(key=lambda entry: (float(f"{entry[0]:.3g}"), entry[1]))
-    return [(seconds, one) for seconds, _, one in found]
+    return [(seconds, one) for _, seconds, one in sorted(found, key=lambda entry: entry[0])]
 
 
 def search(
