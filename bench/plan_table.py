@@ -1,7 +1,7 @@
 """The table of docs/plan.md: for each model and kind of chip the smallest slice that its step fits, made by `lowrank.plan`.
 
     python bench/plan_table.py --to=docs/plan              # hours: some 15 programs are compiled; goes on where it stopped
-    python bench/plan_table.py --to=docs/plan --print      # the tables, from what is there
+    python bench/plan_table.py --to=docs/plan --write=docs/plan.md      # puts the tables of what is there into that page
 
 Slices are tried from the smallest up, each with `--search --search_fits=1`: the fastest mesh, remat and micro-batches by hand
 that the compiler then says fits. Every plan's numbers stay in a JSON file; of a slice that is too small, the reason.
@@ -17,6 +17,7 @@ from lowrank.parallel.chips import CHIPS
 
 MODELS = ("llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b")
 KINDS = ("v5e", "v6e", "v5p")
+BEGIN, END = "<!-- made by bench/plan_table.py -->", "<!-- end -->"
 BUDGET = 100  # dollars: what a run was meant to cost
 
 
@@ -86,9 +87,24 @@ def too_small(record: dict | None) -> str:
     if record is None:
         return "there is none"
     if "reason" in record:
-        return record["reason"]
+        return record["reason"].split(" on a device")[0].replace(" is too small: a step needs", ":") + ", by hand"
     how = "compiled" if record["compiled"] else "the best candidate"
     return f"{record['slice']}: {how}, {record['excess'] / 1e9:.1f} GB too much"
+
+
+def verdict(found: dict[tuple[str, str], list[dict]]) -> str:
+    """Which rows meet the budget, and which are not there."""
+    fits = {key: records[-1] for key, records in found.items() if records and records[-1]["fits"]}
+    lines = []
+    for part, what in (("Alpaca", "an epoch of Alpaca"), ("100M", "100M tokens")):
+        names = {key: f"{key[0]} on {r['slice']}" for key, r in fits.items()}
+        over = [names[key] for key, r in fits.items() if bill_of(r, part)["dollars"] > BUDGET]
+        kept = f"all {len(fits)}" if not over else f"{len(fits) - len(over)} of {len(fits)}"
+        lines.append(f"- {what}: {kept} rows stay under {BUDGET} dollars{'; not ' + ', '.join(over) if over else ''}.")
+    missing = [f"{model} on {kind}" for (model, kind), records in found.items() if (model, kind) not in fits]
+    if missing:
+        lines.append(f"- Not compiled: {', '.join(missing)}.")
+    return "\n".join(lines)
 
 
 def main():
@@ -97,12 +113,19 @@ def main():
     parser.add_argument(
         "--kinds", default=",".join(KINDS), help="of chips, to compile for (several runs can go side by side)"
     )
-    parser.add_argument("--print", action="store_true", help="compile nothing")
+    parser.add_argument(
+        "--write", type=pathlib.Path, help="compile nothing; this page gets the tables between its marks"
+    )
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
-    kinds = [] if arguments.print else arguments.kinds.split(",")
+    kinds = [] if arguments.write else arguments.kinds.split(",")
     found = {(model, kind): smallest(model, kind, arguments.to, kind in kinds) for kind in KINDS for model in MODELS}
-    print(tables(found))
+    page = tables(found) + "\n\n" + verdict(found)
+    print(page)
+    if arguments.write:
+        text = arguments.write.read_text()
+        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        arguments.write.write_text(f"{text[:start]}\n\n{page}\n\n{text[end:]}")
 
 
 if __name__ == "__main__":

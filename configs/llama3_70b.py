@@ -1,19 +1,20 @@
-"""Llama 3 70B (3.1's and 3.3's: --config.architecture=llama3.3-70b) learns to follow Alpaca's instructions.
+"""Llama 3 70B (3.3's: --config.architecture=llama3.3-70b) learns to follow Alpaca's instructions.
 
-    python -m lowrank.plan --config=configs/llama3_70b.py --topology=v5p:2x2x2 [--search]
+    python -m lowrank.plan --config=configs/llama3_70b.py --topology=v5e:4x4 [--search]
     python -m lowrank.train --config=configs/llama3_70b.py --workdir=runs/llama3_70b \
         --config.base=DIR --config.data.train=alpaca_data_cleaned.json
 
-The first command needs nothing but the `plan` extra. In the second `base` is a folder with Llama 3 70B, which `architecture` holds it to,
-and `data.train` a JSON list or JSON lines of records with instruction, input (may be empty) and output.
+The first command needs nothing but the `plan` extra. In the second, `base` is a folder with Llama 3 70B, to which
+`architecture` holds it, and `data.train` a JSON list or JSON lines of records with instruction, input (may be empty)
+and output.
 
-Where the values come from: the recipe (response only, packed rows, 3 % to 6 % of the steps as warm-up, linear decay, clip at 1)
-is that of configs/alpaca.py, which says whose it is. All seven targets at rank 16, as "LoRA Without Regret" (Schulman et al., 2025,
-https://thinkingmachines.ai/blog/lora/) finds that adapters on the MLP matter most, and that the best learning rate of LoRA is some ten
-times that of full fine-tuning and depends little on the rank (half of 8B's here, as is usual for larger models). 32 rows of 1,024 tokens
-hold about 317 examples a step.
-`mesh.fsdp` cuts every kernel over all chips, so that the base lies in memory once; on 64 chips and more than 32 rows allow, say
---config.mesh.tensor=8.
+Where the values come from: the recipe (learning from responses only, packed rows, a linear decay, clipping at 1) is
+that of configs/alpaca.py, which says whose it is. Adapters on all seven projections, because "LoRA Without Regret"
+(Schulman et al., 2025, https://thinkingmachines.ai/blog/lora/) finds that those on the MLP matter most; rank 16 and
+alpha 32 are this project's defaults. The learning rate is half of 8B's, a guess: nobody has run this. 32 rows of
+1,024 tokens hold about 310 examples of Alpaca, so an epoch is some 165 steps. `mesh.fsdp` cuts every kernel over all
+chips, so that the base lies in memory once; what is fastest on a slice, --search says. On more chips than there are
+rows, --config.mesh.tensor=8.
 """
 
 import ml_collections

@@ -10,6 +10,7 @@ weights, and the estimate is held against the clock.
 """
 
 import json
+import math
 import pathlib
 import sys
 
@@ -17,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from lowrank import command, config_file, plan_report, storage, workload
+from lowrank import adapters, command, config_file, plan_report, storage, workload
 from lowrank.config import Config
 from lowrank.cost import EFFICIENCY
+from lowrank.data import packing
+from lowrank.data.tokenizer import load_tokenizer
 from lowrank.errors import UserError
 from lowrank.local_run import measured_seconds
 from lowrank.model.architecture import ModelConfig
@@ -27,7 +30,7 @@ from lowrank.parallel import prices, topology
 from lowrank.parallel.local import open_local
 from lowrank.parallel.topology import Slice
 from lowrank.planning import Plan, candidates, make_plan, search
-from lowrank.preparation import named_architecture, prepare
+from lowrank.preparation import check_base, check_length, named_architecture, read_data, row_shape
 from lowrank.weights.base import read_base
 from lowrank.workload import Workload
 
@@ -50,6 +53,8 @@ def main(arguments: list[str]) -> int | None:
     if not FLAGS.topology:
         raise UserError(f"--topology is missing; say local, or CHIP:TOPOLOGY with one of {', '.join(topology.CHIPS)}")
     architecture = architecture_of(config)
+    check_length(config, architecture)
+    adapters.refuse_other_layers(config.lora, architecture.layers)
 
     # ---- The slice. One that is not here is compiled for on the CPU.
     local = FLAGS.topology == "local"
@@ -88,7 +93,9 @@ def main(arguments: list[str]) -> int | None:
 def architecture_of(config: Config) -> ModelConfig:
     """Of the base, where there is one, else the one that the config names."""
     if config.base and storage.path(config.base).exists():
-        return read_base(config.base).config
+        architecture = read_base(config.base).config
+        check_base(config, architecture)
+        return architecture
     named = named_architecture(config)
     if named is None:
         raise UserError(
@@ -105,10 +112,13 @@ def amounts(config: Config, architecture: ModelConfig) -> tuple[int, list[Worklo
     known = [workload.alpaca_epoch(config, architecture)]
     known += [workload.of_tokens(config, architecture, tokens) for tokens in round_amounts]
     slots = config.train.batch_size * config.data.max_length
-    if config.data.train and storage.path(config.data.train).exists() and (config.base or config.tokenizer):
-        prepared = prepare(config)
+    tokenizer = config.tokenizer or config.base
+    if all(where and storage.path(where).exists() for where in (config.data.train, tokenizer)):
+        train, _ = read_data(config, load_tokenizer(tokenizer))
+        rows, fill = packing.packed_rows(train, **row_shape(config))
+        steps = config.train.steps or math.ceil((config.train.epochs or 0) * rows / config.train.batch_size)
         name = f"the configured run over {config.data.train}"
-        return prepared.steps, [Workload(name, prepared.steps * slots * prepared.fill, prepared.fill), *known]
+        return steps, [Workload(name, steps * slots * fill, fill), *known]
     if config.train.steps:
         fill = known[0].fill
         name = "the configured steps, rows filled as Alpaca's"

@@ -44,7 +44,7 @@ def _memory(plan: Plan) -> str:
         ("activations", memory.temporaries, "and gathered kernels, gradients: the program's temporaries"),
         ("program", memory.program, ""),
     ]
-    if not plan.compiled:
+    if not plan.program:
         rows = [row for row in rows if row[0] not in ("activations", "program")]
     lines = [f"on each {chip}"] + [f"  {name:<12}{human_bytes(size):>10}  {what}".rstrip() for name, size, what in rows]
     if plan.fits:
@@ -61,7 +61,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _collectives(plan: Plan) -> str:
-    if not plan.compiled:
+    if not plan.program:
         return "collectives  unknown: there is no program"
     table = totals(plan.collectives)
     if not table:
@@ -95,7 +95,7 @@ def estimate(plan: Plan, workloads: list[Workload], efficiency: float, price: fl
     r = plan.roofline
     slots = plan.config.train.batch_size * plan.config.data.max_length
     numbers = "what a device here did just now" if plan.slice.name == "local" else "the chip's published numbers"
-    by_hand = "" if plan.compiled else " (by hand)"
+    by_hand = "" if plan.program else " (by hand)"
     lines = [
         f"ESTIMATE, not a measurement: a roofline of {numbers}",
         f"  seconds a step: compute {r.compute:.4g}, memory {r.memory:.4g}, interconnect {r.interconnect:.4g}{by_hand}; "
@@ -165,11 +165,11 @@ def record(plan: Plan, workloads: list[Workload], efficiency: float, price: floa
         "microbatches": c.train.microbatches,
         "max_length": c.data.max_length,
         "fits": plan.fits,
-        "compiled": plan.compiled,
+        "compiled": plan.program is not None,
         "bytes": dataclasses.asdict(plan.memory) | {"together": plan.memory.total, "available": plan.slice.memory},
         "excess": plan.excess,
         "collectives": {
-            kind: {"times": times, "sent": sent} for kind, (times, sent) in totals(plan.collectives or []).items()
+            kind: {"times": times, "sent": sent} for kind, (times, sent) in totals(plan.collectives).items()
         },
         "seconds": {"compute": r.compute, "memory": r.memory, "interconnect": r.interconnect, "roofline": r.seconds},
         "efficiency": efficiency,

@@ -27,7 +27,7 @@ from lowrank.training.metrics import human_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where a step does not fit there may be no program: `memory` is then what its arguments need, and `collectives` None."""
+    """Where a step does not fit there is no program: `memory` is then what its arguments need, `collectives` are unknown."""
 
     config: Config
     architecture: ModelConfig
@@ -35,16 +35,13 @@ class Plan:
     step: Step
     memory: Memory
     excess: float  # bytes above what a device has; 0 or less: it fits
-    collectives: list[Collective] | None
+    collectives: list[Collective]
     roofline: Roofline
+    program: jax.stages.Compiled | None
 
     @property
     def fits(self) -> bool:
         return self.excess <= 0
-
-    @property
-    def compiled(self) -> bool:
-        return self.collectives is not None
 
     @property
     def mesh(self) -> Mesh:
@@ -57,31 +54,33 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: in
     step = abstract_step(config, architecture, mesh, steps)
     share = Share(config, architecture, *mesh.devices.shape)
     arguments = memory_of(step, None)
+
+    def without_program(excess):
+        by_hand = roofline(share, slice, None)
+        return Plan(config, architecture, slice, step, arguments, excess, [], by_hand, None)
+
     if arguments.total > slice.memory:  # no program can help
-        excess = arguments.total - slice.memory
-        return Plan(config, architecture, slice, step, arguments, excess, None, roofline(share, slice, None))
+        return without_program(arguments.total - slice.memory)
     try:
         with slice.compiling():
-            compiled = compile_step(step)
+            program = compile_step(step)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed, available = sizes_in(str(error)) or (math.inf, 0)
-        return Plan(
-            config, architecture, slice, step, arguments, needed - available, None, roofline(share, slice, None)
-        )
-    memory, found = memory_of(step, compiled), collectives(compiled.as_text())
-    time_on_links = interconnect_seconds(found, slice, mesh)
-    excess = memory.total - slice.memory
-    return Plan(config, architecture, slice, step, memory, excess, found, roofline(share, slice, time_on_links))
+        sizes = sizes_in(str(error))
+        if sizes is None:
+            raise UserError(f"{slice.name}: the step does not fit, {str(error).splitlines()[0]}") from None
+        return without_program(sizes[0] - sizes[1])
+    memory, found = memory_of(step, program), collectives(program.as_text())
+    times = roofline(share, slice, interconnect_seconds(found, slice, mesh))
+    return Plan(config, architecture, slice, step, memory, memory.total - slice.memory, found, times, program)
 
 
 def roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline:
     """Without the program's own seconds on the links, they are estimated by hand."""
     chip = slice.chip
     if interconnect is None:
-        links = 2 * sum(size > 1 for size in chip.dimensions(slice.topology)) or 1
-        interconnect = cost.link_traffic(share) * chip.devices / (links * chip.link)
+        interconnect = cost.link_traffic(share) * chip.devices / slice.bandwidth
     return Roofline(
         compute=cost.flops(share) * chip.devices / chip.flops,
         memory=cost.memory_traffic(share) * chip.devices / chip.bandwidth,
@@ -103,14 +102,15 @@ def interconnect_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> f
 # ---- The search ------------------------------------------------------------------------------------------------------
 
 
-# Above this share of the memory a candidate is not tried. The guess of the temporaries was 4.28 GB where the compiler needed
-# 4.54 (Llama 3 8B, 8 rows of 2,048 over 8 chips, remat full).
+# Above this share of the memory a candidate is not tried. The guess of the temporaries was 0.7 to 1.3 of what the compiler then
+# needed (Llama 2 7B and Llama 3 8B and 70B, over 1 to 16 chips).
 HOPELESS = 1.1
 
 
 def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
-    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: the
-    fastest first, of equally fast ones the one that needs the least memory; without those that hardly fit, by a guess."""
+    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: first
+    those that fit by a guess, the fastest before the others, of equally fast ones the one whose compute, memory and links
+    together take the least; then those that just may fit."""
     found, least = [], math.inf
     count = len(slice.devices)
     for tensor in _divisors(
@@ -127,7 +127,10 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
                     needed = cost.arguments(share) + cost.temporaries(share)
                     least = min(least, needed)
                     if needed < HOPELESS * slice.memory:
-                        found.append((roofline(share, slice, None).seconds, needed, one))
+                        times = roofline(share, slice, None)
+                        together = times.compute + times.memory + times.interconnect
+                        rank = (needed > slice.memory, float(f"{times.seconds:.3g}"), together)
+                        found.append((rank, times.seconds, one))
     if least == math.inf:
         raise UserError(
             f"{slice.name} has no mesh for this model and a batch of {config.train.batch_size} rows; choose another slice, or a "
@@ -138,8 +141,7 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
             f"{slice.name} is too small: a step needs about {human_bytes(least)} on a device, by hand, and there are "
             f"{human_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
         )
-    found.sort(key=lambda entry: (float(f"{entry[0]:.3g}"), entry[1]))
-    return [(seconds, one) for seconds, _, one in found]
+    return [(seconds, one) for _, seconds, one in sorted(found, key=lambda entry: entry[0])]
 
 
 def search(

@@ -85,30 +85,39 @@ def facts(config: Config, run_identity: dict) -> dict[str, str]:
 
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
     """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
-    wanted = named_architecture(config)
     if config.base:
         base = read_base(config.base)
         architecture = base.config
-        differing = wanted.shape_differences(architecture) if wanted else []
-        if differing:
-            raise UserError(
-                f"config.base={config.base} is no {config.architecture}, which config.architecture says it is: "
-                f"{'; '.join(differing)}; give another base, or --config.architecture=None"
-            )
-    elif wanted and config.train.mode == "full":
+        check_base(config, architecture)
+    elif config.train.mode == "full" and (architecture := named_architecture(config)):
         if not config.tokenizer:
             raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
-        base, architecture = None, wanted
+        base = None
     else:
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
     tokenizer = load_tokenizer(config.tokenizer or config.base)
     check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
+    check_length(config, architecture)
+    return base, architecture, tokenizer
+
+
+def check_length(config: Config, architecture: ModelConfig):
     if config.data.max_length > architecture.max_length:
         raise UserError(
             f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
             f"positions); say --config.data.max_length={architecture.max_length} or less"
         )
-    return base, architecture, tokenizer
+
+
+def check_base(config: Config, base: ModelConfig):
+    """Refuse a base that is not what `config.architecture` names."""
+    wanted = named_architecture(config)
+    differing = wanted.shape_differences(base) if wanted else []
+    if differing:
+        raise UserError(
+            f"config.base={config.base} is no {config.architecture}, which config.architecture says it is: "
+            f"{'; '.join(differing)}; give another base, or --config.architecture=None"
+        )
 
 
 def named_architecture(config: Config) -> ModelConfig | None:

@@ -55,8 +55,8 @@ def test_bytes_over_the_links():
     fsdp = dataclasses.replace(one, fsdp=4)  # and everything is gathered in each pass
     gathered = (3 * 6_144 + 3 * 2_048) * 2
     assert cost.link_traffic(fsdp) == 2 * (3 * gathered * 3 / 4 + 384 * 2 * 2 * 3 / 4)
-    tensor = dataclasses.replace(one, tensor=2)  # two sums of activations in each layer and pass
-    assert cost.link_traffic(tensor) == 2 * 3 * 2 * 3 * 64 * 32 * 2 * 2 * 1 / 2
+    tensor = dataclasses.replace(one, tensor=2)  # six and five sums of activations in each layer, in units of two bytes
+    assert cost.link_traffic(tensor) == 2 * 11 * 3 * 64 * 32 * 2 * 2 * 1 / 2
 
 
 def test_without_remat_there_is_a_pass_less_and_more_is_kept():

@@ -59,7 +59,7 @@ def test_the_bytes_on_a_chip_are_those_of_its_shards(for_v5e):
     assert numbers["bytes"]["available"] == 15.75 * 2**30
     parts = ("base", "adapter", "optimizer", "other", "temporaries", "program")
     assert numbers["bytes"]["together"] == sum(numbers["bytes"][part] for part in parts)
-    assert numbers["bytes"]["temporaries"] > 0 and numbers["bytes"]["program"] > 0
+    assert numbers["bytes"]["program"] > 0
 
 
 def test_what_is_said_of_a_plan_that_fits(for_v5e):
@@ -150,6 +150,8 @@ def test_here_the_estimate_is_held_against_the_clock(plan):
         ),
         (["--topology=v5e:2x2", "--config.train.batch_size=6"], "make it a multiple of 4"),
         (["--topology=v5e:4x8", "--search"], "v5e:4x8 has no mesh for this model and a batch of 8 rows"),
+        (["--topology=v5e:2x2", "--config.data.max_length=513"], "is more than the model reads (512 positions)"),
+        (["--topology=v5e:2x2", "--config.lora.ranks={'q_proj': (4, 4)}"], "config.lora.ranks"),
         (["--topology=local", "--config.lora.rnak=3"], "did you mean config.lora.rank?"),
     ],
 )

@@ -22,6 +22,10 @@ class Local(Slice):
     def name(self) -> str:
         return self.chip.name
 
+    @property
+    def bandwidth(self) -> float:
+        return self.chip.link
+
     def compiling(self) -> typing.ContextManager:
         return contextlib.nullcontext()
 

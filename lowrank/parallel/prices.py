@@ -7,8 +7,7 @@ disks and traffic are not in them. `--price_per_chip_hour` says another.
 
 DATE = "2026-11-24"  # when these were looked up
 
-PER_CHIP_HOUR: dict[str, float] = {
-    "v5e": 1.20,  # Google's list as widely quoted; not in the catalog below in the part that was read
-    "v6e": 2.70,  # SkyPilot's catalog of Google's list: tpu-v6e-64 in us-east5 at 172.80 (github.com/skypilot-org/skypilot-catalog)
-    "v5p": 4.20,  # the same: tpu-v5p-8960, which is 4,480 chips, in us-central1 at 18,816.00
-}
+# v6e and v5p are in SkyPilot's catalog of Google's list (github.com/skypilot-org/skypilot-catalog, catalogs/v8/gcp/vms.csv, commit
+# 006059e): tpu-v6e-64 in us-east5 at 172.80 an hour, tpu-v5p-8960, which is 4,480 chips, in us-central1 at 18,816.00. v5e is the
+# figure that is quoted everywhere; its row of the list was not read. For tpu7x no price was found: say one.
+PER_CHIP_HOUR: dict[str, float] = {"v5e": 1.20, "v6e": 2.70, "v5p": 4.20}

@@ -50,13 +50,21 @@ class Slice:
     def group_bandwidth(self, devices: typing.Sequence[jax.Device]) -> float:
         """Bytes a second that a chip can send in a collective over these devices."""
         places = [device.coords for device in devices]
-        links = 0
-        for size, ring, *along in zip(
-            self.chip.dimensions(self.topology), self.chip.rings(self.topology), *places, strict=False
-        ):
-            spread = len(set(along))
-            links += 0 if spread == 1 else 2 if ring and spread == size else 1
+        spread = [len(set(along)) for along in zip(*places, strict=True)]
+        links = self._links(spread)
         return max(links, 1) * self.chip.link  # two devices of one chip: over something that is no slower
+
+    @property
+    def bandwidth(self) -> float:
+        """As `group_bandwidth`, of all chips of the slice together."""
+        return max(self._links(self.chip.dimensions(self.topology)), 1) * self.chip.link
+
+    def _links(self, spread: typing.Sequence[int]) -> int:
+        """Of a group that lies over so many places along each dimension."""
+        dimensions = zip(
+            self.chip.dimensions(self.topology), self.chip.rings(self.topology), spread, strict=False
+        )  # devices of a 2-D slice have a third coordinate, which is 0
+        return sum(2 if ring and count == size else 1 for size, ring, count in dimensions if count > 1)
 
     def compiling(self) -> typing.ContextManager:
         """To compile in. Without the compile cache: what it holds cannot be loaded where there is no TPU."""

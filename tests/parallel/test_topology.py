@@ -71,6 +71,11 @@ def test_a_group_has_a_link_along_each_dimension_and_two_where_it_is_a_ring(name
     assert where.group_bandwidth(where.devices[group]) == links * where.chip.link
 
 
+def test_all_chips_of_a_slice_are_a_group():
+    for name in ("v5e:2x4", "v5e:8x16", "v5p:4x4x4", "v6e:1x1"):
+        assert slice_of(name).bandwidth == slice_of(name).group_bandwidth(slice_of(name).devices)
+
+
 def test_the_sizes_in_what_a_compiler_says():
     # The first as libtpu 0.0.42 says it; the second as it says it of a program whose arguments count.
     one = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (894.07G) exceeds available HBM (15.75G)."
