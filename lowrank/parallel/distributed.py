@@ -29,7 +29,10 @@ from lowrank.errors import UserError
 BEAT = 1.0  # seconds between two signs of life
 GONE_AFTER = 20.0  # seconds without one: long for a thread that a busy machine starves, short for a user who waits
 PARTING = 10.0  # seconds that process 0, which holds the store, stays for the others to read why the run is over
-LOST, FAILED = 75, 1  # exit codes: another process is lost, start all again (as after SIGTERM); this or another one failed
+LOST, FAILED = (
+    75,
+    1,
+)  # exit codes: another process is lost, start all again (as after SIGTERM); this or another one failed
 GO_ON = "start the same command again, on all of them, to go on from the last checkpoint"
 
 
