@@ -126,8 +126,10 @@ def main(arguments: list[str]) -> int | None:
 
         # ---- Evaluation and samples.
         shards = mesh_lib.batch_shards(mesh)
-        train_step = make_train_step(model, optimizer, setup.schedule, config.train.microbatches, shards, layout)
-        eval_step = make_eval_step(model, shards)
+        train_step = distributed.together(
+            make_train_step(model, optimizer, setup.schedule, config.train.microbatches, shards, layout)
+        )
+        eval_step = distributed.together(make_eval_step(model, shards))
         eval_batches, eval_rows = (
             evaluation_batches(config, held_out),
             config.train.batch_size // config.train.microbatches,
@@ -205,6 +207,7 @@ def main(arguments: list[str]) -> int | None:
             writer.write(step, line)
             console.step(step, line)
 
+        distributed.barrier("loaded")  # some have more of the base to read than others
         with command.stop_signals() as stop, contextlib.closing(writer), contextlib.closing(console):
             if first == 0:
                 if eval_batches and config.eval.every:

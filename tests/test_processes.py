@@ -49,7 +49,9 @@ def wait_for_step(workdir: pathlib.Path, step: int, processes):
     file = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not file.exists() or all(line["step"] < step for line in running.lines(file)):
-        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        assert time.monotonic() < deadline
+        ended = [running.finish(process) for process in processes if process.poll() is not None]
+        assert not ended, ended
         time.sleep(0.1)
 
 

@@ -334,6 +334,26 @@ def barrier(name: str):
         _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", 7 * 24 * 3600 * 1000)
 
 
+def together(function):
+    """A jitted function for one shape of arguments -> the same, whose first call waits until all processes have compiled it.
+
+    gloo, which carries sums between CPU processes, waits 30 seconds for the others and no longer; two processes that trace
+    and compile beside other work were seen to be further apart.
+    """
+    if _processes is None:
+        return function
+    compiled = None
+
+    def call(*arguments):
+        nonlocal compiled
+        if compiled is None:
+            compiled = function.lower(*arguments).compile()
+            barrier("compiled")
+        return compiled(*arguments)
+
+    return call
+
+
 def from_first(value: Callable[[], object]):
     """What `value` gives in process 0, in all processes; as JSON."""
     if _processes is None:
