@@ -10,6 +10,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.errors import UserError
@@ -50,8 +51,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not use the "
             f"{len(devices)} devices here exactly; choose sizes whose product is {len(devices)}"
         )
-    # Auto is said, not left to the default: it changed between versions of JAX.
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Not `jax.make_mesh`, which refuses a mesh whose axes are not whole dimensions of the slice (fsdp=16 x tensor=4 on 8x8).
+    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def put(value, sharding):
