@@ -26,7 +26,7 @@ def _heading(plan: Plan) -> str:
             f"model      {c.architecture or c.base}: {a.layers} layers, embed {a.embed}, mlp {a.mlp}, "
             f"heads {a.heads}/{a.kv_heads}, vocab {a.vocab}",
             f"adapter    {adapter}",
-            f"slice      {plan.slice.name}, {plan.slice.chips} chips; mesh data {data} x fsdp {fsdp} x tensor {tensor}",
+            f"slice      {plan.slice.name}, {plan.slice.chips} chip{'s' * (plan.slice.chips > 1)}; mesh data {data} x fsdp {fsdp} x tensor {tensor}",
             f"step       {c.train.batch_size} rows of {c.data.max_length} tokens, {rows} in each of {c.train.microbatches} "
             f"micro-batches; remat {c.remat}; computed in {c.dtype}, base held in {c.param_dtype}",
         ]
@@ -66,7 +66,7 @@ def _collectives(plan: Plan) -> str:
     table = totals(plan.collectives)
     if not table:
         return "collectives  none"
-    lines = [f"collectives of a step{'times':>14}{'sent by a ' + _device(plan):>20}"]
+    lines = [f"collectives of a step{'times':>14}{'sent by each':>20}"]
     return "\n".join(
         lines + [f"  {kind:<20}{times:>13,}{human_bytes(sent):>20}" for kind, (times, sent) in table.items()]
     )
