@@ -1,0 +1,92 @@
+"""How many floating-point operations a training step does, by hand: 2·m·k·n for every matrix product, and nothing else.
+
+The compiler's own count has the body of a scan once, so it cannot be asked. Its one idea here: a step is a handful of
+passes over the same products, and what a part costs is its forward pass times how often it is done again:
+
+    base         forward 1, backward 1 (with respect to x; a frozen kernel has no gradient of its own), remat 1
+    adapter      forward 1, backward 2, remat 1
+    head         forward 1, backward 1, and 1 for the logits that are computed again instead of kept
+    attention    forward 1, backward 2, and 1 for the scores that are computed again instead of kept, remat 1
+
+With remat, a product whose result only leaves the block (down_proj, its lora_b) is not done again. In mode "full" every
+backward pass is 2. Left out: what is no matrix product (norms, softmax, the optimizer: under 1 %), and that chunks of the
+head without a trained token are skipped, so the head is an upper bound. Checked against the traced step in tests.
+"""
+
+import dataclasses
+
+from lowrank.model.architecture import ModelConfig
+from lowrank.model.attention import CHUNKS
+from lowrank.model.lora import LoraConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Of one step, over all devices; every token slot of every row counts, padding too."""
+
+    base_forward: int
+    base_backward: int  # without dW where the base is frozen
+    adapter: int
+    head: int
+    attention: int
+    recomputation: int  # everything that remat does again
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def model(self) -> int:
+        """Without what is computed again: what a share of the peak (MFU) is a share of."""
+        return self.total - self.recomputation
+
+
+def step_flops(
+    config: ModelConfig, lora: LoraConfig | None, rows: int, length: int, remat: str = "none", mode: str = "lora"
+) -> Flops:
+    """Of a step over `rows` rows of `length` tokens. `lora` is None where there is no adapter."""
+    tokens = rows * length
+    full = mode == "full"
+    kernels = {name: 2 * inputs * outputs for name, (inputs, outputs) in config.projections().items()}
+    base = tokens * config.layers * sum(kernels.values())
+    factors_a, factors_b = _factors(config, lora)
+    adapter = tokens * config.layers * (sum(factors_a.values()) + sum(factors_b.values()))
+    head = tokens * 2 * config.embed * config.vocab
+    attention = rows * config.layers * 4 * config.heads * config.head_dim * visible_pairs(length)
+    pieces = length >= 2 * CHUNKS  # else the row goes in one piece, whose scores are kept
+
+    # What a block computes again. "dots" keeps every projection's result; attention's products have batch dimensions.
+    again = 0
+    if remat == "full":
+        adapter_again = adapter - tokens * config.layers * factors_b.get("down_proj", 0)
+        again = base - tokens * config.layers * kernels["down_proj"] + adapter_again + attention
+    elif remat == "dots" and (full or not pieces or "o_proj" in factors_a):
+        again = attention  # what attention hands to o_proj is needed again for a gradient of o_proj's alone
+    return Flops(
+        base_forward=base,
+        base_backward=base * (2 if full else 1),
+        adapter=3 * adapter,
+        head=head * (4 if full else 3),
+        attention=attention * 3,
+        recomputation=again + attention * pieces,
+    )
+
+
+def visible_pairs(length: int) -> int:
+    """Pairs of query and key that attention's causal pieces compute, in one row (`attend` in model/attention.py)."""
+    if length < 2 * CHUNKS:
+        return length * length
+    size = -(-length // CHUNKS)
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _factors(config: ModelConfig, lora: LoraConfig | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Of every target: operations a token of x @ lora_a, and of that @ lora_b, in one layer."""
+    if lora is None:
+        return {}, {}
+    sizes = {target: (*config.projections()[target], lora.width(target)) for target in lora.targets}
+    return (
+        {target: 2 * inputs * width for target, (inputs, _, width) in sizes.items()},
+        {target: 2 * width * outputs for target, (_, outputs, width) in sizes.items()},
+    )
