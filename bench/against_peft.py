@@ -10,10 +10,9 @@ written by transformers and PEFT, read by each through its own importer) and the
 A B A B. Nothing is timed before the losses of three steps agree, of which the later ones depend on gradient and update;
 in generation, before each of lowrank's tokens has been found as likely by transformers as its own choice, within rounding.
 
-On a CPU the run pins itself to one core and counts CPU seconds, which include the operating system's for this process;
-on a GPU, seconds of the wall clock until the device is done. Compiling is not in them. Peak memory is the whole process's
-(VmHWM) on a CPU, from importing over loading and compiling to the last step; beside it the same from the first step on.
-On a GPU it is what arrays hold at most.
+On a CPU the run pins itself to one core and counts CPU seconds of the process, the operating system's share included; on
+a GPU, seconds of the wall clock until the device is done. Compiling is not in them. Peak memory is the whole process's
+(VmHWM) on a CPU, from importing over loading and compiling to the last step; on a GPU, what arrays hold at most.
 
 The share of the ceiling is the FLOPs that a step needs (`lowrank/model/flops.py`, without what either side computes again)
 over the best that either library reaches here in a product of two large square matrices of the same dtype, in the same
@@ -23,18 +22,16 @@ run. Weights are made in a temporary folder: TMPDIR says where, and 8b needs 16 
 import dataclasses
 import os
 import statistics
-import sys
 import tempfile
 import time
 
 import measure
 from absl import app, flags
+from turns import generations, needed_flops, steps
 from worker import Work, Worker
 
 from lowrank.model.architecture import ModelConfig, hf_config
 from lowrank.model.decoder import REMAT
-from lowrank.model.flops import step_flops
-from lowrank.model.lora import LoraConfig
 
 MODES = ("lora", "full", "generate")
 SHAPES = measure.SHAPES | {"tiny": ModelConfig(256, 64, 96, 2, 4, 2, 16)}  # tiny: to try this script out
@@ -53,18 +50,16 @@ flags.DEFINE_integer("segments", 1, "Each row is packed from so many texts, whic
 flags.DEFINE_float("trained", 1.0, "Share of each text's tokens that are learnt, its last ones.", 0.0, 1.0)
 flags.DEFINE_integer("new_tokens", 32, "To generate.")
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the base and of the arithmetic.")
-flags.DEFINE_float("learning_rate", None, "If not given: 1e-3, in mode full 1e-5.")
+flags.DEFINE_float("learning_rate", None, "If not given: 1e-3, in mode full 1e-4.")
 flags.DEFINE_enum("remat", None, REMAT, "What lowrank computes again. If not given: what is fastest on that device.")
 flags.DEFINE_bool("checkpointing", False, "Gradient checkpointing in PyTorch.")
+flags.DEFINE_enum("attention", "sdpa", ["sdpa", "eager"], "PyTorch's.")
 flags.DEFINE_enum(
     "held", None, ["bfloat16", "float32"], "What PyTorch holds trained weights in. If not given: see peft_side.py."
 )
 flags.DEFINE_integer("rounds", 5, "Each is timed so often.")
 FLAGS = flags.FLAGS
 
-TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-4}  # of a loss, relative
-REGRET = {"bfloat16": 0.2, "float32": 1e-3}  # standard deviations of the logits
-COMPARED = 3
 CEILING = {"cpu": (2048, 1), "gpu": (8192, 10)}  # size of the square matrices, products in a row
 
 
@@ -76,9 +71,9 @@ class Result:
     work: Work
     seconds: dict[str, list[dict[str, float]]]  # of every round: of a "step", or of "prefill" and "decode"
     agreement: str
+    first_peak: dict[str, int]  # when everything is loaded and compiled
     peak: dict[str, int]
-    later_peak: dict[str, int]
-    compiling: float
+    compiling: float | None  # CPU seconds of lowrank's step
     ceiling: dict[str, float]
     flops: float  # of a step, or of the prefill
     versions: dict[str, dict]
@@ -98,10 +93,11 @@ def work_of(shape: str, folder: str) -> Work:
         trained=FLAGS.trained,
         new_tokens=FLAGS.new_tokens,
         dtype=FLAGS.dtype,
-        learning_rate=FLAGS.learning_rate or (1e-5 if full else 1e-3),
+        learning_rate=FLAGS.learning_rate or (1e-4 if full else 1e-3),
         remat=FLAGS.remat or ("full" if on_cpu else "none"),
         checkpointing=FLAGS.checkpointing,
         held=held,
+        attention=FLAGS.attention,
     )
 
 
@@ -117,135 +113,74 @@ def measured(shape: str) -> Result:
         with Worker("lowrank", work) as lowrank, Worker("peft", work) as peft:
             sides = {"lowrank": lowrank, "peft": peft}
             take = generations if work.mode == "generate" else steps
-            seconds, agreement, compiling, first_peak = take(sides, work)
-            later_peak = {name: side("peak") for name, side in sides.items()}
+            found = take(sides, work, FLAGS.rounds)
+            peak = {name: side("peak") for name, side in sides.items()}
             size, repeats = CEILING[work.device]
             return Result(
                 shape=shape,
                 work=work,
-                seconds=seconds,
-                agreement=agreement,
-                peak={name: max(first_peak[name], later_peak[name]) for name in sides},
-                later_peak=later_peak,
-                compiling=compiling,
+                **found,
+                peak=peak,
                 ceiling={name: side("ceiling", size=size, repeats=repeats) for name, side in sides.items()},
                 flops=needed_flops(SHAPES[shape], work),
                 versions={name: side("versions") for name, side in sides.items()},
             )
 
 
-def steps(sides: dict[str, Worker], work: Work):
-    """-> seconds of each round's steps, what was compared, CPU seconds of compiling, peak memory before the first step."""
-    prepared = {name: side("prepare") for name, side in sides.items()}
-    first_peak = {name: side("peak") for name, side in sides.items()}
-    for side in sides.values():
-        side("forget_peak")
-    compared = [{name: side("step")["loss"] for name, side in sides.items()} for _ in range(COMPARED)]
-    ours, theirs = ([losses[name] for losses in compared] for name in sides)
-    difference = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    shown = f"losses {' '.join(f'{x:.4f}' for x in ours)} and {' '.join(f'{x:.4f}' for x in theirs)}"
-    if not difference <= TOLERANCE[work.dtype]:  # not a number is no agreement either
-        sys.exit(
-            f"the work is not the same: {shown}, {difference:.1e} apart, at most {TOLERANCE[work.dtype]:.0e} is allowed"
-        )
-    if abs(theirs[0] - theirs[-1]) <= 2 * difference * abs(theirs[0]):
-        sys.exit(f"{COMPARED} steps changed too little to say that updates agree: {shown}; raise --learning_rate")
-    seconds = {name: [] for name in sides}
-    for _ in range(FLAGS.rounds):
-        for name, side in sides.items():
-            seconds[name].append({"step": side("step")["seconds"]})
-    return seconds, f"{shown}, {difference:.1e} apart", prepared["lowrank"]["compiling"], first_peak
-
-
-def generations(sides: dict[str, Worker], work: Work):
-    """As `steps`, of prefill and decode."""
-    first_peak = {name: side("peak") for name, side in sides.items()}
-    for side in sides.values():
-        side("forget_peak")
-    tokens = {name: side("generate")["tokens"] for name, side in sides.items()}  # compiles
-    regret = sides["peft"]("regret", tokens=tokens["lowrank"])
-    if not regret <= REGRET[work.dtype]:
-        sys.exit(
-            f"the work is not the same: of lowrank's greedy tokens one is {regret:.2f} standard deviations below what "
-            f"transformers finds likeliest, at most {REGRET[work.dtype]} is allowed"
-        )
-    places = [a == b for rows in zip(*tokens.values(), strict=True) for a, b in zip(*rows, strict=True)]
-    seconds = {name: [] for name in sides}
-    for _ in range(FLAGS.rounds):
-        for name, side in sides.items():
-            answer = side("generate")
-            seconds[name].append({phase: answer[phase] for phase in ("prefill", "decode")})
-    agreement = f"tokens at most {regret:.2f} deviations below the likeliest; {sum(places)} of {len(places)} are equal"
-    return seconds, agreement, 0.0, first_peak
-
-
-def needed_flops(config: ModelConfig, work: Work) -> float:
-    """Of a training step, or of a forward pass over the prompts that gives each row's last token its logits."""
-    full = work.mode == "full"
-    parts = step_flops(config, None if full else LoraConfig(), work.rows, work.length, "none", work.mode)
-    logits = 2 * config.embed * config.vocab * work.rows  # of one token of each row
-    if work.mode == "generate":
-        return parts.base_forward + (parts.adapter + parts.attention) / 3 + logits
-    # A step needs the head's logits once, whatever is computed again, and gradients by hidden states and (full) by the head.
-    learnt = round(work.trained * work.length)
-    return parts.base_forward + parts.base_backward + parts.adapter + parts.attention + logits * learnt * (2 + full)
-
-
 # ---- What is printed -------------------------------------------------------------------------------------------------
 
 
-def table(results: list[Result]) -> list[list[str]]:
-    """A line for each side of each shape."""
-    training = FLAGS.mode != "generate"
-    phases = ("step",) if training else ("prefill", "decode")
-    second = "CPU second" if FLAGS.device == "cpu" else "second"
-    heads = ["shape, tokens", ""]
-    for phase in phases:
-        heads += [f"{phase}: {second}s, median (least to most)", f"tokens a {second}", "speed"]
-    heads += [
-        "peak MB",
-        "of PEFT's",
-        "from the first step on",
-        "of PEFT's",
-        f"share of the ceiling{'' if training else ', prefill'}",
-    ]
-    lines = [heads, ["---"] * len(heads)]
-    for result in results:
-        work = result.work
-        ceiling = max(result.ceiling.values())
-        for name in ("lowrank", "peft"):
-            ours = name == "lowrank"
-            line = [f"{result.shape}, {work.rows} x {work.length}", "lowrank" if ours else label(work)]
-            for phase in phases:
-                taken = {side: [round_[phase] for round_ in rounds] for side, rounds in result.seconds.items()}
-                count = work.rows * (work.length if phase != "decode" else work.new_tokens - 1)
-                of_rounds = [theirs / own for own, theirs in zip(taken["lowrank"], taken["peft"], strict=True)]
-                median = {side: statistics.median(values) for side, values in taken.items()}
-                speed = f"**{median['peft'] / median['lowrank']:.2f}x** ({min(of_rounds):.2f} to {max(of_rounds):.2f})"
-                line += [measure.spread(taken[name]), f"{count / median[name]:,.1f}", speed if ours else ""]
-            for peak in (result.peak, result.later_peak):
-                line += [f"{peak[name] / 1e6:,.0f}", f"{peak['lowrank'] / peak['peft']:.2f}x" if ours else ""]
-            speed = result.flops / statistics.median(round_[phases[0]] for round_ in result.seconds[name])
-            lines.append([*line, f"{speed / ceiling:.0%}"])
-    return lines
+def heads() -> list[str]:
+    second, cells = seconds_word(), ["shape, tokens", ""]
+    for phase in phases():
+        cells += [f"{phase}: {second}s, median (least to most)", f"tokens a {second}", "speed"]
+    share = "share of the ceiling" + (", prefill" if FLAGS.mode == "generate" else "")
+    return [*cells, "peak MB", "of PEFT's", "before the first step", share]
+
+
+def lines(result: Result) -> list[list[str]]:
+    """One for each side."""
+    work, peak = result.work, result.peak
+    made = []
+    for name in ("lowrank", "peft"):
+        ours = name == "lowrank"
+        cells = [f"{result.shape}, {work.rows} x {work.length}", "lowrank" if ours else label(work)]
+        for phase in phases():
+            taken = {side: [round_[phase] for round_ in rounds] for side, rounds in result.seconds.items()}
+            count = work.rows * (work.length if phase != "decode" else work.new_tokens - 1)
+            of_rounds = [theirs / own for own, theirs in zip(taken["lowrank"], taken["peft"], strict=True)]
+            median = {side: statistics.median(values) for side, values in taken.items()}
+            speed = f"**{median['peft'] / median['lowrank']:.2f}x** ({min(of_rounds):.2f} to {max(of_rounds):.2f})"
+            cells += [measure.spread(taken[name]), f"{count / median[name]:,.1f}", speed if ours else ""]
+        cells += [f"{peak[name] / 1e6:,.0f}", f"**{peak['lowrank'] / peak['peft']:.2f}x**" if ours else ""]
+        first = statistics.median(round_[phases()[0]] for round_ in result.seconds[name])
+        share = result.flops / first / max(result.ceiling.values())
+        made.append([*cells, f"{result.first_peak[name] / 1e6:,.0f}", f"{share:.0%}"])
+    return made
+
+
+def phases() -> tuple[str, ...]:
+    return ("prefill", "decode") if FLAGS.mode == "generate" else ("step",)
+
+
+def seconds_word() -> str:
+    return "CPU second" if FLAGS.device == "cpu" else "second"
 
 
 def label(work: Work) -> str:
-    name = "transformers" if work.mode == "full" else "transformers + PEFT"
-    return (
-        name
-        + (", checkpointing" if work.checkpointing else "")
-        + (f", held in {work.held}" if work.mode != "generate" else "")
-    )
+    parts = ["transformers" if work.mode == "full" else "transformers + PEFT", work.attention]
+    parts += ["checkpointing"] * work.checkpointing
+    parts += [f"held in {work.held}"] * (work.mode != "generate")
+    return ", ".join(parts)
 
 
 def remarks(results: list[Result]) -> list[str]:
-    lines = []
+    made = []
     for result in results:
         ceiling = {name: f"{value / 1e9:,.0f}" for name, value in result.ceiling.items()}
         line = f"{result.shape}: {result.agreement}; {result.flops / 1e9:,.1f} GFLOP needed; large products reach "
         line += f"{ceiling['lowrank']} GFLOP/s in JAX, {ceiling['peft']} in PyTorch"
-        lines.append(line + (f"; lowrank compiles for {result.compiling:.0f} CPU seconds" if result.compiling else ""))
+        made.append(line + (f"; lowrank compiles for {result.compiling:.0f} CPU seconds" if result.compiling else ""))
     work, versions = results[0].work, results[0].versions
     parts = [f"mode {work.mode}", f"{work.dtype}", f"lowrank's remat {work.remat}", f"{FLAGS.rounds} rounds"]
     if work.mode != "full":
@@ -254,12 +189,12 @@ def remarks(results: list[Result]) -> list[str]:
         parts.append(f"{work.new_tokens} new tokens a row, greedy")
     else:
         parts.append(f"{work.segments} text(s) a row, {work.trained:.0%} of the tokens learnt")
-    lines.append("; ".join(parts))
+    made.append("; ".join(parts))
     where = f"{versions['lowrank']['device']}" + (", one pinned core" if work.device == "cpu" else "")
-    lines.append(
+    made.append(
         f"{where}; {versions['lowrank']['versions']}, {versions['peft']['versions']}; {time.strftime('%Y-%m-%d')}"
     )
-    return lines
+    return made
 
 
 def main(arguments: list[str]):
@@ -268,12 +203,20 @@ def main(arguments: list[str]):
         raise app.UsageError(f"unknown: {' '.join(arguments[1:] or unknown)}; shapes are {', '.join(SHAPES)}")
     if FLAGS.device == "cpu":
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    results = [measured(shape) for shape in shapes]
-    for line in table(results):
-        print("| " + " | ".join(line) + " |")
+    print_line(heads())
+    print_line(["---"] * len(heads()))
+    results = []
+    for shape in shapes:
+        results.append(measured(shape))
+        for line in lines(results[-1]):
+            print_line(line)
     print()
-    for line in remarks(results):
-        print(f"- {line}")
+    for remark in remarks(results):
+        print(f"- {remark}")
+
+
+def print_line(cells: list[str]):
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -106,11 +106,8 @@ class Lowrank:
             best = max(best, 2 * size**3 * repeats / (self.clock() - start))
         return best
 
-    def forget_peak(self):
-        measure.forget_process_peak()
-
     def peak(self) -> int:
-        """Of the process since `forget_peak`, or of the device in all."""
+        """Of the process, or of the device."""
         return measure.process_peak_bytes() if self.on_cpu else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def versions(self) -> dict:

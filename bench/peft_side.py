@@ -58,7 +58,7 @@ class Peft:
         folder, dtype, held = pathlib.Path(work.folder), getattr(torch, work.dtype), getattr(torch, work.held)
         full = work.mode == "full"
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder / "base", dtype=held if full else dtype, attn_implementation="sdpa"
+            folder / "base", dtype=held if full else dtype, attn_implementation=work.attention
         ).to(self.device)
         if not full:
             model = peft.PeftModel.from_pretrained(
@@ -152,11 +152,8 @@ class Peft:
         if not self.on_cpu:
             torch.cuda.synchronize()
 
-    def forget_peak(self):
-        measure.forget_process_peak()
-
     def peak(self) -> int:
-        """Of the process since `forget_peak`, or of the device in all: what tensors hold, not what the allocator keeps."""
+        """Of the process, or of the device: what tensors hold, not what the allocator keeps."""
         return measure.process_peak_bytes() if self.on_cpu else torch.cuda.max_memory_allocated()
 
     def versions(self) -> dict:

@@ -35,6 +35,7 @@ class Work:
     remat: str  # of lowrank
     checkpointing: bool  # gradient checkpointing, of PyTorch
     held: str  # dtype in which PyTorch holds what it trains
+    attention: str  # of PyTorch
 
 
 def batch(work: Work, vocab: int) -> dict[str, np.ndarray]:
