@@ -35,16 +35,14 @@ from lowrank.model.decoder import REMAT
 
 MODES = ("lora", "full", "generate")
 SHAPES = measure.SHAPES | {"tiny": ModelConfig(256, 64, 96, 2, 4, 2, 16)}  # tiny: to try this script out
-# Rows and tokens of a row; of what the GPU's shapes are for, packed rows of 2048, one after another fits beside its rival.
+# Rows and tokens of a row on a CPU. On a GPU one row of 2048: both sides lie on the device at the same time.
 BATCHES = {"15m": (8, 256), "135m": (1, 512), "1.1b": (1, 256), "tiny": (2, 64)}
 DEFAULT_SHAPES = {"cpu": ["15m", "135m", "1.1b"], "gpu": ["1b", "3b", "8b"]}
 
 flags.DEFINE_enum("mode", "lora", MODES, "Train an adapter, train everything, or generate with an adapter.")
 flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where.")
 flags.DEFINE_list("shape", None, f"Any of {', '.join(SHAPES)}. If not given: 15m,135m,1.1b; on a GPU 1b,3b,8b.")
-flags.DEFINE_integer(
-    "rows", None, "Rows of the batch. If not given: as many as the shape has in the issue it stands for."
-)
+flags.DEFINE_integer("rows", None, "Rows of the batch. If not given: by the shape; 1 on a GPU.")
 flags.DEFINE_integer("length", None, "Tokens of a row, or of a prompt. If not given: by the shape; 2048 on a GPU.")
 flags.DEFINE_integer("segments", 1, "Each row is packed from so many texts, which do not see each other.")
 flags.DEFINE_float("trained", 1.0, "Share of each text's tokens that are learnt, its last ones.", 0.0, 1.0)
