@@ -21,7 +21,6 @@ the device's peak_bytes_in_use. MB are 10^6 bytes.
 import dataclasses
 import json
 import os
-import pathlib
 import platform
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import sys
 import time
 
 import jax
+import measure
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
@@ -37,7 +37,6 @@ from lowrank import group as group_lib
 from lowrank.config import DTYPES, Config, DataConfig, TrainConfig
 from lowrank.grid import Member, SweepConfig
 from lowrank.group import Group, Programs
-from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import REMAT
 from lowrank.model.lora import LoraConfig
 from lowrank.parallel import memory
@@ -49,11 +48,7 @@ from lowrank.training import partition
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
 from lowrank.training.step import State, abstract_state, init_state, make_train_step
 
-SHAPES = {
-    "15m": ModelConfig(32000, 288, 768, 6, 6, 6, 48, tied_head=True),
-    "135m": SIZES["smollm2-135m"],
-    "1.1b": SIZES["tinyllama-1.1b"],
-}
+SHAPES = {name: measure.SHAPES[name] for name in ("15m", "135m", "1.1b")}
 flags.DEFINE_enum("shape", None, list(SHAPES), "The base. If not given: 15m on a CPU, 1.1b elsewhere.")
 flags.DEFINE_integer("members", 8, "Members of the sweep.")
 flags.DEFINE_integer("rows", None, "Rows of the batch. If not given: 2 on a CPU, 1 elsewhere.")
@@ -203,7 +198,7 @@ class Single:
 def measure_steps(group: Group) -> dict:
     """Seconds of a step of each member alone, one after the other, and of one step of the sweep."""
     on_cpu = jax.default_backend() == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
+    clock = measure.clock(on_cpu)
     # Of steps that wait in a queue a CPU may run several at a time, which then share its caches.
     after_each = jax.block_until_ready if on_cpu else lambda x: x
     frozen, batch, programs = random_base(group), random_batch(group), Programs(group)
@@ -249,7 +244,9 @@ def measure_steps(group: Group) -> dict:
         "length": group.config.data.max_length,
         "at_once": group.at_once,
         "on_cpu": on_cpu,
-        "device": f"CPU, {processor()}, on {cores()} core(s)" if on_cpu else jax.devices()[0].device_kind,
+        "device": f"CPU, {measure.processor()}, on {measure.cores()} core(s)"
+        if on_cpu
+        else jax.devices()[0].device_kind,
     }
 
 
@@ -288,17 +285,7 @@ def peak_bytes() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def processor() -> str:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return measure.process_peak_bytes()
 
 
 # ---- Side by side ----------------------------------------------------------------------------------------------------
@@ -311,10 +298,6 @@ def measured(what: str, **more) -> dict:
     if done.returncode:
         sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def table(steps: dict, base: dict, one: list[dict], sweep: list[dict]) -> list[tuple[str, str, str, str]]:
@@ -334,8 +317,8 @@ def table(steps: dict, base: dict, one: list[dict], sweep: list[dict]) -> list[t
     rows = [
         (
             f"{count} members' step, {unit}, median of {FLAGS.rounds} (least to most)",
-            spread(steps["one"]),
-            spread(steps["sweep"]),
+            measure.spread(steps["one"]),
+            measure.spread(steps["sweep"]),
             f"{together / single:.2f} ({min(of_rounds):.2f} to {max(of_rounds):.2f} of a round)",
         ),
         (
@@ -352,8 +335,8 @@ def table(steps: dict, base: dict, one: list[dict], sweep: list[dict]) -> list[t
         ),
         (
             f"compiling the step, CPU seconds, median of {len(one)}, cache off",
-            f"one run {spread(compiling['one'], 1)}",
-            spread(compiling["sweep"], 1),
+            f"one run {measure.spread(compiling['one'], 1)}",
+            measure.spread(compiling["sweep"], 1),
             f"{all_once / once:.2f} of one, {all_once / once / count:.2f} of {count} times one",
         ),
         in_bytes(f"peak memory of the {'process' if steps['on_cpu'] else 'device'}", "peak"),

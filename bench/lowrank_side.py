@@ -1,0 +1,115 @@
+"""lowrank's side of `against_peft.py`: the step that `train` compiles, the tokens that `generate` gives.
+
+Base and adapter come through lowrank's own importers. Left out are the loader, the log and the checkpoints of a run: a
+step is what is compared. Nothing here needs Grain, Orbax or ml_collections.
+"""
+
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+from worker import Work, batch
+
+from lowrank.model import decoder
+from lowrank.model.decoder import Decoder
+from lowrank.model.generation import Sampling, generate_ids
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.mesh import MeshConfig
+from lowrank.training import partition
+from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
+from lowrank.training.step import abstract_state, init_state, make_train_step
+from lowrank.weights.base import load_params, read_base
+from lowrank.weights.peft import read_peft
+
+
+class Lowrank:
+    def __init__(self, work: Work):
+        self.work, self.on_cpu = work, work.device == "cpu"
+        if (jax.default_backend() == "cpu") != self.on_cpu:
+            raise SystemExit(f"--device={work.device}, but JAX has found {jax.devices()[0].device_kind}")
+        self.clock = measure.clock(self.on_cpu)
+        folder = pathlib.Path(work.folder)
+        base, lora, factors = read_base(folder / "base"), None, None
+        if work.mode != "full":
+            factors, lora, _ = read_peft(folder / "adapter", base.config.layers)
+        param_dtype = "float32" if work.mode == "full" else work.dtype  # as `train` holds what is trained
+        self.model = Decoder(base.config, lora, jnp.dtype(work.dtype), jnp.dtype(param_dtype), work.remat)
+        self.mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
+        shapes, axes = decoder.abstract(self.model)
+        shapes = mesh_lib.laid_out(self.mesh, axes, shapes)
+        variables = {"params": load_params(base, shapes["params"])}
+        if lora:
+            layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
+            variables["lora"] = jax.tree.map(mesh_lib.put, factors, layout)
+        self.variables = jax.block_until_ready(variables)
+
+    def prepare(self) -> dict:
+        """Compile the step -> CPU seconds of it. The variables are the step's from then on."""
+        work, mask = self.work, partition.trainable_mask(self.variables, self.work.mode)
+        optim = OptimConfig(learning_rate=work.learning_rate)
+        schedule = learning_rate_schedule(optim, 1)
+        optimizer = make_optimizer(optim, schedule, mask)
+        trainable, self.frozen = partition.split(self.variables, mask)
+        layout = abstract_state(optimizer, trainable, self.mesh)
+        self.state = init_state(optimizer, trainable, jax.random.key(0), layout)
+        self.variables = None  # the step donates its state
+        data = batch(work, self.model.config.vocab)
+        learnt = np.roll(data["learnt"], -1, axis=1)
+        arrays = {
+            "inputs": data["tokens"],
+            "targets": np.roll(data["tokens"], -1, axis=1),
+            "positions": data["positions"],
+            "segment_ids": data["segment_ids"],
+            "loss_mask": learnt,
+        }
+        rows = mesh_lib.spec(("batch", "length"))
+        self.batch = jax.device_put(arrays, jax.sharding.NamedSharding(self.mesh, rows))
+        step = make_train_step(self.model, optimizer, schedule, 1, 1, layout)
+        start = time.process_time()
+        with jax.set_mesh(self.mesh):
+            self.compiled = step.lower(self.state, self.frozen, self.batch).compile()
+        return {"compiling": time.process_time() - start}
+
+    def step(self) -> dict:
+        start = self.clock()
+        self.state, metrics = jax.block_until_ready(self.compiled(self.state, self.frozen, self.batch))
+        return {"seconds": self.clock() - start, "loss": float(metrics["loss"])}
+
+    def generate(self) -> dict:
+        """-> seconds until the first token, seconds for all others, tokens of each row."""
+        prompts = batch(self.work, self.model.config.vocab)["tokens"].tolist()
+        start, times, tokens = self.clock(), [], []
+        for token in generate_ids(self.model, self.variables, prompts, self.work.new_tokens, Sampling()):
+            times.append(self.clock())
+            tokens.append(token.tolist())
+        return {"prefill": times[0] - start, "decode": times[-1] - times[0], "tokens": np.transpose(tokens).tolist()}
+
+    def ceiling(self, size: int, repeats: int) -> float:
+        """Operations a second of the machine's best large product: float32 accumulation is asked for, as in the model."""
+        x = jnp.ones((size, size), self.work.dtype)
+
+        @jax.jit
+        def product(a, b):
+            return jax.lax.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+        jax.block_until_ready(product(x, x))
+        best = 0.0
+        for _ in range(3):
+            start = self.clock()
+            for _ in range(repeats):
+                y = product(x, x)
+            jax.block_until_ready(y)
+            best = max(best, 2 * size**3 * repeats / (self.clock() - start))
+        return best
+
+    def peak(self) -> int:
+        """Of the process, or of the device."""
+        return measure.process_peak_bytes() if self.on_cpu else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    def versions(self) -> dict:
+        device = measure.processor() if self.on_cpu else jax.devices()[0].device_kind
+        return {"device": device, "versions": f"Python {platform.python_version()}, jax {jax.__version__}"}
