@@ -108,9 +108,9 @@ HOPELESS = 1.1
 
 
 def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
-    """Every mesh, remat and number of micro-batches that the model and the batch allow, with its seconds a step by hand: first
-    those that fit by a guess, the fastest before the others, of equally fast ones the one whose compute, memory and links
-    together take the least; then those that just may fit."""
+    """Every mesh, remat and number of micro-batches that the model and the batch allow, with the bytes that it needs by hand:
+    first those that fit by a guess, the fastest before the others, of equally fast ones the one whose compute, memory and
+    links together take the least; then those that just may fit."""
     found, least = [], math.inf
     count = len(slice.devices)
     for tensor in _divisors(
@@ -130,7 +130,7 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
                         times = roofline(share, slice, None)
                         together = times.compute + times.memory + times.interconnect
                         rank = (needed > slice.memory, float(f"{times.seconds:.3g}"), together)
-                        found.append((rank, times.seconds, one))
+                        found.append((rank, needed, one))
     if least == math.inf:
         raise UserError(
             f"{slice.name} has no mesh for this model and a batch of {config.train.batch_size} rows; choose another slice, or a "
@@ -141,15 +141,19 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
             f"{slice.name} is too small: a step needs about {human_bytes(least)} on a device, by hand, and there are "
             f"{human_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
         )
-    return [(seconds, one) for _, seconds, one in sorted(found, key=lambda entry: entry[0])]
+    return [(needed, one) for _, needed, one in sorted(found, key=lambda entry: entry[0])]
 
 
 def search(
     config: Config, architecture: ModelConfig, slice: Slice, steps: int, wanted: int, most: int
 ) -> typing.Iterator[Plan]:
-    """Compile the candidates from the best down until `wanted` of them fit, or `most` are compiled."""
+    """Compile the candidates from the best down until `wanted` of them fit, or `most` are compiled. If none fits before the
+    last, that one is the candidate that needs the least: so a slice is not too small only because guesses were too low."""
     fitting = 0
-    for _, one in candidates(config, architecture, slice)[:most]:
+    ranked = candidates(config, architecture, slice)
+    for number in range(min(most, len(ranked))):
+        last = number == most - 1 and not fitting
+        _, one = min(ranked[number:], key=lambda entry: entry[0]) if last else ranked[number]
         plan = make_plan(one, architecture, slice, steps)
         fitting += plan.fits
         yield plan

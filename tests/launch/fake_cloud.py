@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,6 +77,15 @@ def train(code: int = 0, before: str = "") -> str:
     return f"{TRAIN}{before}\nexit {code}\n"
 
 
+# Whoever runs the tests in the background ignores these signals, and no shell can catch what it was started to ignore.
+AS_IN_A_TERMINAL = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Cloud:
     """The folder of the cloud, a checkout that scripts are run from, and tools that come first in PATH."""
 
@@ -105,7 +115,7 @@ class Cloud:
     def start(self, script: str, *arguments: str, stdin=subprocess.DEVNULL, **environment: str) -> subprocess.Popen:
         settings = {"ZONE": "there-1a", "NAME": "mine", "PAUSE": "0", "YES": "1", "CLOUD": str(self.folder)}
         path = f"{self.tools}:{os.environ['PATH']}"
-        words = [self.checkout / "launch" / script, *arguments]
+        words = [sys.executable, "-c", AS_IN_A_TERMINAL, self.checkout / "launch" / script, *arguments]
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(
             words, env={**os.environ, **settings, "PATH": path, **environment}, start_new_session=True, **pipes
