@@ -50,6 +50,7 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return 130  # as shells count it: 128 + SIGINT
         except BrokenPipeError:  # `... | head` is no mistake, but nor is it done
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            distributed.fail("nobody reads its output any more (a closed pipe)")
             return 141  # as shells count it: 128 + SIGPIPE
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -50,7 +50,7 @@ class Bill:
 
 def bill(tokens: float, fill: float, slots: int, seconds: float, chips: int, price: float | None) -> Bill:
     """`slots`: token slots of a step; `seconds` a step takes; `price` of a chip for an hour."""
-    steps = math.ceil(tokens / fill / slots)
+    steps = math.ceil(tokens / fill / slots - 1e-6)  # what was made of whole steps may come out a rounding above them
     hours = steps * seconds / 3600
     return Bill(steps, hours, None if price is None else hours * chips * price)
 

@@ -11,7 +11,6 @@ weights, and the estimate is held against the clock.
 
 import json
 import math
-import pathlib
 import sys
 
 import jax
@@ -31,6 +30,7 @@ from lowrank.parallel.local import open_local
 from lowrank.parallel.topology import Slice
 from lowrank.planning import Plan, candidates, make_plan, search
 from lowrank.preparation import check_base, check_length, named_architecture, read_data, row_shape
+from lowrank.training.metrics import replace
 from lowrank.weights.base import read_base
 from lowrank.workload import Workload
 
@@ -56,6 +56,12 @@ def main(arguments: list[str]) -> int | None:
     check_length(config, architecture)
     adapters.refuse_other_layers(config.lora, architecture.layers)
 
+    if not math.isfinite(FLAGS.tokens or 0):
+        raise UserError(f"--tokens={FLAGS.tokens} must be a number of tokens, such as 1e9")
+    file = storage.local(FLAGS.json) if FLAGS.json else None
+    if file and not file.parent.is_dir():
+        raise UserError(f"--json={file}: its folder does not exist; make it first")
+
     # ---- The slice. One that is not here is compiled for on the CPU.
     local = FLAGS.topology == "local"
     if local:
@@ -77,9 +83,9 @@ def main(arguments: list[str]) -> int | None:
         plan = make_plan(config, architecture, slice, steps)
     print(plan_report.describe(plan))
     print()
-    if FLAGS.json:
+    if file:
         numbers = plan_report.record(plan, workloads, FLAGS.efficiency, price)
-        pathlib.Path(FLAGS.json).write_text(json.dumps(numbers, indent=1) + "\n")
+        replace(file, json.dumps(numbers, indent=1) + "\n")
     source = "" if local and not given else plan_report.price_source(slice.chip.name, price, given)
     print(plan_report.estimate(plan, workloads, FLAGS.efficiency, price, source))
     if local and plan.fits:

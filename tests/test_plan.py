@@ -141,6 +141,7 @@ def test_here_the_estimate_is_held_against_the_clock(plan):
         (["--topology=v5e:5x5"], "v5e has no such slice; there are 1x1, 2x2, 2x4"),
         (["--topology=v9:2x2"], "say CHIP:TOPOLOGY with one of v5e, v6e, v5p, tpu7x"),
         ([], "--topology is missing"),
+        (["--topology=v5e:2x2", "--tokens=inf"], "--tokens=inf must be a number of tokens"),
         (["--topology=v5e:2x2", "--config.architecture=None"], "config.architecture names no model"),
         (["--topology=v5e:2x2", "--config.architecture=llama"], "config.architecture=llama is not one of"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "does not use the 4 devices"),

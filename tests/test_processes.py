@@ -217,7 +217,7 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever(tiny, tmp_path, 
             probe.close()
         flags = (f"--coordinator=localhost:{port}", "--processes=2", f"--process={process}", "--coordinator_timeout=3")
         finished = running.finish(running.start("train", tiny, f"--workdir={tmp_path / 'run'}", *flags))
-    assert finished.code == 1
+    assert finished.code == 75  # launchers start all again
     line = finished.err.strip().splitlines()[-1]
     assert line.startswith(f"error: process {process} of 2 (")
     if process:
@@ -226,6 +226,24 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever(tiny, tmp_path, 
         )
     else:
         assert f"waited 3 s: not all of the 2 processes came to localhost:{port}" in line
+
+
+def test_a_port_that_is_taken_is_refused(tiny, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        flags = (f"--coordinator={address}", "--processes=2", "--process=0")
+        finished = running.finish(running.start("train", tiny, f"--workdir={tmp_path / 'run'}", *flags))
+    assert finished.code == 1
+    assert f"error: --coordinator={address}: port" in finished.err and "cannot be opened here" in finished.err
+
+
+def test_a_closed_pipe_ends_all(tiny, tmp_path):
+    first, second = start(tiny, tmp_path / "run", *LONG)
+    first.stdout.close()
+    second.communicate(timeout=240)
+    assert first.wait(60) == second.returncode == 1
 
 
 def test_the_launch_script_hands_a_stop_signal_on(tiny, tmp_path):

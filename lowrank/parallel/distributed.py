@@ -9,6 +9,7 @@ word, all the others end with that message instead of waiting for ever in a sum 
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -62,7 +63,7 @@ def decide(
     how, known = found or ("flags", {})
     given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     given = {name: value for name, value in given.items() if value is not None}
-    if given == {"num_processes": 1}:
+    if processes == 1:
         return None
     if given or known:
         arguments = known | given
@@ -77,7 +78,8 @@ def decide(
         count, index = arguments["num_processes"], arguments["process_id"]
         if not 0 <= index < count:
             raise UserError(f"--process={index} is not one of 0 to {count - 1} (--processes={count})")
-        if not re.fullmatch(r"\S+:\d+", arguments["coordinator_address"]):
+        address = re.fullmatch(r"\S+:(\d+)", arguments["coordinator_address"])
+        if not address or not 0 < int(address[1]) < 65536:
             raise UserError(f"--coordinator={arguments['coordinator_address']} must be HOST:PORT")
         return Start(how, arguments | {"cluster_detection_method": "deactivate"}) if count > 1 else None
     if environ.get("JAX_PLATFORMS") == "cpu":
@@ -98,7 +100,10 @@ def _slurm(environ: Mapping[str, str]) -> tuple[str, dict] | None:
     tasks, nodes = environ.get("SLURM_STEP_NUM_TASKS"), environ.get("SLURM_STEP_NODELIST")
     if not tasks or not nodes or int(tasks) < 2 or "SLURM_PROCID" not in environ:
         return None
-    first = re.sub(r"\[(\d+)[^\]]*\].*", r"\1", nodes).split(",")[0]  # node[001-004,007] -> node001
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[
+        0
+    ]  # node[001-004,007]-ib,other -> node[001-004,007]-ib -> node001-ib
+    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
     port = 61440 + int(environ.get("SLURM_JOB_ID", 0)) % 4096  # another one for each job that shares a node
     known = {"coordinator_address": f"{first}:{port}", "num_processes": int(tasks)}
     known["process_id"] = int(environ["SLURM_PROCID"])
@@ -111,9 +116,12 @@ def _open_mpi(environ: Mapping[str, str]) -> tuple[str, dict] | None:
         return None
     known = {"num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]), "process_id": int(environ["OMPI_COMM_WORLD_RANK"])}
     # Up to Open MPI 4 the address of mpirun, where rank 0 runs, is in the environment; 5 does not say it.
-    launcher = re.match(r"(\d+)\.\d+;tcp6?://\[?([^,\]:]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    launcher = re.match(r"(\d+)\.\d+;tcp://([^:]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     if launcher:
-        known["coordinator_address"] = f"{launcher[2]}:{61440 + int(launcher[1]) // 4096 % 4096}"
+        hosts = sorted(
+            launcher[2].split(","), key=lambda host: host.startswith("127.")
+        )  # other machines cannot reach these
+        known["coordinator_address"] = f"{hosts[0]}:{61440 + int(launcher[1]) // 4096 % 4096}"
     several = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
     return "Open MPI", known | _own_device(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), several)
 
@@ -205,7 +213,8 @@ class _Processes:
     def _end(self, code: int, message: str):
         if not self.ending.acquire(blocking=False):
             time.sleep(2 * PARTING)  # another thread is at it
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
         os.write(2, f"error: {message}\n".encode())
         with contextlib.suppress(Exception):
             self._put(f"left/{self.index}", "")
@@ -229,12 +238,15 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
     how = decide(coordinator, processes, process, os.environ, tpu_hosts)
     if how is None or _processes is not None:
         return None
+    if how.arguments.get("process_id") == 0:
+        _refuse_busy_port(how.arguments["coordinator_address"])
     giving_up = threading.Timer(timeout, _give_up, [how, timeout])
     giving_up.daemon = True
     giving_up.start()
     try:
         # The runtime ends a process with a page of addresses when its time is out: ours is out before.
-        jax.distributed.initialize(**how.arguments, initialization_timeout=int(timeout) + 60)
+        with _interruptible():
+            jax.distributed.initialize(**how.arguments, initialization_timeout=int(timeout) + 60)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the processes (found through {how.how}) could not join: {first_line(error)}") from error
     finally:
@@ -259,7 +271,37 @@ def _give_up(how: Start, timeout: float):
         reason = f"nobody answers at {address} ({trouble}): is process 0 running there, and is that port open?"
     me = "a process" if index is None else name_of(index, count, socket.gethostname())
     os.write(2, f"error: {me} waited {timeout:g} s: {reason}\n".encode())
-    os._exit(1)
+    os._exit(LOST)  # they may come yet, if all are started again
+
+
+def _refuse_busy_port(address: str):
+    """JAX's runtime crashes where it cannot open its port."""
+    port = int(address.rsplit(":", 1)[1])
+    for family in (socket.AF_INET6, socket.AF_INET):
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    raise UserError(
+                        f"--coordinator={address}: port {port} cannot be opened here ({error.strerror}); is an earlier run "
+                        "still there? Choose another port"
+                    ) from None
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """Let Ctrl-C end the process while it waits in C, where Python would notice it only afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # the training loop's: it saves
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _unreachable(address: str) -> str | None:
@@ -331,7 +373,8 @@ def first() -> bool:
 def barrier(name: str):
     """Wait until all processes are here, however long that takes: a process that fails ends the others anyhow."""
     if _processes is not None:
-        _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", 7 * 24 * 3600 * 1000)
+        with _interruptible():
+            _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", 7 * 24 * 3600 * 1000)
 
 
 def together(function):
@@ -363,7 +406,8 @@ def from_first(value: Callable[[], object]):
         result = value()
         _processes.store.key_value_set(key, json.dumps(result))
         return result
-    return json.loads(_processes.store.blocking_key_value_get(key, 7 * 24 * 3600 * 1000))
+    with _interruptible():
+        return json.loads(_processes.store.blocking_key_value_get(key, 7 * 24 * 3600 * 1000))
 
 
 def refuse_differences(facts: Mapping[str, object], remedy: str):

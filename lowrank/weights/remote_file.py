@@ -105,8 +105,12 @@ class Kept:
         return found
 
     def _around(self, where: str, at: int) -> list[Part]:
-        """Parts that may hold the byte `at`, or begin less than a part behind it."""
+        """Parts that may hold the byte `at`, or begin less than a part behind it. Those that could not be had are forgotten."""
         number = at // PART_BYTES
+        for n in (number - 1, number, number + 1):
+            for part in [*self.near.get((where, n), ())]:
+                if part.content.done() and part.content.exception():
+                    self._forget(where, part)
         return [part for n in (number - 1, number, number + 1) for part in self.near.get((where, n), ())]
 
     def _covering(self, where: str, at: int) -> Part | None:
@@ -123,10 +127,14 @@ class Kept:
         self.near[file.where, start // PART_BYTES].append(part)
         self.nbytes += stop - start
         while self.nbytes > self.limit and len(self.by_age) > 1:
-            (where, *_), oldest = self.by_age.popitem(last=False)
-            self.near[where, oldest.start // PART_BYTES].remove(oldest)
-            self.nbytes -= oldest.stop - oldest.start
+            oldest = next(iter(self.by_age))
+            self._forget(oldest[0], self.by_age[oldest])
         return part
+
+    def _forget(self, where: str, part: Part) -> None:
+        del self.by_age[where, part.start, part.stop]
+        self.near[where, part.start // PART_BYTES].remove(part)
+        self.nbytes -= part.stop - part.start
 
 
 def _end(part: Part) -> int:

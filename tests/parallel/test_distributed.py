@@ -35,6 +35,7 @@ def decide(environ=None, coordinator=None, processes=None, process=None, tpu_hos
 def test_one_process_asks_nobody():
     assert decide() is None
     assert decide(processes=1) is None
+    assert decide(processes=1, process=0) is None
     assert decide(tpu_hosts=1) is None
 
 
@@ -62,7 +63,15 @@ def test_slurm():
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[007-008]", "gpu007"), ("a[3,7-9],b1", "a3"), ("rack-2,rack-3", "rack-2")],
+    [
+        ("n1", "n1"),
+        ("n[1-2]-ib,m", "n1-ib"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("n1,n2", "n1"),
+        ("gpu[007-008]", "gpu007"),
+        ("a[3,7-9],b1", "a3"),
+        ("rack-2,rack-3", "rack-2"),
+    ],
 )
 def test_the_first_node_of_a_slurm_step(nodes, first):
     assert decide(SLURM | {"SLURM_STEP_NODELIST": nodes}).arguments["coordinator_address"] == f"{first}:61444"
@@ -95,6 +104,11 @@ def test_open_mpi():
         "local_device_ids": [1],
         "cluster_detection_method": "deactivate",
     }
+
+
+def test_open_mpi_on_a_machine_whose_first_address_is_its_own():
+    uri = "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911"
+    assert decide(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri}).arguments["coordinator_address"] == "10.148.0.1:62624"
 
 
 def test_open_mpi_5_does_not_say_where_rank_0_is():
@@ -147,6 +161,7 @@ def test_a_tpu_vm_asks_its_metadata_server(monkeypatch):
         ({"coordinator": "a:1"}, "--processes and --process are missing; several"),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process=2 is not one of 0 to 1"),
         ({"coordinator": "a", "processes": 2, "process": 1}, "--coordinator=a must be HOST:PORT"),
+        ({"coordinator": "a:99999", "processes": 2, "process": 1}, "--coordinator=a:99999 must be HOST:PORT"),
     ],
 )
 def test_too_little_or_wrong_flags(flags, said):

@@ -16,7 +16,7 @@ from lowrank.model import decoder
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.storage import path
+from lowrank.storage import BucketPath, path
 from lowrank.weights import remote_file
 from lowrank.weights.base import load_params, read_base
 from lowrank.weights.merged import write_huggingface
@@ -199,7 +199,7 @@ for mesh in ({"data": 1, "fsdp": 8}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data
         for part, expected in zip(x.addressable_shards, y.addressable_shards, strict=True):
             assert np.asarray(part.data).tobytes() == np.asarray(expected.data).tobytes()
     from lowrank.weights import remote_file
-    remote_file._kept = remote_file.Kept()
+    remote_file._kept = Kept()
 """
 
 
@@ -228,3 +228,22 @@ def test_hosts_that_hold_other_columns_together_read_every_byte_once(bucket, wid
     shares = [(read[i + 1] - read[i]) / size for i in (0, 2, 4)]
     assert shares[:2] == pytest.approx([1, 1], abs=0.05)  # less what the fingerprint had fetched
     assert shares[2] == pytest.approx(2, abs=0.05)  # each host holds all of it
+
+
+def test_a_part_that_could_not_be_had_is_asked_for_again(monkeypatch):
+    asked = []
+
+    def read_range(path, start, stop):
+        asked.append((start, stop))
+        if len(asked) == 1:
+            raise UserError("the network is away")
+        return b"x" * (stop - start)
+
+    monkeypatch.setattr(BucketPath, "read_range", read_range)
+    kept, file = Kept(), BucketPath("bucket/file")
+    (part,) = kept.parts(file, 0, 10)
+    with pytest.raises(UserError):
+        part.content.result()
+    (part,) = kept.parts(file, 0, 10)
+    assert part.content.result() == b"x" * 10
+    assert kept.nbytes == 10 and asked == [(0, 10)] * 2
