@@ -115,7 +115,8 @@ def test_killed_by_sigkill_equals_uninterrupted(bucket, tiny, tmp_path):
     process = running.start("train", tiny, f"--workdir={WORKDIR}", "--config.train.steps=1000")
     deadline = time.monotonic() + 120
     while not steps(bucket):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None, running.finish(process)
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     process.kill()
     assert running.finish(process).code == -signal.SIGKILL
