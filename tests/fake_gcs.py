@@ -166,7 +166,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if where not in state.objects:
             return self.fail(404, f"No such object: {where}")
         if not state.allows(where, query):
-            return self.fail(304 if "ifGenerationNotMatch" in query else 412, "conditionNotMet")
+            if "ifGenerationNotMatch" in query:
+                return self.answer(304)  # which has no body: a client would take one for the next answer
+            return self.fail(412, "conditionNotMet")
         if self.command == "DELETE":
             del state.objects[where]
             return self.answer(204)
