@@ -86,4 +86,6 @@ def test_how_full_rows_are(data, share):
 
 
 def test_a_bill_of_whole_steps_has_as_many():
-    assert bill(2925 * 8192 * 0.79813, 0.79813, 8192, 1.0, 8, None).steps == 2925  # its float quotient is a rounding above
+    assert (
+        bill(2925 * 8192 * 0.79813, 0.79813, 8192, 1.0, 8, None).steps == 2925
+    )  # its float quotient is a rounding above
