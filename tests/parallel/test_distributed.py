@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from lowrank.errors import UserError
-from lowrank.parallel import distributed
+from lowrank.parallel import distributed, launchers
 
 # As `srun` sets them in the second task of a step over two nodes, one task on each.
 SLURM = {
@@ -29,7 +29,7 @@ OPEN_MPI = {
 
 
 def decide(environ=None, coordinator=None, processes=None, process=None, tpu_hosts=1):
-    return distributed.decide(coordinator, processes, process, environ or {}, lambda: tpu_hosts)
+    return launchers.decide(coordinator, processes, process, environ or {}, lambda: tpu_hosts)
 
 
 def test_one_process_asks_nobody():
@@ -146,12 +146,12 @@ def test_a_tpu_vm_asks_its_metadata_server(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    assert distributed.tpu_hosts() == 1  # no chip here: nobody is asked
-    monkeypatch.setattr(distributed.pathlib.Path, "glob", lambda self, pattern: [self / "accel0"])
-    assert distributed.tpu_hosts() == 2
+    assert launchers.tpu_hosts() == 1  # no chip here: nobody is asked
+    monkeypatch.setattr(launchers.pathlib.Path, "glob", lambda self, pattern: [self / "accel0"])
+    assert launchers.tpu_hosts() == 2
     server.shutdown()
     server.server_close()
-    assert distributed.tpu_hosts() == 1
+    assert launchers.tpu_hosts() == 1
 
 
 @pytest.mark.parametrize(
