@@ -16,7 +16,7 @@ from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
-from lowrank.model.lora import dot
+from lowrank.model.products import dot
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.weights.base import load_params, read_base
 

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import dot
+from lowrank.model.products import dot
 from lowrank.weights.base import load_params, read_base
 
 transformers = pytest.importorskip("transformers")

@@ -6,19 +6,20 @@ packed examples, left padding of prompts, and the not yet written part of a cach
 distances in slots too, because the tokens of one segment lie side by side in all of these.
 """
 
-import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.lora import LoraConfig, project
+from lowrank.model.lora import KEPT, LoraConfig, project
+from lowrank.model.products import product, turned
 from lowrank.parallel.mesh import constrain
 
-CHUNKS = 8  # of a row's queries, when the row attends to itself
+PIECES, SMALLEST = 8, 64  # how many pieces a row's queries are cut into at most, and how many queries a piece has at least
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [batch, slots, kv_heads, head_dim]
 
@@ -38,9 +39,14 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     return (1 - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate the halves of x [B, T, heads, H] by float32 angles [B, T, H/2]; (i, i + H/2) are a pair, as in HF files."""
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+def turns(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles that positions [B, T] are rotated by, each float32 [B, T, 1, H/2]."""
+    angles = positions.astype(jnp.float32)[..., None, None] * rotary_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the halves of x [B, T, heads, H] by the `turns`; (i, i + H/2) are a pair, as in HF files."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -58,39 +64,95 @@ def near(query_slots: jax.Array, key_slots: int, window: jax.Array) -> jax.Array
     return (distance < window) | (window == 0)
 
 
+@jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H]; scores and softmax in float32.
 
-    When a row attends to itself, queries go in CHUNKS causal pieces, each of which sees only the keys up to its own end
-    and forgets its scores until the backward pass: half the arithmetic, an eighth of the memory, and on a CPU core
-    2.7x the speed of the textbook (float32: 4.2x; 4 rows of 512, forward and backward: `bench/attention.py`).
+    When a row attends to itself, queries go in causal pieces, each of which sees only the keys up to its own end: half
+    the arithmetic, a fraction of the memory. Scores are forgotten and computed again in the backward pass, which is
+    written out (FlashAttention's, Dao et al., 2022, https://arxiv.org/abs/2205.14135) because it needs no second softmax.
     """
-    length = q.shape[1]
-    if length != k.shape[1] or length < 2 * CHUNKS:
-        return _attend(q, k, v, mask)
-    size = -(-length // CHUNKS)
-    pieces = [(start, min(start + size, length)) for start in range(0, length, size)]
-    piece = jax.checkpoint(_attend)
-    return jnp.concatenate(
-        [piece(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end]) for start, end in pieces], axis=1
-    )
+    return _attend(q, k, v, mask)[0]
 
 
 def _attend(q, k, v, mask):
-    batch, length, heads, head_dim = q.shape
-    slots, kv_heads = k.shape[1:3]
-    # Batch and kv head lead, query group and length are one axis: each product is then one plain batch of matrices.
-    q = q.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    scores = product("BKQH,BSKH->BKQS", q, k).reshape(batch, kv_heads, -1, length, slots) / math.sqrt(head_dim)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    # The softmax's division comes after the product with the values: H columns to divide instead of S.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(q.dtype).reshape(batch, kv_heads, -1, slots)
-    y = product("BKQS,BSKH->BKQH", weights, v).reshape(batch, kv_heads, -1, length, head_dim) / total
-    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(q.dtype)
+    """-> the result; each query's largest score and sum of weights, float32 [B, K, G, T, 1]."""
+    queries, keys, values = _by_query_group(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    results, tops, totals = [], [], []
+    for start, end, seen in pieces(q.shape[1], k.shape[1]):
+        scores = _scores(queries[..., start:end, :], keys[:, :, :seen], mask[:, start:end, :seen])
+        tops.append(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - tops[-1])
+        totals.append(jnp.sum(weights, axis=-1, keepdims=True))
+        # The softmax's division comes after the product with the values: H columns to divide instead of S.
+        results.append(_batched(weights.astype(q.dtype), values[:, :, :seen], 1) / totals[-1])
+    y, top, total = (jnp.concatenate(parts, axis=3) for parts in (results, tops, totals))
+    return _by_token(y.astype(q.dtype)), top, total
+
+
+def _attend_forward(q, k, v, mask):
+    y, top, total = (checkpoint_name(part, KEPT) for part in _attend(q, k, v, mask))
+    return y, (q, k, v, mask, y, top, total)
+
+
+def _attend_backward(needed, g):
+    q, k, v, mask, y, top, total = needed
+    queries, keys, values = _by_query_group(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    g, y = (_by_query_group(x, k.shape[2]).astype(jnp.float32) for x in (g, y))
+    common = jnp.sum(g * y, axis=-1, keepdims=True) / total  # what a softmax takes off the gradients of its scores
+    g = (g / total).astype(q.dtype)
+    d_q, d_k = [], jnp.zeros((*keys.shape[:2], keys.shape[3], keys.shape[2]), jnp.float32)  # [B, K, H, S]
+    d_v = d_k
+    for start, end, seen in pieces(q.shape[1], k.shape[1]):
+        at, own_keys = (..., slice(start, end), slice(None)), keys[:, :, :seen]
+        weights = jnp.exp(_scores(queries[at], own_keys, mask[:, start:end, :seen]) - top[at])
+        d_scores = weights * (_batched(g[at], values[:, :, :seen], 2) - common[at]) / math.sqrt(q.shape[-1])
+        d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
+        d_q.append(_batched(d_scores, own_keys, 1))
+        d_k = d_k.at[..., :seen].add(_over_queries(queries[at], d_scores))
+        d_v = d_v.at[..., :seen].add(_over_queries(g[at], weights))
+    d_q = _by_token(jnp.concatenate(d_q, axis=3).astype(q.dtype))
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(q.dtype) for x in (d_k, d_v))
+    return d_q, d_k, d_v, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def pieces(length: int, slots: int) -> list[tuple[int, int, int]]:
+    """What a piece's queries are (start, end), and how many keys it sees."""
+    if length != slots:
+        return [(0, length, slots)]
+    size = max(SMALLEST, -(-length // PIECES))
+    return [(start, min(start + size, length), min(start + size, length)) for start in range(0, length, size)]
+
+
+def _by_query_group(x, kv_heads):
+    """[B, T, N, H] -> [B, K, G, T, H]: batch and kv head lead, so that every product is one plain batch of matrices."""
+    return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+
+def _by_token(x):
+    """The inverse."""
+    batch, kv_heads, group, length, head_dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head_dim)
+
+
+def _scores(queries, keys, mask):
+    scores = _batched(queries, keys, 2) / math.sqrt(queries.shape[-1])
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _batched(a, b, axis: int):
+    """a [B, K, G, T, n], b [B, K, …] with n along axis 1 or 2 of its matrices -> float32 [B, K, G, T, other]."""
+    rows = a.reshape(*a.shape[:2], -1, a.shape[-1])
+    return product(rows, b, ((3,), (1 + axis,)), ((0, 1), (0, 1))).reshape(*a.shape[:4], -1)
+
+
+def _over_queries(a, b):
+    """a [B, K, G, T, m], b [B, K, G, T, n] -> float32 [B, K, m, n], summed over the queries. m is the small one."""
+    a, b = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (a, b))
+    return product(turned(a), b, ((3,), (2,)), ((0, 1), (0, 1)))
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +180,7 @@ class Attention(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, cache: Cache | None, slot, angles, mask, own: dict, deterministic: bool):
+    def __call__(self, x, cache: Cache | None, slot, rotation, mask, own: dict, deterministic: bool):
         c = self.config
 
         def heads_of(name, heads, axis):
@@ -131,7 +193,7 @@ class Attention(nn.Module):
         if c.qk_norm:  # one scale vector for all heads
             q = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="k_norm")(k)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=1)

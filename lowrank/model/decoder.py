@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attention import Attention, Cache, RMSNorm, rotary_frequencies, visible
-from lowrank.model.lora import LoraConfig, Own, project
+from lowrank.model.attention import Attention, Cache, RMSNorm, turns, visible
+from lowrank.model.lora import KEPT, LoraConfig, Own, project
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")
@@ -32,7 +32,8 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, own: dict, deterministic: bool) -> jax.Array:
         gate = project(self, "gate_proj", ("embed", "mlp"), x, own, deterministic)
         up = project(self, "up_proj", ("embed", "mlp"), x, own, deterministic)
-        inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        inner = nn.silu(gate.astype(jnp.float32)) * up  # rounded once
+        inner = constrain(inner.astype(self.dtype), "batch", "length", "mlp")
         gain = 1 / math.sqrt(2 * self.config.layers)  # as in attention
         return project(self, "down_proj", ("mlp", "embed"), inner, own, deterministic, gain)
 
@@ -45,12 +46,12 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, cache, slot, angles, mask, own):
+    def __call__(self, x, cache, slot, rotation, mask, own):
         parts = (self.config, self.lora, self.dtype, self.param_dtype)
         norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
             y, cache = Attention(*parts, name="self_attn")(
-                norm("input_layernorm")(x), cache, slot, angles, mask, own, self.deterministic
+                norm("input_layernorm")(x), cache, slot, rotation, mask, own, self.deterministic
             )
             x = constrain(x + y, "batch", "length", None)
         with jax.named_scope("mlp"):
@@ -107,13 +108,12 @@ class Decoder(nn.Module):
         # gathers the table, or all rows on all devices.
         x = jnp.take(embedding, constrain(tokens, "group", "length"), axis=0)
         x = constrain(constrain(x, "group", "length", "embed").astype(self.dtype), "batch", "length", None)
-        angles = positions.astype(jnp.float32)[..., None] * rotary_frequencies(c)
         key_segments = segment_ids if key_segment_ids is None else key_segment_ids
         mask = visible(slot + jnp.arange(tokens.shape[1]), segment_ids, key_segments)
 
         block = Block
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT) if self.remat == "dots" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(
             block,
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.lora, self.dtype, self.param_dtype, deterministic, name="layers")
-        x, cache = layers(x, cache, slot, angles, mask, own_of_layers(c, self.lora) | (adapters or {}))
+        x, cache = layers(x, cache, slot, turns(c, positions), mask, own_of_layers(c, self.lora) | (adapters or {}))
 
         hidden = RMSNorm(c.norm_eps, self.param_dtype, name="norm")(x)
         if c.tied_head:

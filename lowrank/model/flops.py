@@ -16,7 +16,7 @@ head without a trained token are skipped, so the head is an upper bound. Checked
 import dataclasses
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attention import CHUNKS
+from lowrank.model.attention import pieces
 from lowrank.model.lora import LoraConfig
 
 
@@ -53,7 +53,6 @@ def step_flops(
     adapter = tokens * config.layers * (sum(factors_a.values()) + sum(factors_b.values()))
     head = tokens * 2 * config.embed * config.vocab
     attention = rows * config.layers * 4 * config.heads * config.head_dim * visible_pairs(length)
-    pieces = length >= 2 * CHUNKS  # else the row goes in one piece, whose scores are kept
 
     # What a block computes again. "dots" keeps every projection's result; attention's products have batch dimensions.
     again = 0
@@ -74,11 +73,7 @@ def step_flops(
 
 def visible_pairs(length: int) -> int:
     """Pairs of query and key that attention's causal pieces compute, in one row (`attend` in model/attention.py)."""
-    if length < 2 * CHUNKS:
-        return length * length
-    size = -(-length // CHUNKS)
-    ends = [min(start + size, length) for start in range(0, length, size)]
-    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+    return sum((end - start) * seen for start, end, seen in pieces(length, length))
 
 
 def _factors(config: ModelConfig, lora: LoraConfig | None) -> tuple[dict[str, int], dict[str, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import dot
+from lowrank.model.products import dot
 
 ROUND = 64  # prompt slots and cache slots are multiples of this
 

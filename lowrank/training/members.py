@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.config import Config
+from lowrank.model.compiling import jit, platform_of
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import LoraConfig, Own
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
@@ -123,8 +124,8 @@ def make_members_step(model: Decoder, config: Config, mask: dict, shards: int, l
     def members_step(state, numbers, frozen, batch, step):
         return _mapped(lambda state, numbers: one(state, numbers, frozen, batch, step), at_once, state, numbers)
 
-    layout = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    return jax.jit(members_step, donate_argnums=0, out_shardings=(layout, None))
+    platform, layout = platform_of(layout), jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jit(members_step, platform, donate_argnums=0, out_shardings=(layout, None))
 
 
 def make_members_eval_step(model: Decoder, shards: int, at_once: int):
@@ -139,7 +140,7 @@ def make_members_eval_step(model: Decoder, shards: int, at_once: int):
         )
         return losses, jnp.sum(batch["loss_mask"], dtype=jnp.int32)
 
-    return jax.jit(members_eval_step)
+    return jit(members_eval_step)
 
 
 def _mapped(function, at_once: int, *trees):

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lowrank.model.lora import dot
+from lowrank.model.products import dot, product
 from lowrank.parallel.mesh import constrain
 
 CHUNK_TOKENS = 1024  # tokens a device, whose logits exist at one time
@@ -43,12 +43,12 @@ def _with_gradients(hidden, head, targets, loss_mask, shards):
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-        target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         losses = (top + jnp.log(total))[..., 0] - target_logits
         mask = mask[..., None]
         d_logits = (weights * (mask / total) - jnp.where(is_target, mask, 0)).astype(x.dtype)
-        d_x = _product(d_logits, matrix, ((2,), (1,))).astype(x.dtype)
-        d_head = _product(x, d_logits, ((0, 1), (0, 1))) if trained else None
+        d_x = product(d_logits, matrix, ((2,), (1,))).astype(x.dtype)
+        d_head = product(x, d_logits, ((0, 1), (0, 1))) if trained else None
         return jnp.sum(losses * mask[..., 0]), d_x, d_head
 
     def nothing(x, targets, mask):
@@ -89,12 +89,6 @@ def token_losses(hidden, head, targets, loss_mask, shards: int = 1) -> jax.Array
 
     _, result = jax.lax.scan(losses_of, None, chunks)
     return _in_order(result, order)
-
-
-def _product(a, b, axes):
-    """`dot` over other axes than the last and the first."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (axes, ((), ())), precision, preferred_element_type=jnp.float32)
 
 
 def _in_chunks(hidden, targets, loss_mask, shards):

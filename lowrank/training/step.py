@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lowrank.model.compiling import jit, platform_of
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import constrain
@@ -81,7 +82,7 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, shar
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = make_update(model, optimizer, schedule, microbatches, shards)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+    return jit(train_step, platform_of(state), donate_argnums=0, out_shardings=(layout, None))
 
 
 def make_update(model: Decoder, optimizer, schedule, microbatches: int, shards: int, adapters=None):
@@ -137,7 +138,7 @@ def make_eval_step(model: Decoder, shards: int):
         loss = loss_sum(model, trainable, frozen, batch, shards)
         return loss, jnp.sum(batch["loss_mask"], dtype=jnp.int32)
 
-    return jax.jit(eval_step)
+    return jit(eval_step)
 
 
 def make_losses_step(model: Decoder, shards: int):
@@ -147,4 +148,4 @@ def make_losses_step(model: Decoder, shards: int):
         hidden, head, _ = model.apply(variables, batch["inputs"], batch["positions"], batch["segment_ids"])
         return token_losses(hidden, head, batch["targets"], batch["loss_mask"], shards)
 
-    return jax.jit(losses_step)
+    return jit(losses_step)
