@@ -12,11 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.lora import KEPT, LoraConfig, project
-from lowrank.model.products import product, turned
+from lowrank.model.lora import LoraConfig, project
+from lowrank.model.products import kept, product, turned
 from lowrank.parallel.mesh import constrain
 
 PIECES, SMALLEST = 8, 64  # how many pieces a row's queries are cut into at most, and how many queries a piece has at least
@@ -91,7 +90,7 @@ def _attend(q, k, v, mask):
 
 
 def _attend_forward(q, k, v, mask):
-    y, top, total = (checkpoint_name(part, KEPT) for part in _attend(q, k, v, mask))
+    y, top, total = (kept(part) for part in _attend(q, k, v, mask))
     return y, (q, k, v, mask, y, top, total)
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.attention import Attention, Cache, RMSNorm, turns, visible
-from lowrank.model.lora import KEPT, LoraConfig, Own, project
+from lowrank.model.lora import LoraConfig, Own, project
+from lowrank.model.products import KEPT
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")

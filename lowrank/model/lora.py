@@ -11,13 +11,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lowrank.model.architecture import ATTENTION, MLP, ModelConfig
-from lowrank.model.products import dot
+from lowrank.model.products import dot, kept
 
 TARGETS = ATTENTION + MLP
-KEPT = "product"  # name of what remat "dots" keeps for the backward pass
 
 
 class Own(NamedTuple):
@@ -128,7 +126,7 @@ class Projection(nn.Module):
         if self.lora is not None:
             scale = self.lora.scale if own is None else own.scale
             y = y + self.delta(x, scale, own, deterministic)
-        return checkpoint_name(y.astype(self.dtype), KEPT)
+        return kept(y.astype(self.dtype))
 
     def delta(self, x: jax.Array, scale, own: Own | None, deterministic: bool) -> jax.Array:
         """(scale · x A) B, float32 [..., features]. The factors are float32; they are rounded to `dtype` to be multiplied."""
@@ -143,9 +141,9 @@ class Projection(nn.Module):
         lora_b = self.factor("lora_b", nn.initializers.zeros, (width, self.features), ("rank", self.axes[1]))
         if self.lora.dropout > 0 and not deterministic:
             share = 1 - self.lora.dropout if own is None or own.kept is None else own.kept
-            kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
-            x = jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
-        return dot(checkpoint_name((scale * dot(x, lora_a)).astype(self.dtype), KEPT), lora_b)
+            chosen = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
+            x = jnp.where(chosen, x.astype(jnp.float32) / share, 0).astype(x.dtype)
+        return dot(kept((scale * dot(x, lora_a)).astype(self.dtype)), lora_b)
 
     def factor(self, name, init, shape, axes) -> jax.Array:
         # Its own stream of random numbers, so that the base's initial weights do not depend on the adapter.
