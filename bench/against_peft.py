@@ -92,7 +92,7 @@ def work_of(shape: str, folder: str) -> Work:
         new_tokens=FLAGS.new_tokens,
         dtype=FLAGS.dtype,
         learning_rate=FLAGS.learning_rate or (1e-4 if full else 1e-3),
-        remat=FLAGS.remat or ("full" if on_cpu else "none"),
+        remat=FLAGS.remat or "dots",
         checkpointing=FLAGS.checkpointing,
         held=held,
         attention=FLAGS.attention,

@@ -15,7 +15,7 @@ import numpy as np
 
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.lora import LoraConfig, project
-from lowrank.model.products import kept, product, turned
+from lowrank.model.products import kept_bits, product, turned
 from lowrank.parallel.mesh import constrain
 
 PIECES, SMALLEST = 8, 64  # how many pieces a row's queries are cut into at most, and how many queries a piece has at least
@@ -90,7 +90,7 @@ def _attend(q, k, v, mask):
 
 
 def _attend_forward(q, k, v, mask):
-    y, top, total = (kept(part) for part in _attend(q, k, v, mask))
+    y, top, total = (kept_bits(part) for part in _attend(q, k, v, mask))
     return y, (q, k, v, mask, y, top, total)
 
 

@@ -6,10 +6,10 @@ passes over the same products, and what a part costs is its forward pass times h
     base         forward 1, backward 1 (with respect to x; a frozen kernel has no gradient of its own), remat 1
     adapter      forward 1, backward 2, remat 1
     head         forward 1, backward 1; its logits are neither kept nor computed again (training/objective.py)
-    attention    forward 1, backward 2, and 1 for the scores that are computed again instead of kept, remat 1
+    attention    forward 1, backward 2, and 1/2 for the scores that are computed again instead of kept, remat 1
 
-With remat, a product whose result only leaves the block (down_proj, its lora_b) is not done again. In mode "full" every
-backward pass is 2. Left out: what is no matrix product (norms, softmax, the optimizer: under 1 %), and that chunks of the
+"remat" is the mode "full" of it: with "dots" no product is done again. One whose result only leaves the block (down_proj,
+its lora_b) is never done again. If the base is trained, every backward pass is 2. Left out: what is no matrix product (norms, softmax, the optimizer: under 1 %), and that chunks of the
 head without a trained token are skipped, so the head is an upper bound. Checked against the traced step in tests.
 """
 
@@ -54,20 +54,17 @@ def step_flops(
     head = tokens * 2 * config.embed * config.vocab
     attention = rows * config.layers * 4 * config.heads * config.head_dim * visible_pairs(length)
 
-    # What a block computes again. "dots" keeps every projection's result; attention's products have batch dimensions.
-    again = 0
+    again = 0  # "none" and "dots" keep the results of all products
     if remat == "full":
         adapter_again = adapter - tokens * config.layers * factors_b.get("down_proj", 0)
         again = base - tokens * config.layers * kernels["down_proj"] + adapter_again + attention
-    elif remat == "dots" and (full or not pieces or "o_proj" in factors_a):
-        again = attention  # what attention hands to o_proj is needed again for a gradient of o_proj's alone
     return Flops(
         base_forward=base,
         base_backward=base * (2 if full else 1),
         adapter=3 * adapter,
         head=head * (3 if full else 2),
         attention=attention * 3,
-        recomputation=again + attention * pieces,
+        recomputation=again + attention // 2,
     )
 
 

@@ -24,20 +24,24 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     Its gradients are products in that dtype too. Left to itself, JAX multiplies the float32 gradient with the kernel
     turned into float32: at half the speed or less, and with copies of all kernels in twice their size.
     """
+    return _dot(x, w)
+
+
+def _dot(x, w):
     return product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,)))
 
 
 def _dot_forward(x, w):
-    y = dot(x.value, w.value)
-    like_x = jnp.zeros(0, x.value.dtype)  # all that the backward pass needs of x if w is frozen
-    return y, (x.value if w.perturbed else None, w.value if x.perturbed else None, like_x)
+    y = _dot(x.value, w.value)
+    dtypes = jnp.zeros(0, x.value.dtype), jnp.zeros(0, w.value.dtype)
+    return y, (x.value if w.perturbed else None, w.value if x.perturbed else None, dtypes)
 
 
 def _dot_backward(needed, g):
-    x, w, like_x = needed
+    x, w, (like_x, like_w) = needed
     g = g.astype(like_x.dtype)  # loses nothing where the result was rounded to that dtype
     d_x = None if w is None else product(g, w.astype(g.dtype), ((g.ndim - 1,), (1,))).astype(g.dtype)
-    d_w = None if x is None else sum_of_outer(x, g)  # float32, as trained weights are
+    d_w = None if x is None else sum_of_outer(x, g).astype(like_w.dtype)  # which is float32 in training
     return d_x, d_w
 
 
@@ -61,19 +65,16 @@ def turned(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
 
 
-@jax.custom_vjp
-def kept(x: jax.Array) -> jax.Array:
-    """x itself, which remat "dots" keeps for the backward pass.
+def kept_bits(x: jax.Array) -> jax.Array:
+    """x itself, which remat "dots" keeps for the backward pass; to be used where no gradient has to pass.
 
     It is kept as integers of its bits: JAX rounds the floating-point numbers that it keeps once more, and XLA's CPU stacks
     bfloat16 by way of float32, element by element, where it copies integers (135M parameters: 8 % of a step).
     """
-    return _kept(x)
-
-
-def _kept(x):
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, KEPT), x.dtype)
 
 
-kept.defvjp(lambda x: (_kept(x), None), lambda _, g: (g,))
+kept = jax.custom_vjp(kept_bits)
+"""As `kept_bits`, and the gradient passes."""
+kept.defvjp(lambda x: (kept_bits(x), None), lambda _, g: (g,))

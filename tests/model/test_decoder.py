@@ -11,7 +11,7 @@ import pytest
 
 from lowrank.model import decoder
 from lowrank.model.architecture import ModelConfig, RopeScaling, parameter_count
-from lowrank.model.attention import attend, rotary_frequencies, visible
+from lowrank.model.attention import attend, rotary_frequencies, turns, visible
 from lowrank.model.decoder import Decoder, own_of_layers
 from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.parallel import mesh as mesh_lib
@@ -144,16 +144,21 @@ def test_no_segment_sees_another(length):
     ] * (length - 5)
 
 
-@pytest.mark.parametrize("length", [5, 50, 64])
-def test_attention_equals_jax_nn(length):
+@pytest.mark.parametrize("length", [5, 64, 130, 600])  # in pieces of one, two and more kinds
+def test_attention_and_its_gradients_equal_jax_nn(length):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    by = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
     segments = jnp.asarray(rng.integers(1, 3, (2, length)).cumsum(axis=1) // 20)
     mask = visible(jnp.arange(length), segments, segments)
-    expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    np.testing.assert_allclose(
-        jax.jit(attend)(q, k, v, mask), expected, rtol=0, atol=2e-6
-    )  # float32, values of about 1
+    plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])  # noqa: E731
+
+    def with_gradients(attention):
+        y, transposed = jax.vjp(attention, q, k, v)
+        return y, transposed(by)
+
+    found, expected = with_gradients(jax.jit(lambda q, k, v: attend(q, k, v, mask))), with_gradients(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)  # values of about 1
 
 
 def test_scanned_equals_unrolled(adapted):
@@ -163,14 +168,13 @@ def test_scanned_equals_unrolled(adapted):
     segments = jnp.ones_like(ids)
     params = variables["params"]
     x = params["embed_tokens"]["embedding"][ids]
-    angles = positions[..., None] * rotary_frequencies(TINY)
     mask = visible(jnp.arange(7), segments, segments)
     block = decoder.Block(TINY, model.lora, model.dtype, model.param_dtype, True)
     for layer in range(TINY.layers):
         one = jax.tree.map(
             lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")}
         )
-        x, _ = block.apply(one, x, None, 0, angles, mask, {})
+        x, _ = block.apply(one, x, None, 0, turns(TINY, positions), mask, {})
     x = decoder.RMSNorm(TINY.norm_eps, model.param_dtype).apply({"params": params["norm"]}, x)
     expected = np.asarray(x @ params["lm_head"]["kernel"])
     np.testing.assert_allclose(logits(model, variables, ids), expected, rtol=0, atol=2e-5)
