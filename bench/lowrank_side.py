@@ -14,7 +14,7 @@ import measure
 import numpy as np
 from worker import Work, batch
 
-from lowrank.model import decoder
+from lowrank.model import compiling, decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
 from lowrank.parallel import mesh as mesh_lib
@@ -71,7 +71,7 @@ class Lowrank:
         step = make_train_step(self.model, optimizer, schedule, 1, 1, layout)
         start = time.process_time()
         with jax.set_mesh(self.mesh):
-            self.compiled = step.lower(self.state, self.frozen, self.batch).compile()
+            self.compiled = compiling.compiled(step, self.state, self.frozen, self.batch)
         return {"compiling": time.process_time() - start}
 
     def step(self) -> dict:

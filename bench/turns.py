@@ -69,9 +69,7 @@ def needed_flops(config: ModelConfig, work: Work) -> float:
     """Of a training step, or of a forward pass over the prompts that gives each row's last token its logits."""
     full = work.mode == "full"
     parts = step_flops(config, None if full else LoraConfig(), work.rows, work.length, "none", work.mode)
-    logits = 2 * config.embed * config.vocab * work.rows  # of one token of each row
     if work.mode == "generate":
+        logits = 2 * config.embed * config.vocab * work.rows  # of one token of each row
         return parts.base_forward + (parts.adapter + parts.attention) / 3 + logits
-    # A step needs the head's logits once, whatever is computed again, and gradients by hidden states and (full) by the head.
-    learnt = round(work.trained * work.length)
-    return parts.base_forward + parts.base_backward + parts.adapter + parts.attention + logits * learnt * (2 + full)
+    return parts.needed(work.trained)

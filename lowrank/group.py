@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from lowrank import adapters
 from lowrank.config import Config
 from lowrank.grid import Member, SweepConfig
+from lowrank.model.compiling import ahead
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
@@ -166,7 +167,8 @@ class Programs:
         self.optimizer = make_optimizer(config.optim, schedule, group.mask)
         self.layout = members_lib.stacked_shapes(abstract_state(self.optimizer, trainable, mesh), group.count, mesh)
         shards = mesh_lib.batch_shards(mesh)
-        self.step = members_lib.make_members_step(group.model, config, group.mask, shards, self.layout, group.at_once)
+        step = members_lib.make_members_step(group.model, config, group.mask, shards, self.layout, group.at_once)
+        self.step = ahead(step)
         self.eval_step = members_lib.make_members_eval_step(group.model, shards, group.at_once)
         self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=shardings_of(self.layout.opt_state))
 

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank.config import Config
-from lowrank.model import decoder
+from lowrank.model import compiling, decoder
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import LoraConfig
@@ -87,7 +87,7 @@ def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None,
 def compile_step(step: Step) -> jax.stages.Compiled:
     """May raise jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the program does not fit."""
     with jax.set_mesh(step.mesh):
-        return step.function.lower(step.state, step.frozen, step.batch).compile()
+        return compiling.compiled(step.function, step.state, step.frozen, step.batch)
 
 
 def memory_of(step: Step, compiled: jax.stages.Compiled | None) -> Memory:

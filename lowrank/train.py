@@ -18,8 +18,10 @@ from lowrank import adapters, command, config_file, inference, storage
 from lowrank import config as config_lib
 from lowrank.command import STOPPED
 from lowrank.errors import UserError
+from lowrank.model.flops import step_flops
 from lowrank.parallel import distributed
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.local import product_flops
 from lowrank.preparation import (
     check_mesh,
     evaluation_batches,
@@ -36,6 +38,8 @@ from lowrank.training import partition, report
 from lowrank.training import workdir as workdir_lib
 from lowrank.training.checkpoint import Checkpoints
 from lowrank.training.metrics import due
+from lowrank.training.profiling import Profile
+from lowrank.training.speed import Speed
 from lowrank.training.step import init_state, make_eval_step, make_train_step
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
@@ -47,6 +51,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer("processes", None, "Several processes: how many; as above.")
 flags.DEFINE_integer("process", None, "Several processes: which one this is, from 0; as above.")
 flags.DEFINE_float("coordinator_timeout", 300, "Several processes: how long to wait for all of them, in seconds.")
+flags.DEFINE_string("profile", None, "START:STOP, the first and the last step to write a trace of, for xprof.")
 FLAGS = flags.FLAGS
 
 
@@ -60,6 +65,8 @@ def main(arguments: list[str]) -> int | None:
         raise UserError(
             "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
         )
+
+    profile = Profile(FLAGS.profile, workdir)
 
     # ---- Base, tokenizer, data: everything a user can get wrong is found before anything heavy begins.
     prepared = prepare(config)
@@ -121,6 +128,7 @@ def main(arguments: list[str]) -> int | None:
             metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
             print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
             return None
+        profile.check(first, steps)
         if first:
             print(f"resumed from step {first}")
 
@@ -138,6 +146,11 @@ def main(arguments: list[str]) -> int | None:
             workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb, first
         )
         console = metrics_lib.Console(steps, first)
+        rows, length = config.train.batch_size, config.data.max_length
+        flops = step_flops(architecture, config.adapted, rows, length, config.remat, config.train.mode)
+        shown = config.log.every and distributed.first()
+        ceiling = mesh.devices.size * product_flops(jax.local_devices()[0], model.dtype) if shown else None
+        speed = Speed(lambda trained: flops.needed(trained / (rows * length)), ceiling)
 
         def evaluate(step: int) -> float:
             """Write the evaluation of `step` and return its loss."""
@@ -178,14 +191,13 @@ def main(arguments: list[str]) -> int | None:
 
         # ---- The loop: step, read the step before, evaluate, sample, save. The order matters: a checkpoint is made
         # after everything up to its step is written, and only of a state whose loss has been seen to be finite.
-        began = clock = time.monotonic()
-        clock_tokens = tokens
+        began = time.monotonic()
         pending = None
         best = distributed.from_first(lambda: best_loss(workdir))
 
         def read_pending():
             """Wait for the pending step's scalars, refuse what is not finite, and log it if it is due."""
-            nonlocal pending, tokens, clock, clock_tokens
+            nonlocal pending, tokens
             if pending is None:
                 return
             step, scalars, examples = pending
@@ -194,31 +206,38 @@ def main(arguments: list[str]) -> int | None:
             if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"])):
                 raise UserError(not_finite(step, scalars, examples, checkpoints))
             tokens += int(scalars["tokens"])
+            speed.read(int(scalars["tokens"]), int(scalars["trained_tokens"]))
             if not ((config.log.every and step == 1) or due(step, config.log.every, steps)):
                 console.step(step, None)
                 return
-            now = time.monotonic()
+            rates = {f"train/{name}": value for name, value in speed.rates().items()}
             line = {f"train/{name}": float(scalars[name]) for name in ("loss", "grad_norm", "learning_rate")}
-            line |= {
-                "train/tokens": tokens,
-                "train/tokens_per_second": (tokens - clock_tokens) / max(now - clock, 1e-9),
-            }
-            clock, clock_tokens = now, tokens
-            writer.write(step, line)
-            console.step(step, line)
+            line["train/tokens"] = tokens
+            writer.write(step, line | {"train/tokens_per_second": rates["train/tokens_per_second"]})
+            console.step(step, line | rates)
 
         distributed.barrier("loaded")  # some have more of the base to read than others
-        with command.stop_signals() as stop, contextlib.closing(writer), contextlib.closing(console):
+        with (
+            command.stop_signals() as stop,
+            contextlib.closing(writer),
+            contextlib.closing(console),
+            contextlib.closing(profile),
+        ):
             if first == 0:
                 if eval_batches and config.eval.every:
                     best = min(best, evaluate(0))
                 if config.sample.every:
                     sample(0)
-            clock = time.monotonic()
+            speed.start()
             for step in range(first + 1, steps + 1):
                 batch = next(batches)
-                with jax.set_mesh(mesh):
-                    state, scalars = train_step(state, frozen, on_devices(batch, mesh))
+                arrays = on_devices(batch, mesh)
+                speed.dispatches(idle=pending is None or pending[1]["loss"].is_ready())
+                profile.before(step)
+                with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, scalars = train_step(state, frozen, arrays)
+                if written := profile.after(step, scalars):
+                    console.say(written)
                 read_pending()
                 pending = (step, scalars, batch["examples"])
 
@@ -229,18 +248,17 @@ def main(arguments: list[str]) -> int | None:
                 stopped_by = stop(step)
                 if evaluates or samples or saves or stopped_by:
                     read_pending()
-                    paused = time.monotonic()  # what follows is no part of the tokens per second
-                    eval_loss = evaluate(step) if evaluates else None
-                    if samples:
-                        sample(step)
-                    better = eval_loss is not None and eval_loss < best
-                    best = eval_loss if better else best
-                    if saves or better or stopped_by:
-                        meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
-                        meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
-                        metrics_lib.flush_lines()
-                        checkpoints.save(step, state, batches.get_state(), meta, eval_loss)
-                    clock += time.monotonic() - paused
+                    with speed.paused():
+                        eval_loss = evaluate(step) if evaluates else None
+                        if samples:
+                            sample(step)
+                        better = eval_loss is not None and eval_loss < best
+                        best = eval_loss if better else best
+                        if saves or better or stopped_by:
+                            meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
+                            meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
+                            metrics_lib.flush_lines()
+                            checkpoints.save(step, state, batches.get_state(), meta, eval_loss)
                     if stopped_by and step < steps:
                         checkpoints.wait()
                         console.say(

@@ -18,7 +18,10 @@ from lowrank.model.lora import LoraConfig, project
 from lowrank.model.products import kept_bits, product, turned
 from lowrank.parallel.mesh import constrain
 
-PIECES, SMALLEST = 8, 64  # how many pieces a row's queries are cut into at most, and how many queries a piece has at least
+PIECES, SMALLEST = (
+    8,
+    64,
+)  # how many pieces a row's queries are cut into at most, and how many queries a piece has at least
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each [batch, slots, kv_heads, head_dim]
 

@@ -40,6 +40,10 @@ class Flops:
         """Without what is computed again: what a share of the peak (MFU) is a share of."""
         return self.total - self.recomputation
 
+    def needed(self, trained: float) -> float:
+        """The same, where so large a share of the tokens is trained: the head meets no others."""
+        return self.model - (1 - trained) * self.head
+
 
 def step_flops(
     config: ModelConfig, lora: LoraConfig | None, rows: int, length: int, remat: str = "none", mode: str = "lora"

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from lowrank.errors import UserError
+from lowrank.model.compiling import ahead
 from lowrank.parallel.launchers import Start, decide, tpu_hosts
 
 BEAT = 1.0  # seconds between two signs of life
@@ -264,23 +265,12 @@ def barrier(name: str):
 
 
 def together(function):
-    """A jitted function for one shape of arguments -> the same, whose first call waits until all processes have compiled it.
+    """A jitted function -> the same, compiled once (`compiling.ahead`); before it first runs, all processes have done so.
 
     gloo, which carries sums between CPU processes, waits 30 seconds for the others and no longer; two processes that trace
     and compile beside other work were seen to be further apart.
     """
-    if _processes is None:
-        return function
-    compiled = None
-
-    def call(*arguments):
-        nonlocal compiled
-        if compiled is None:
-            compiled = function.lower(*arguments).compile()
-            barrier("compiled")
-        return compiled(*arguments)
-
-    return call
+    return ahead(function, lambda: barrier("compiled"))
 
 
 def from_first(value: Callable[[], object]):

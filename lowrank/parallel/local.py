@@ -7,12 +7,14 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from lowrank.model.products import product
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.chips import Chip
 from lowrank.parallel.topology import Slice
 
-SIZE = 2048  # of the matrices; 256 MiB are copied
+SIZES = {"cpu": 1024}  # of the matrices whose product is timed; elsewhere ELSE. 256 MiB are copied
+ELSE = 8192
 
 
 class Local(Slice):
@@ -34,18 +36,23 @@ class Local(Slice):
 
 
 def open_local(dtype: jnp.dtype) -> Local:
-    """All local devices. FLOP/s are those of one large matrix product in `dtype` with float32 accumulation, the best of 5."""
+    """All local devices."""
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
     devices = list(mesh.devices.flat)
-    x = jax.device_put(jnp.ones((SIZE, SIZE), dtype), devices[0])
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # as `dot` in model/lora.py
-    product = jax.jit(lambda x: jnp.matmul(x, x, precision=precision, preferred_element_type=jnp.float32))
     long = jax.device_put(jnp.ones(2**26, jnp.float32), devices[0])
     copy = jax.jit(lambda x: x + 1)
     bandwidth = 2 * long.nbytes / _seconds(copy, long)
     free = memory.free_bytes(mesh)
-    chip = Chip("local", 2 * SIZE**3 / _seconds(product, x), free, bandwidth, bandwidth, (str(len(devices)),))
+    chip = Chip("local", product_flops(devices[0], dtype), free, bandwidth, bandwidth, (str(len(devices)),))
     return Local(chip, str(len(devices)), devices)
+
+
+def product_flops(device: jax.Device, dtype: jnp.dtype) -> float:
+    """FLOP/s of one large matrix product as the model asks for it, the best of 5: what a step cannot be faster than."""
+    size = SIZES.get(device.platform, ELSE)
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    multiply = jax.jit(lambda x: product(x, x, ((1,), (0,))).astype(dtype))
+    return 2 * size**3 / _seconds(multiply, x)
 
 
 def _seconds(function, x) -> float:

@@ -168,6 +168,9 @@ class Metrics:
             self.wandb.finish()
 
 
+SHARES = ("mfu", "waiting")
+
+
 class Console:
     """A progress bar on a terminal; plain lines elsewhere, one for each line of metrics."""
 
@@ -193,7 +196,10 @@ class Console:
 
     def step(self, step: int, scalars: dict[str, float] | None):
         """Show that `step` is done; `scalars` are given when they are due."""
-        text = None if scalars is None else "  ".join(f"{name.split('/')[1]} {show(x)}" for name, x in scalars.items())
+        text = None
+        if scalars is not None:
+            named = {name.split("/")[1]: value for name, value in scalars.items()}
+            text = "  ".join(f"{name} {f'{x:.1%}' if name in SHARES else show(x)}" for name, x in named.items())
         if self.bar:
             self.bar.update(self.task, completed=step, **({} if text is None else {"description": text}))
         elif text is not None:

@@ -1,0 +1,52 @@
+"""`--profile=START:STOP`: a trace of some steps, for xprof."""
+
+import pathlib
+import re
+
+import jax
+
+from lowrank import storage
+from lowrank.errors import UserError
+
+GENERAL = "--profile=START:STOP is the first and the last step to trace, as --profile=11:13"
+
+
+class Profile:
+    """What JAX traces from just before step `start` until step `stop` is done; `text` None: nothing."""
+
+    def __init__(self, text: str | None, workdir: storage.Path):
+        self.start = self.stop = 0
+        self.running = False
+        if text is None:
+            return
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise UserError(f"--profile={text} is no range of steps; {GENERAL}")
+        if storage.is_remote(workdir):
+            raise UserError("--profile writes to a disk; leave it out, or name a local --workdir")
+        self.start, self.stop = int(found[1]), int(found[2])
+        self.folder = pathlib.Path(workdir) / "profile"
+
+    def check(self, first: int, steps: int):
+        """UserError if a run that goes on after step `first` and ends at `steps` does not do these steps."""
+        if self.start and not first < self.start <= self.stop <= steps:
+            raise UserError(f"--profile={self.start}:{self.stop}: this run does steps {first + 1} to {steps}")
+
+    def before(self, step: int):
+        if step == self.start:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, results) -> str | None:
+        """At the last step: wait for its results, write the trace, and say where it is."""
+        if step != self.stop:
+            return None
+        jax.block_until_ready(results)
+        self.close()
+        return f"profile of steps {self.start} to {self.stop} in {self.folder}; pip install xprof; xprof {self.folder}"
+
+    def close(self):
+        """Write what there is of it, if a run ends before."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
