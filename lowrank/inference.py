@@ -14,6 +14,7 @@ from lowrank.data import examples, prompts
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
 from lowrank.model import decoder
+from lowrank.model.compiling import jit_later
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
 from lowrank.model.products import dot
@@ -199,7 +200,7 @@ def load(base, adapter=None, *, dtype: str | None = None, param_dtype: str | Non
     return Model(model, variables, tokenizer)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_later, static_argnums=0)
 def _logits(model: Decoder, variables: dict, ids: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     hidden, head, _ = model.apply(variables, ids, positions, jnp.ones_like(ids))

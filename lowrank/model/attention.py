@@ -15,7 +15,7 @@ import numpy as np
 
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.lora import LoraConfig, project
-from lowrank.model.products import kept_bits, product, turned
+from lowrank.model.products import bits, kept_bits, of_bits, product, turned
 from lowrank.parallel.mesh import constrain
 
 PIECES, SMALLEST = (
@@ -23,7 +23,7 @@ PIECES, SMALLEST = (
     64,
 )  # how many pieces a row's queries are cut into at most, and how many queries a piece has at least
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, each [batch, slots, kv_heads, head_dim]
+Cache = tuple[jax.Array, jax.Array]  # bits of keys and values, each [layers, B, S, K, H]
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
@@ -174,7 +174,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """x [B, T, D] -> ([B, T, D], cache). With a cache, this call's keys and values are written at `slot` first."""
+    """x [B, T, D] -> ([B, T, D], cache). With a cache, this call's keys and values are written at own["layer"] and `slot`
+    first: in place, where a scan carries the cache of all layers."""
 
     config: ModelConfig
     lora: LoraConfig | None
@@ -197,9 +198,12 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="k_norm")(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=1)
-            cache = (k, v)
+            layer = own["layer"]
+            cache = tuple(
+                jax.lax.dynamic_update_slice(held, bits(new)[None], (layer, 0, slot, 0, 0))
+                for held, new in zip(cache, (k, v), strict=True)
+            )
+            k, v = (of_bits(jax.lax.dynamic_index_in_dim(held, layer, keepdims=False), self.dtype) for held in cache)
         if "window" in own:
             mask = mask & near(slot + jnp.arange(x.shape[1]), k.shape[1], own["window"])
         y = attend(q, k, v, mask).reshape(*x.shape[:2], c.heads * c.head_dim)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import warnings
 
 import jax
@@ -15,6 +16,12 @@ OPTIONS = {"cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 def jit(function, platform: str | None = None, **arguments):
     """`jax.jit(function, **arguments)` for devices of this platform; None: of those here."""
     return jax.jit(function, compiler_options=OPTIONS.get(platform or jax.default_backend()), **arguments)
+
+
+def jit_later(function, **arguments):
+    """As `jit`, which is asked for the devices at the first call: not when a module is imported."""
+    made = functools.cache(lambda: jit(function, **arguments))
+    return functools.wraps(function)(lambda *given: made()(*given))
 
 
 def platform_of(tree) -> str | None:

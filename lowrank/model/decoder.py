@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.attention import Attention, Cache, RMSNorm, turns, visible
 from lowrank.model.lora import LoraConfig, Own, project
-from lowrank.model.products import KEPT
+from lowrank.model.products import KEPT, rows_of
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")
@@ -47,7 +47,8 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, cache, slot, rotation, mask, own):
+    def __call__(self, carry, slot, rotation, mask, own):
+        x, cache = carry
         parts = (self.config, self.lora, self.dtype, self.param_dtype)
         norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
@@ -58,7 +59,7 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             y = MLP(*parts, name="mlp")(norm("post_attention_layernorm")(x), own, self.deterministic)
             x = constrain(x + y, "batch", "length", None)
-        return x, cache
+        return (x, cache), None
 
 
 def own_of_layers(config: ModelConfig, lora: LoraConfig | None) -> dict:
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,  # int32 [B, T], what the rotary angles count
         segment_ids: jax.Array,  # int32 [B, T], 0 for padding
-        cache: Cache | None = None,  # keys and values, each [layers, B, S, K, H]
+        cache: Cache | None = None,  # bits of keys and values, each [layers, B, S, K, H]
         slot: jax.Array | int = 0,  # the cache's slot of this call's first token
         key_segment_ids: jax.Array | None = None,  # int32 [B, S], of every slot of the cache
         deterministic: bool = True,
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         embedding = Table("embedding", (c.vocab, c.embed), ("vocab", "embed"), self.param_dtype, name="embed_tokens")()
         # Looked up where the table lies, then each device gives the others their rows: left to itself, the compiler
         # gathers the table, or all rows on all devices.
-        x = jnp.take(embedding, constrain(tokens, "group", "length"), axis=0)
+        x = rows_of(embedding, constrain(tokens, "group", "length"))
         x = constrain(constrain(x, "group", "length", "embed").astype(self.dtype), "batch", "length", None)
         key_segments = segment_ids if key_segment_ids is None else key_segment_ids
         mask = visible(slot + jnp.arange(tokens.shape[1]), segment_ids, key_segments)
@@ -120,11 +121,14 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.lora, self.dtype, self.param_dtype, deterministic, name="layers")
-        x, cache = layers(x, cache, slot, turns(c, positions), mask, own_of_layers(c, self.lora) | (adapters or {}))
+        own = own_of_layers(c, self.lora) | (adapters or {})
+        if cache is not None:
+            own["layer"] = jnp.arange(c.layers)
+        (x, cache), _ = layers((x, cache), slot, turns(c, positions), mask, own)
 
         hidden = RMSNorm(c.norm_eps, self.param_dtype, name="norm")(x)
         if c.tied_head:

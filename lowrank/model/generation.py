@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank.model.compiling import jit_later
 from lowrank.model.decoder import Decoder
-from lowrank.model.products import dot
+from lowrank.model.products import bits, dot, dot_tied
 
 ROUND = 64  # prompt slots and cache slots are multiples of this
 
@@ -62,22 +63,28 @@ def generate_ids(
             token, cache = _decode(model, whole, variables, token, slot, segments, pads, cache, draw_key, settings)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit_later, static_argnums=(0, 1))
 def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, segments, pads, key, settings):
     c, (rows, width) = model.config, tokens.shape
-    empty = jnp.zeros((c.layers, rows, segments.shape[1], c.kv_heads, c.head_dim), model.dtype)
+    empty = bits(jnp.zeros((c.layers, rows, segments.shape[1], c.kv_heads, c.head_dim), model.dtype))
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], (empty, empty), 0, segments)
-    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings, whole), cache
+    return _sample(_last_logits(model, hidden, head), key, settings, whole), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+@functools.partial(jit_later, static_argnums=(0, 1), donate_argnums=7)
 def _decode(model: Decoder, whole: NamedSharding | None, variables, token, slot, segments, pads, cache, key, settings):
     positions = (slot - pads)[:, None]
     hidden, head, cache = model.apply(
         variables, token[:, None], positions, jnp.ones_like(positions), cache, slot, segments
     )
-    return _sample(dot(hidden[:, -1], head.astype(hidden.dtype)), key, settings, whole), cache
+    return _sample(_last_logits(model, hidden, head), key, settings, whole), cache
+
+
+def _last_logits(model: Decoder, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """hidden [rows, T, D] -> float32 [rows, vocab] of each row's last token."""
+    last = hidden[:, -1]
+    return dot_tied(last, head.T) if model.config.tied_head else dot(last, head)
 
 
 def _sample(logits: jax.Array, key: jax.Array, settings, whole: NamedSharding | None) -> jax.Array:

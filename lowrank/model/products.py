@@ -28,7 +28,12 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _dot(x, w):
-    return product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,)))
+    plain = lambda x, w: product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,)))  # noqa: E731
+    if x.size > x.shape[-1] or x.dtype == jnp.float32:
+        return plain(x, w)
+    # One row, as in generation. XLA's CPU turns the matrix into float32 for it; for two rows it does not.
+    twice = lambda x, w: plain(jnp.concatenate([x, x]), w)[:1]  # noqa: E731
+    return jax.lax.platform_dependent(x, w, cpu=twice, default=plain)
 
 
 def _dot_forward(x, w):
@@ -48,6 +53,20 @@ def _dot_backward(needed, g):
 dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
+def dot_tied(x: jax.Array, table: jax.Array) -> jax.Array:
+    """x [rows, D] times table [V, D] transposed -> float32 [rows, V], of few rows: the head that is the embedding."""
+    plain = lambda x, table: product(x, table.astype(x.dtype), ((1,), (1,)))  # noqa: E731
+
+    def summed(x, table):
+        # For a product XLA's CPU makes a float32 copy of the table first, for a sum it reads the table as it is (8 rows of
+        # the 15M shape: 27 ms and 5). The row axis is in the middle, so that a part of the table meets all rows at once.
+        x, table = x.astype(jnp.float32), table.astype(x.dtype).astype(jnp.float32)
+        return jnp.sum(table * x, axis=1)[None] if len(x) == 1 else jnp.sum(table[:, None] * x, axis=2).T
+
+    on_cpu = summed if len(x) <= 32 and x.dtype != jnp.float32 else plain
+    return jax.lax.platform_dependent(x, table, cpu=on_cpu, default=plain)
+
+
 def sum_of_outer(x: jax.Array, g: jax.Array) -> jax.Array:
     """x [..., in], g [..., out] -> float32 [in, out], summed over all other axes."""
     x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
@@ -65,16 +84,52 @@ def turned(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
 
 
+# ---- As bits ---------------------------------------------------------------------------------------------------------
+# XLA's CPU moves bfloat16 numbers by way of float32, one by one, and whole arrays of them even where a slice is wanted.
+# Integers of the same bits it copies.
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """The bits of x, as unsigned integers of the same size."""
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def of_bits(integers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse."""
+    return jax.lax.bitcast_convert_type(integers, dtype)
+
+
 def kept_bits(x: jax.Array) -> jax.Array:
     """x itself, which remat "dots" keeps for the backward pass; to be used where no gradient has to pass.
 
-    It is kept as integers of its bits: JAX rounds the floating-point numbers that it keeps once more, and XLA's CPU stacks
-    bfloat16 by way of float32, element by element, where it copies integers (135M parameters: 8 % of a step).
+    Kept as numbers, JAX would round them once more, and stacking them takes 8 % of a step (135M parameters).
     """
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(checkpoint_name(bits, KEPT), x.dtype)
+    return of_bits(checkpoint_name(bits(x), KEPT), x.dtype)
 
 
 kept = jax.custom_vjp(kept_bits)
 """As `kept_bits`, and the gradient passes."""
 kept.defvjp(lambda x: (kept_bits(x), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table [V, D], int32 ids [...] -> [..., D]; the table's gradient is summed in float32."""
+    return of_bits(jnp.take(bits(table), ids, axis=0), table.dtype)
+
+
+def _rows_forward(table, ids):
+    # An empty array carries the table's size and dtype to the backward pass.
+    like_table = jnp.zeros((table.value.shape[0], 0), table.value.dtype)
+    return rows_of(table.value, ids.value), (ids.value, like_table) if table.perturbed else None
+
+
+def _rows_backward(needed, g):
+    if needed is None:
+        return None, None
+    ids, like_table = needed
+    sums = jnp.zeros((like_table.shape[0], g.shape[-1]), jnp.float32).at[ids].add(g.astype(jnp.float32))
+    return sums.astype(like_table.dtype), None
+
+
+rows_of.defvjp(_rows_forward, _rows_backward, symbolic_zeros=True)

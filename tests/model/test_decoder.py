@@ -174,7 +174,7 @@ def test_scanned_equals_unrolled(adapted):
         one = jax.tree.map(
             lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")}
         )
-        x, _ = block.apply(one, x, None, 0, turns(TINY, positions), mask, {})
+        (x, _), _ = block.apply(one, (x, None), 0, turns(TINY, positions), mask, {})
     x = decoder.RMSNorm(TINY.norm_eps, model.param_dtype).apply({"params": params["norm"]}, x)
     expected = np.asarray(x @ params["lm_head"]["kernel"])
     np.testing.assert_allclose(logits(model, variables, ids), expected, rtol=0, atol=2e-5)
