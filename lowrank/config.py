@@ -13,6 +13,7 @@ import types
 import typing
 
 from lowrank.errors import UserError
+from lowrank.model.attend import AUTO, BACKENDS
 from lowrank.model.decoder import REMAT
 from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.parallel.mesh import MeshConfig
@@ -102,6 +103,7 @@ class Config:
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
     remat: str = "none"
+    attention: str = "auto"
     seed: int = 0
 
     @property
@@ -258,6 +260,7 @@ def _check(c: Config) -> list[str]:
     one_of("dtype", DTYPES)
     one_of("param_dtype", DTYPES)
     one_of("remat", REMAT)
+    one_of("attention", (AUTO, *BACKENDS))
     unknown = [target for target in c.lora.targets if target not in TARGETS]
     must(not unknown, "lora.targets", f"a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)")
     must(len(c.lora.targets) > 0, "lora.targets", "at least one target")

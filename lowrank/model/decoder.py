@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attention import Attention, Cache, RMSNorm, turns, visible
+from lowrank.model.attend import LANES, Sees, visible
+from lowrank.model.attention import Attention, Cache, RMSNorm, turns
 from lowrank.model.lora import LoraConfig, Own, project
 from lowrank.model.products import KEPT, rows_of
 from lowrank.parallel.mesh import constrain
@@ -45,15 +46,16 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     deterministic: bool
+    attention: str = "xla"
 
     @nn.compact
-    def __call__(self, carry, slot, rotation, mask, own):
+    def __call__(self, carry, slot, rotation, sees, own):
         x, cache = carry
         parts = (self.config, self.lora, self.dtype, self.param_dtype)
         norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)  # noqa: E731
         with jax.named_scope("attention"):
-            y, cache = Attention(*parts, name="self_attn")(
-                norm("input_layernorm")(x), cache, slot, rotation, mask, own, self.deterministic
+            y, cache = Attention(*parts, self.attention, name="self_attn")(
+                norm("input_layernorm")(x), cache, slot, rotation, sees, own, self.deterministic
             )
             x = constrain(x + y, "batch", "length", None)
         with jax.named_scope("mlp"):
@@ -91,6 +93,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: str = "xla"  # as `attend.chosen` gives it; with a cache, or of rows that do not suit, it is "xla"
 
     @nn.compact
     def __call__(
@@ -98,7 +101,7 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,  # int32 [B, T], what the rotary angles count
         segment_ids: jax.Array,  # int32 [B, T], 0 for padding
-        cache: Cache | None = None,  # bits of keys and values, each [layers, B, S, K, H]
+        cache: Cache | None = None,  # bits of keys and values, each [layers, B, K, S, H]
         slot: jax.Array | int = 0,  # the cache's slot of this call's first token
         key_segment_ids: jax.Array | None = None,  # int32 [B, S], of every slot of the cache
         deterministic: bool = True,
@@ -111,7 +114,10 @@ class Decoder(nn.Module):
         x = rows_of(embedding, constrain(tokens, "group", "length"))
         x = constrain(constrain(x, "group", "length", "embed").astype(self.dtype), "batch", "length", None)
         key_segments = segment_ids if key_segment_ids is None else key_segment_ids
-        mask = visible(slot + jnp.arange(tokens.shape[1]), segment_ids, key_segments)
+        attention = self.attention if cache is None and tokens.shape[1] % LANES == 0 else "xla"
+        slots = slot + jnp.arange(tokens.shape[1])
+        whole = None if attention.startswith("splash") else visible(slots, segment_ids, key_segments)
+        sees = Sees(segment_ids, whole)
 
         block = Block
         if self.remat != "none":
@@ -124,11 +130,11 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.lora, self.dtype, self.param_dtype, deterministic, name="layers")
+        )(c, self.lora, self.dtype, self.param_dtype, deterministic, attention, name="layers")
         own = own_of_layers(c, self.lora) | (adapters or {})
         if cache is not None:
             own["layer"] = jnp.arange(c.layers)
-        (x, cache), _ = layers((x, cache), slot, turns(c, positions), mask, own)
+        (x, cache), _ = layers((x, cache), slot, turns(c, positions), sees, own)
 
         hidden = RMSNorm(c.norm_eps, self.param_dtype, name="norm")(x)
         if c.tied_head:

@@ -16,7 +16,7 @@ head without a trained token are skipped, so the head is an upper bound. Checked
 import dataclasses
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attention import pieces
+from lowrank.model.attend import pieces
 from lowrank.model.lora import LoraConfig
 
 
@@ -73,7 +73,7 @@ def step_flops(
 
 
 def visible_pairs(length: int) -> int:
-    """Pairs of query and key that attention's causal pieces compute, in one row (`attend` in model/attention.py)."""
+    """Pairs of query and key that attention's causal pieces compute, in one row (`xla` in model/attend.py)."""
     return sum((end - start) * seen for start, end, seen in pieces(length, length))
 
 

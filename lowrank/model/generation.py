@@ -66,7 +66,7 @@ def generate_ids(
 @functools.partial(jit_later, static_argnums=(0, 1))
 def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, segments, pads, key, settings):
     c, (rows, width) = model.config, tokens.shape
-    empty = bits(jnp.zeros((c.layers, rows, segments.shape[1], c.kv_heads, c.head_dim), model.dtype))
+    empty = bits(jnp.zeros((c.layers, rows, c.kv_heads, segments.shape[1], c.head_dim), model.dtype))
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], (empty, empty), 0, segments)
     return _sample(_last_logits(model, hidden, head), key, settings, whole), cache

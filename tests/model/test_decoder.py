@@ -11,7 +11,8 @@ import pytest
 
 from lowrank.model import decoder
 from lowrank.model.architecture import ModelConfig, RopeScaling, parameter_count
-from lowrank.model.attention import attend, rotary_frequencies, turns, visible
+from lowrank.model.attend import Sees, visible
+from lowrank.model.attention import rotary_frequencies, turns
 from lowrank.model.decoder import Decoder, own_of_layers
 from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.parallel import mesh as mesh_lib
@@ -130,37 +131,6 @@ def test_packed_row_equals_its_examples_alone(adapted):
         start += len(example)
 
 
-@pytest.mark.parametrize("length", [12, 64])  # at once, and in causal chunks
-def test_no_segment_sees_another(length):
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    segments = jnp.asarray([[1] * 5 + [2] * (length - 7) + [0] * 2])
-    mask = visible(jnp.arange(length), segments, segments)
-    before = jax.jit(attend)(q, k, v, mask)
-    k, v = k.at[:, 2].add(3.0), v.at[:, 2].add(3.0)
-    after = jax.jit(attend)(q, k, v, mask)
-    assert (np.asarray(after) != np.asarray(before)).any(axis=(0, 2, 3)).tolist() == [False] * 2 + [True] * 3 + [
-        False
-    ] * (length - 5)
-
-
-@pytest.mark.parametrize("length", [5, 64, 130, 600])  # in pieces of one, two and more kinds
-def test_attention_and_its_gradients_equal_jax_nn(length):
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    by = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
-    segments = jnp.asarray(rng.integers(1, 3, (2, length)).cumsum(axis=1) // 20)
-    mask = visible(jnp.arange(length), segments, segments)
-    plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])  # noqa: E731
-
-    def with_gradients(attention):
-        y, transposed = jax.vjp(attention, q, k, v)
-        return y, transposed(by)
-
-    found, expected = with_gradients(jax.jit(lambda q, k, v: attend(q, k, v, mask))), with_gradients(plain)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)  # values of about 1
-
-
 def test_scanned_equals_unrolled(adapted):
     model, variables = adapted
     ids = jnp.arange(14).reshape(2, 7)
@@ -168,13 +138,13 @@ def test_scanned_equals_unrolled(adapted):
     segments = jnp.ones_like(ids)
     params = variables["params"]
     x = params["embed_tokens"]["embedding"][ids]
-    mask = visible(jnp.arange(7), segments, segments)
+    sees = Sees(segments, visible(jnp.arange(7), segments, segments))
     block = decoder.Block(TINY, model.lora, model.dtype, model.param_dtype, True)
     for layer in range(TINY.layers):
         one = jax.tree.map(
             lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")}
         )
-        (x, _), _ = block.apply(one, (x, None), 0, turns(TINY, positions), mask, {})
+        (x, _), _ = block.apply(one, (x, None), 0, turns(TINY, positions), sees, {})
     x = decoder.RMSNorm(TINY.norm_eps, model.param_dtype).apply({"params": params["norm"]}, x)
     expected = np.asarray(x @ params["lm_head"]["kernel"])
     np.testing.assert_allclose(logits(model, variables, ids), expected, rtol=0, atol=2e-5)

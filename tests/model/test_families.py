@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowrank.model.architecture import hf_config, read_config
-from lowrank.model.attention import near
+from lowrank.model.attend import near
 from lowrank.model.generation import Sampling, generate_ids
 
 torch_families = pytest.importorskip("torch_families")

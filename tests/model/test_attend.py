@@ -1,0 +1,136 @@
+"""Every backend beside `jax.nn.dot_product_attention`: results, gradients, windows; and that no segment sees another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank.errors import UserError
+from lowrank.model import attend as attend_lib
+from lowrank.model.attend import AUTO, INTERPRETED, Sees, attend, chosen, disagreement, near, visible
+
+ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+BACKENDS = ["xla", INTERPRETED, pytest.param("cudnn", marks=ON_GPU)]
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def drawn(rows: int, length: int, dtype):
+    """q, k, v, and what the gradients are by."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=(rows, *shape, HEAD_DIM)), dtype)  # noqa: E731
+    return draw(length, HEADS) / 4, draw(KV_HEADS, length), draw(KV_HEADS, length), draw(length, HEADS)
+
+
+def sees(segments) -> Sees:
+    segments = jnp.asarray(segments, jnp.int32)
+    return Sees(segments, visible(jnp.arange(segments.shape[1]), segments, segments))
+
+
+def with_gradients(attention, q, k, v, by):
+    @jax.jit
+    def results(q, k, v, by):
+        y, transposed = jax.vjp(attention, q, k, v)
+        return y, *transposed(by)
+
+    return [np.asarray(x, np.float32) for x in results(q, k, v, by)]
+
+
+def textbook(mask, window):
+    def attention(q, k, v):
+        seen = mask if window is None else mask & near(jnp.arange(q.shape[1]), q.shape[1], jnp.int32(window))
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=1.0)
+
+    return attention
+
+
+def dtype_of(backend):
+    return jnp.bfloat16 if backend == "cudnn" else jnp.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [5, 64, 130, 256, 600])  # xla: in pieces of one, two and more kinds
+def test_results_and_gradients_equal_those_of_jax_nn(backend, length):
+    if backend != "xla" and length % 128:
+        pytest.skip("the decoder gives such rows to xla")
+    q, k, v, by = drawn(2, length, dtype_of(backend))
+    own = sees(np.random.default_rng(1).integers(1, 3, (2, length)).cumsum(axis=1) // 20)
+    found = with_gradients(lambda q, k, v: attend(backend, q, k, v, own), q, k, v, by)
+    expected = with_gradients(textbook(own.mask, None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
+    atol = 2e-5 if q.dtype == jnp.float32 else 3e-2  # values of about 1
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [0, 3, 100])
+def test_a_layers_window_is_chosen_among_those_of_the_model(backend, window):
+    q, k, v, by = drawn(1, 256, dtype_of(backend))
+    own = sees(np.full((1, 256), 1))
+    windows = (0, 3, 100, 3)
+    run = lambda q, k, v: attend(backend, q, k, v, own, 0, jnp.int32(window), windows)  # noqa: E731
+    found = with_gradients(run, q, k, v, by)
+    expected = with_gradients(textbook(own.mask, window or None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 if q.dtype == jnp.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [12, 256])
+def test_what_changes_in_one_segment_changes_nothing_in_the_others(backend, length):
+    if backend != "xla" and length % 128:
+        pytest.skip("the decoder gives such rows to xla")
+    q, k, v, by = drawn(1, length, dtype_of(backend))
+    first, last = length // 4, length // 2  # of the middle segment
+    place = np.arange(length)
+    own = sees(np.select([place < first, place < last, place < length - 2], [1, 2, 3], 0)[None])
+    run = lambda q, k, v: attend(backend, q, k, v, own)  # noqa: E731
+    before = with_gradients(run, q, k, v, by)
+    changed = [
+        x.at[(slice(None),) * axis + (slice(first, last),)].add(3)
+        for x, axis in zip((q, k, v, by), (1, 2, 2, 1), strict=True)
+    ]
+    after = with_gradients(run, *changed)
+    for a, b, axis in zip(after, before, (1, 1, 2, 2), strict=True):
+        moved = (a != b).any(axis=tuple({0, 1, 2, 3} - {axis}))
+        assert moved.tolist() == ((first <= place) & (place < last)).tolist()
+
+
+def test_a_backend_is_tried_before_it_is_trusted(monkeypatch):
+    shape = (jnp.bfloat16, 4, 2, 16, (0, 8))
+    assert disagreement(INTERPRETED, *shape) is None
+    assert disagreement("xla", *shape) is None
+    right = attend_lib.attend
+
+    def leaks(backend, q, k, v, own, *rest):
+        everything = Sees(
+            jnp.ones_like(own.segments), visible(jnp.arange(q.shape[1]), *[jnp.ones_like(own.segments)] * 2)
+        )
+        return right("xla", q, k, v, everything if backend == "leaks" else own, *rest)
+
+    def faint(backend, q, k, v, own, *rest):
+        y = right("xla", q, k, v, own, *rest)
+        return y + 1e-3 * jnp.mean(v, (1, 2))[:, None, None] if backend == "faint" else y
+
+    monkeypatch.setattr(attend_lib, "attend", leaks)
+    assert "away from those of 'xla'" in disagreement("leaks", *shape)
+    monkeypatch.setattr(attend_lib, "attend", faint)
+    assert "see each other" in disagreement("faint", *shape)
+
+
+def test_the_backend_is_chosen_by_device_and_rows():
+    bf16, f32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert chosen(AUTO, "cpu", bf16, 64, 256) == chosen("xla", "tpu", bf16, 64, 256) == "xla"
+    assert chosen(AUTO, "tpu", bf16, 64, 256) == "splash"
+    assert chosen(AUTO, "tpu", bf16, 64, 200) == chosen(AUTO, "gpu", f32, 64, 256) == "xla"
+    assert chosen(AUTO, "gpu", bf16, 64, 200) == "cudnn"
+    assert chosen("splash", "cpu", bf16, 64, 256) == INTERPRETED
+    for wanted, platform, dtype, head_dim, length, why in (
+        ("splash", "tpu", bf16, 64, 200, "config.data.max_length is 200"),
+        ("splash", "gpu", bf16, 64, 256, "is for TPUs"),
+        ("cudnn", "cpu", bf16, 64, 256, "is for NVIDIA GPUs"),
+        ("cudnn", "gpu", f32, 64, 256, "config.dtype is float32"),
+        ("cudnn", "gpu", bf16, 160, 256, "heads of a multiple of 8 up to 128"),
+    ):
+        with pytest.raises(UserError, match=why):
+            chosen(wanted, platform, dtype, head_dim, length)
