@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from lowrank.model.attention import attend, visible
+from lowrank.model.attend import visible, xla
 
 flags.DEFINE_integer("rows", 4, "Rows of the batch.")
 flags.DEFINE_integer("length", 512, "Tokens of a row.")
@@ -45,7 +45,7 @@ def main(_):
     candidates = {
         "textbook": textbook,
         "jax.nn": lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]),
-        "lowrank": attend,
+        "lowrank": lambda q, k, v, mask: xla(q / math.sqrt(q.shape[-1]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask),
     }
 
     def gradient(f):

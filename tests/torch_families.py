@@ -3,11 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lowrank.model import decoder
+from lowrank.model.attention import empty_cache
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot
 from lowrank.weights.base import load_params, read_base
@@ -160,14 +160,14 @@ def cached(theirs, model, variables) -> float:
     """Prompts of unequal length, padded on the left, then token by token through the cache; transformers' own tokens
     are fed, so that every step can be compared."""
     tokens, expected = generated(theirs)
-    c, width = model.config, max(PROMPTS)
+    width = max(PROMPTS)
     ids, segments = np.zeros((len(PROMPTS), width), np.int32), np.zeros((len(PROMPTS), width + NEW), np.int32)
     for row, prompt in enumerate(prompts()):
         ids[row, width - len(prompt) :], segments[row, width - len(prompt) :] = prompt, 1
     pads = width - np.array(PROMPTS)[:, None]
-    empty = jnp.zeros((c.layers, len(PROMPTS), width + NEW, c.kv_heads, c.head_dim))
+    empty = empty_cache(model.config, len(PROMPTS), width + NEW, model.dtype)
     positions = np.maximum(np.arange(width) - pads, 0)
-    found, cache = apply(model, variables, ids, positions, segments[:, :width], (empty, empty), 0, segments)
+    found, cache = apply(model, variables, ids, positions, segments[:, :width], empty, 0, segments)
     steps = [found[:, -1]]
     for new in range(NEW - 1):
         at = (tokens[:, new : new + 1], width + new - pads, np.ones_like(pads))

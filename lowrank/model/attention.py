@@ -22,6 +22,11 @@ from lowrank.parallel.mesh import constrain
 Cache = tuple[jax.Array, jax.Array]  # bits of keys and values, each [layers, B, K, S, H]
 
 
+def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+    empty = bits(jnp.zeros((config.layers, rows, config.kv_heads, slots, config.head_dim), dtype))
+    return empty, empty
+
+
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     """float32 [head_dim / 2], radians per position; Llama 3.1's scaling as in its reference code."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)

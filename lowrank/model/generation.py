@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank.model.attention import empty_cache
 from lowrank.model.compiling import jit_later
 from lowrank.model.decoder import Decoder
-from lowrank.model.products import bits, dot, dot_tied
+from lowrank.model.products import dot, dot_tied
 
 ROUND = 64  # prompt slots and cache slots are multiples of this
 
@@ -65,10 +66,10 @@ def generate_ids(
 
 @functools.partial(jit_later, static_argnums=(0, 1))
 def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, segments, pads, key, settings):
-    c, (rows, width) = model.config, tokens.shape
-    empty = bits(jnp.zeros((c.layers, rows, c.kv_heads, segments.shape[1], c.head_dim), model.dtype))
+    rows, width = tokens.shape
+    empty = empty_cache(model.config, rows, segments.shape[1], model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
-    hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], (empty, empty), 0, segments)
+    hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], empty, 0, segments)
     return _sample(_last_logits(model, hidden, head), key, settings, whole), cache
 
 
