@@ -19,7 +19,7 @@ from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
-from lowrank.training import partition
+from lowrank.training import objective, partition
 from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
 from lowrank.training.step import abstract_state, init_state, make_train_step
 from lowrank.weights.base import load_params, read_base
@@ -47,8 +47,9 @@ class Lowrank:
             variables["lora"] = jax.tree.map(mesh_lib.put, factors, layout)
         self.variables = jax.block_until_ready(variables)
 
-    def prepare(self) -> dict:
-        """Compile the step -> CPU seconds of it. The variables are the step's from then on."""
+    def prepare(self, microbatches: int = 1) -> dict:
+        """Compile the step -> CPU seconds of it, and the bytes it works with beside its arguments, as the compiler says.
+        The variables are the step's from then on."""
         work, mask = self.work, partition.trainable_mask(self.variables, self.work.mode)
         optim = OptimConfig(learning_rate=work.learning_rate)
         schedule = learning_rate_schedule(optim, 1)
@@ -68,11 +69,12 @@ class Lowrank:
         }
         rows = mesh_lib.spec(("batch", "length"))
         self.batch = jax.device_put(arrays, jax.sharding.NamedSharding(self.mesh, rows))
-        step = make_train_step(self.model, optimizer, schedule, 1, 1, layout)
+        step = make_train_step(self.model, optimizer, schedule, microbatches, 1, layout)
         start = time.process_time()
         with jax.set_mesh(self.mesh):
             self.compiled = compiling.compiled(step, self.state, self.frozen, self.batch)
-        return {"compiling": time.process_time() - start}
+        temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+        return {"compiling": time.process_time() - start, "temporaries": temporaries}
 
     def step(self) -> dict:
         start = self.clock()
@@ -105,6 +107,10 @@ class Lowrank:
             jax.block_until_ready(y)
             best = max(best, 2 * size**3 * repeats / (self.clock() - start))
         return best
+
+    def chunk(self, tokens: int):
+        """How many tokens have logits at one time, in steps that are still to be compiled."""
+        objective.CHUNK_TOKENS = tokens
 
     def peak(self) -> int:
         """Of the process, or of the device."""

@@ -27,6 +27,7 @@ SECTIONS = {
     "Full fine-tuning beside transformers": "bench/against_peft.py --mode=full --shape=15m,135m --rounds=3",
     "Generation beside transformers + PEFT": "bench/against_peft.py --mode=generate --rounds=3",
     "A sweep's step beside its members' one by one": "bench/sweep.py",
+    "Memory and time by remat, micro-batches and chunk": "bench/memory.py",
     "Attention": "bench/attention.py",
     "Importing and converting a base": "bench/import_speed.py --shape=1.1b --folder=FOLDER",
 }
