@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 BATCHES = {"15m": (8, 256), "135m": (4, 512), "1.1b": (4, 256)}
 MICROBATCHES = (1, 2, 4)
-CHUNK, OTHER_CHUNKS = 1024, (256, 512, 2048)  # the objective's own first
+CHUNK, OTHER_CHUNKS = 512, (256, 1024, 2048)  # the objective's own first
 
 
 def lines_of(shape: str):

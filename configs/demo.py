@@ -63,7 +63,7 @@ def get_config():
 
     config.dtype = "float32"
     config.param_dtype = "float32"
-    config.remat = "none"
+    config.remat = "dots"
     config.seed = 0
 
     config.eval = ml_collections.ConfigDict()

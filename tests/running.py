@@ -187,3 +187,13 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path, step: int = 6):
         assert found.keys() == expected.keys()
         for name in expected:
             assert found[name].tobytes() == expected[name].tobytes(), name
+
+
+class Uncompiled:
+    """An ordinary function where a jitted one is expected, which is going to be lowered and compiled."""
+
+    def __init__(self, function):
+        self.compile = lambda: function
+
+    def lower(self, *_):
+        return self

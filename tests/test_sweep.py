@@ -59,7 +59,7 @@ class Spy:
             self.before_step(int(number) + 1, state, frozen)
             return step(state, numbers, frozen, batch, number)
 
-        return spied
+        return running.Uncompiled(spied)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ class Spy:
             self.trainable, self.frozen = state.trainable, frozen
             return state, scalars
 
-        return step
+        return running.Uncompiled(step)
 
 
 # ---- What is trained -------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_evaluation_covers_every_example_once_whatever_the_batch_size(tiny, tmp_
             counted[-1] += int(count)
             return loss, count
 
-        return eval_step
+        return running.Uncompiled(eval_step)
 
     losses = []
     for batch_size in (3, 4, 7):
@@ -262,7 +262,7 @@ def test_the_newest_checkpoints_stay_and_the_best_one(tiny, tmp_path):
     losses = iter([9.0, 5.0, 3.0, 4.0, 4.0, 6.0, 4.0])  # before step 1, and after each
 
     def made_up(*_):
-        return lambda *_: (next(losses), 1)
+        return running.Uncompiled(lambda *_: (next(losses), 1))
 
     overrides = ("checkpoint.keep=2", "checkpoint.every=1", "eval.every=1", "sample.every=0", "data.eval_examples=1")
     workdir = tmp_path / "run"
@@ -408,6 +408,37 @@ def test_the_same_base_and_data_may_lie_elsewhere(tiny, trained, tmp_path, share
     assert_same_run(workdir, trained)
 
 
+# ---- Speed -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_console_shows_speed_and_a_profile_is_written(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    finished = train(tiny, workdir, "--profile=2:3", "--config.train.steps=4", "--config.sample.every=0")
+    assert finished.code == 0, finished.err
+    lines = re.findall(
+        r"^step \d+/4  loss .* tokens_per_second [\d.,]+  mfu [\d.]+%  waiting [\d.]+%$", finished.out, re.M
+    )
+    assert len(lines) == 4, finished.out
+    assert f"profile of steps 2 to 3 in {workdir / 'profile'}" in finished.out
+    (trace,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
+    names = trace.read_bytes()
+    assert b"train_step" in names and b"step_num" in names
+
+
+@pytest.mark.parametrize(
+    ("profile", "why"),
+    [
+        ("5", "is no range of steps; --profile=START:STOP is the first and the last"),
+        ("3:2", "is no range of steps"),
+        ("0:2", "is no range of steps"),
+        ("5:9", "this run does steps 1 to 6"),
+    ],
+)
+def test_a_profile_of_steps_that_are_not_done_is_refused(tiny, tmp_path, profile, why):
+    finished = train(tiny, tmp_path / "run", f"--profile={profile}")
+    assert finished.code == 1 and finished.err.startswith(f"error: --profile={profile}") and why in finished.err
+
+
 # ---- Stopped for good ------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +453,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, trained, tmp_path):
                 frozen = jax.tree.map(lambda leaf: leaf * np.nan, frozen)
             return step(state, frozen, batch)
 
-        return poisoned_step
+        return running.Uncompiled(poisoned_step)
 
     finished = train(tiny, workdir, changes={"make_train_step": poisoned})
     assert finished.code == 1

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lowrank.model.products import dot, product
 from lowrank.parallel.mesh import constrain
 
-CHUNK_TOKENS = 1024  # tokens a device, whose logits exist at one time
+CHUNK_TOKENS = 512  # tokens a device, whose logits exist at one time
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
