@@ -92,7 +92,7 @@ def work_of(shape: str, folder: str) -> Work:
         new_tokens=FLAGS.new_tokens,
         dtype=FLAGS.dtype,
         learning_rate=FLAGS.learning_rate or (1e-4 if full else 1e-3),
-        remat=FLAGS.remat or "dots",
+        remat=FLAGS.remat or ("dots" if on_cpu else "none"),
         checkpointing=FLAGS.checkpointing,
         held=held,
         attention=FLAGS.attention,
@@ -180,7 +180,8 @@ def remarks(results: list[Result]) -> list[str]:
         line += f"{ceiling['lowrank']} GFLOP/s in JAX, {ceiling['peft']} in PyTorch"
         made.append(line + (f"; lowrank compiles for {result.compiling:.0f} CPU seconds" if result.compiling else ""))
     work, versions = results[0].work, results[0].versions
-    parts = [f"mode {work.mode}", f"{work.dtype}", f"lowrank's remat {work.remat}", f"{FLAGS.rounds} rounds"]
+    parts = [f"mode {work.mode}", f"{work.dtype}", f"lowrank's remat {work.remat}"]
+    parts += [f"its attention {versions['lowrank']['attention']}", f"{FLAGS.rounds} rounds"]
     if work.mode != "full":
         parts.append("LoRA of rank 16 on all seven projections, not merged")
     if work.mode == "generate":

@@ -14,7 +14,7 @@ import measure
 import numpy as np
 from worker import Work, batch
 
-from lowrank.model import compiling, decoder
+from lowrank.model import attend, compiling, decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
 from lowrank.parallel import mesh as mesh_lib
@@ -37,8 +37,11 @@ class Lowrank:
         if work.mode != "full":
             factors, lora, _ = read_peft(folder / "adapter", base.config.layers)
         param_dtype = "float32" if work.mode == "full" else work.dtype  # as `train` holds what is trained
-        self.model = Decoder(base.config, lora, jnp.dtype(work.dtype), jnp.dtype(param_dtype), work.remat)
         self.mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
+        c, dtype, device = base.config, jnp.dtype(work.dtype), jax.devices()[0]
+        attention = attend.chosen(attend.AUTO, device.platform, dtype, c.head_dim, work.length)
+        attention = attend.tried(attention, attend.AUTO, dtype, c)
+        self.model = Decoder(c, lora, dtype, jnp.dtype(param_dtype), work.remat, attention)
         shapes, axes = decoder.abstract(self.model)
         shapes = mesh_lib.laid_out(self.mesh, axes, shapes)
         variables = {"params": load_params(base, shapes["params"])}
@@ -118,4 +121,5 @@ class Lowrank:
 
     def versions(self) -> dict:
         device = measure.processor() if self.on_cpu else jax.devices()[0].device_kind
-        return {"device": device, "versions": f"Python {platform.python_version()}, jax {jax.__version__}"}
+        versions = f"Python {platform.python_version()}, jax {jax.__version__}"
+        return {"device": device, "versions": versions, "attention": self.model.attention}

@@ -7,7 +7,6 @@ It is the real step: the same model, mask, optimizer, layouts and jit as `lowran
 import dataclasses
 import math
 import typing
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank.config import Config
-from lowrank.errors import UserError
 from lowrank.model import attend, compiling, decoder
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
@@ -83,22 +81,11 @@ def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None,
     param_dtype = jnp.dtype("float32" if config.train.mode == "full" else config.param_dtype)
     device, dtype = mesh.devices.flat[0], jnp.dtype(config.dtype)
     attention = attend.chosen(config.attention, device.platform, dtype, architecture.head_dim, config.data.max_length)
-    if attention != "xla" and device in jax.devices():
-        attention = _tried(attention, config.attention, architecture, dtype)
+    if device in jax.devices():
+        attention = attend.tried(attention, config.attention, dtype, architecture)
     model = Decoder(architecture, lora, dtype, param_dtype, config.remat, attention)
     shapes, axes = decoder.abstract(model)
     return model, mesh_lib.laid_out(mesh, axes, shapes)
-
-
-def _tried(attention: str, wanted: str, a: ModelConfig, dtype: jnp.dtype) -> str:
-    """The backend, if it computes what it should on these devices; else "xla", which is said, or if it was asked for,
-    UserError."""
-    wrong = attend.disagreement(attention, dtype, a.heads, a.kv_heads, a.head_dim, a.windows)
-    if wrong and wanted != attend.AUTO:
-        raise UserError(f"config.attention={wanted!r} cannot be used here: {wrong}; leave it at 'auto'")
-    if wrong:
-        warnings.warn(f"attention is computed by 'xla', not by '{attention}': {wrong}", stacklevel=2)
-    return "xla" if wrong else attention
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:

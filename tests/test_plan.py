@@ -1,13 +1,17 @@
 """`lowrank.plan`: the real step compiled for a slice of TPUs on a machine that has none, and what is said about it."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 import running
 
-from lowrank import planning
+from lowrank import config_file, planning
+from lowrank.model.architecture import SIZES
+from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel import topology
+from lowrank.program import abstract_step, compile_step
 
 CONFIG = """
 import ml_collections
@@ -94,6 +98,24 @@ def test_dollars_are_hours_times_chips_times_the_price(for_v5e):
         assert bill["dollars"] == pytest.approx(bill["hours"] * 4 * 2)
         seconds = numbers["seconds"]["roofline"] / numbers["efficiency"]
         assert bill["hours"] == pytest.approx(bill["steps"] * seconds / 3600)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2"])
+def test_attention_is_splash_on_a_tpu_forward_and_backward(tmp_path, name):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs the plan extra")
+    slice = topology.open_slice(name)
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    config = config_file.read(str(tmp_path / "tiny.py"), ["--config.data.max_length=256"])
+    mesh = mesh_lib.make_mesh(config.mesh, slice.devices)
+    architecture = dataclasses.replace(SIZES["demo"], windows=(0, 100, 100, 0))
+    step = abstract_step(config, architecture, mesh, 10)
+    assert step.model.attention == "splash"
+    with slice.compiling():
+        text = compile_step(step).as_text()
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in text
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=250))
+    assert abstract_step(short, architecture, mesh, 10).model.attention == "xla"
 
 
 def test_a_search_ranks_what_the_compiler_says_fits(plan):

@@ -8,6 +8,7 @@ where a row's length does not suit them, it is `xla`.
 
 import math
 import typing
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowrank.errors import UserError
+from lowrank.model.architecture import ModelConfig
 from lowrank.model.products import KEPT, kept_bits, product, turned
 from lowrank.parallel import mesh as mesh_lib
 
@@ -237,6 +239,17 @@ def _unsuited(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, leng
         if head_dim > 128 or head_dim % 8 or length % 2:
             return f"needs heads of a multiple of 8 up to 128 and rows of even length; they are {head_dim} and {length}"
     return None
+
+
+def tried(backend: str, wanted: str, dtype: jnp.dtype, c: ModelConfig) -> str:
+    """The backend, if it computes on the devices that are here what it should; else "xla", with a warning, or UserError
+    where `wanted` names it."""
+    wrong = None if backend == "xla" else disagreement(backend, dtype, c.heads, c.kv_heads, c.head_dim, c.windows)
+    if wrong and wanted != AUTO:
+        raise UserError(f"config.attention={wanted!r} cannot be used here: {wrong}; leave it at 'auto'")
+    if wrong:
+        warnings.warn(f"attention is computed by 'xla', not by {backend!r}: {wrong}", stacklevel=2)
+    return "xla" if wrong else backend
 
 
 def disagreement(backend: str, dtype: jnp.dtype, heads: int, kv_heads: int, head_dim: int, windows: tuple[int, ...]):

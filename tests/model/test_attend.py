@@ -7,7 +7,8 @@ import pytest
 
 from lowrank.errors import UserError
 from lowrank.model import attend as attend_lib
-from lowrank.model.attend import AUTO, INTERPRETED, Sees, attend, chosen, disagreement, near, visible
+from lowrank.model.architecture import ModelConfig
+from lowrank.model.attend import AUTO, INTERPRETED, Sees, attend, chosen, disagreement, near, tried, visible
 
 ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 BACKENDS = ["xla", INTERPRETED, pytest.param("cudnn", marks=ON_GPU)]
@@ -134,3 +135,15 @@ def test_the_backend_is_chosen_by_device_and_rows():
     ):
         with pytest.raises(UserError, match=why):
             chosen(wanted, platform, dtype, head_dim, length)
+
+
+def test_a_backend_that_is_wrong_here_is_not_used(monkeypatch):
+    c = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=8)
+    assert tried("xla", "xla", jnp.dtype("float32"), c) == "xla"
+    monkeypatch.setattr(attend_lib, "disagreement", lambda *_: "it is wrong")
+    with pytest.warns(UserWarning, match="attention is computed by 'xla', not by 'cudnn': it is wrong"):
+        assert tried("cudnn", AUTO, jnp.dtype("bfloat16"), c) == "xla"
+    with pytest.raises(
+        UserError, match=r"config.attention='cudnn' cannot be used here: it is wrong; leave it at 'auto'"
+    ):
+        tried("cudnn", "cudnn", jnp.dtype("bfloat16"), c)

@@ -3,10 +3,12 @@
 The compiled step is read, too: a frozen base has no gradient, so nothing may sum one over devices.
 """
 
+import dataclasses
 import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank.errors import UserError
 from lowrank.model import decoder
 from lowrank.model.architecture import ModelConfig
+from lowrank.model.attend import INTERPRETED
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import LoraConfig
 from lowrank.parallel import mesh as mesh_lib
@@ -194,3 +197,28 @@ def test_key_value_heads_fewer_than_tensor_are_refused():
     mesh = mesh_lib.make_mesh(MeshConfig(1, 1, 8))
     with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the model's kv_heads=4; choose a smaller one"):
         mesh_lib.check_heads(mesh, heads=16, kv_heads=4)
+
+
+def test_splash_over_a_mesh_computes_what_one_device_does():
+    """Each device has its own rows and heads, of two layers with other windows."""
+    model = dataclasses.replace(MODEL, windows=(0, 5))
+    rows = np.repeat([[1, 2, 3, 0]], 4, axis=0).repeat([40, 50, 30, 8], axis=1).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, MODEL.vocab, rows.shape, np.int32)
+    positions = np.concatenate([np.arange(count) for count in (40, 50, 30, 8)])[None].repeat(4, axis=0)
+
+    def loss_and_gradient(attention: str, sizes):
+        mesh = mesh_lib.make_mesh(MeshConfig(*sizes), devices=jax.devices()[: math.prod(sizes)])
+        decoder_ = Decoder(model, LoraConfig(rank=RANK), remat="dots", attention=attention)
+        variables = decoder.init(decoder_, jax.random.key(0))
+
+        def loss(lora, params):
+            hidden, head, _ = decoder_.apply({"params": params, "lora": lora}, tokens, positions, rows)
+            return jnp.mean(jnp.square(hidden @ head))
+
+        lora = jax.tree.map(lambda leaf: leaf + 0.01, variables["lora"])  # lora_b is zero at first
+        with jax.set_mesh(mesh):
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(lora, variables["params"]))
+
+    expected = loss_and_gradient("xla", (1, 1, 1))
+    found = loss_and_gradient(INTERPRETED, (2, 1, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
