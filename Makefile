@@ -16,8 +16,9 @@ demo: $(VENV)/.installed
 	@echo "your data  $(BIN)/python -m lowrank.train --config=configs/alpaca.py --workdir=runs/mine \\"
 	@echo "             --config.base=FOLDER_OF_A_LLAMA --config.data.train=FILE.json"
 
+# Two processes, for two cores; the tests of a file stay together, because they share what its fixtures have made.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
