@@ -177,11 +177,11 @@ def remarks(results: list[Result]) -> list[str]:
     for result in results:
         ceiling = {name: f"{value / 1e9:,.0f}" for name, value in result.ceiling.items()}
         line = f"{result.shape}: {result.agreement}; {result.flops / 1e9:,.1f} GFLOP needed; large products reach "
-        line += f"{ceiling['lowrank']} GFLOP/s in JAX, {ceiling['peft']} in PyTorch"
+        line += f"{ceiling['lowrank']} GFLOP/s in JAX, {ceiling['peft']} in PyTorch; "
+        line += f"lowrank's attention is {result.versions['lowrank']['attention']}"
         made.append(line + (f"; lowrank compiles for {result.compiling:.0f} CPU seconds" if result.compiling else ""))
     work, versions = results[0].work, results[0].versions
-    parts = [f"mode {work.mode}", f"{work.dtype}", f"lowrank's remat {work.remat}"]
-    parts += [f"its attention {versions['lowrank']['attention']}", f"{FLAGS.rounds} rounds"]
+    parts = [f"mode {work.mode}", f"{work.dtype}", f"lowrank's remat {work.remat}", f"{FLAGS.rounds} rounds"]
     if work.mode != "full":
         parts.append("LoRA of rank 16 on all seven projections, not merged")
     if work.mode == "generate":

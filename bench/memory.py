@@ -18,6 +18,7 @@ from worker import Work, Worker
 
 from lowrank.model.architecture import hf_config
 from lowrank.model.decoder import REMAT
+from lowrank.training.objective import CHUNK_TOKENS
 
 flags.DEFINE_list("shape", ["15m", "135m"], "Which.")
 flags.DEFINE_integer("rounds", 3, "Steps that are timed.")
@@ -25,12 +26,12 @@ FLAGS = flags.FLAGS
 
 BATCHES = {"15m": (8, 256), "135m": (4, 512), "1.1b": (4, 256)}
 MICROBATCHES = (1, 2, 4)
-CHUNK, OTHER_CHUNKS = 512, (256, 1024, 2048)  # the objective's own first
+OTHER_CHUNKS = (256, 1024, 2048)
 
 
 def lines_of(shape: str):
     """(remat, microbatches, chunk) of each line."""
-    yield from ((remat, count, CHUNK) for remat in REMAT for count in MICROBATCHES)
+    yield from ((remat, count, CHUNK_TOKENS) for remat in REMAT for count in MICROBATCHES)
     yield from (("dots", 1, chunk) for chunk in OTHER_CHUNKS if chunk <= BATCHES[shape][0] * BATCHES[shape][1])
 
 

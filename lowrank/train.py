@@ -4,6 +4,7 @@
 
 The same command again resumes: the metrics and the adapter are then bitwise those of a run that was never stopped.
 SIGTERM and Ctrl-C finish the step, save, and end with exit code 75; a second Ctrl-C does not wait for the step.
+--profile=11:13 writes a trace of these steps into the workdir, for xprof.
 """
 
 import contextlib
@@ -74,6 +75,7 @@ def main(arguments: list[str]) -> int | None:
     distributed.refuse_differences(facts(config, run_identity), "give all of them the same command, code and files")
     base, architecture, tokenizer = prepared.base, prepared.architecture, prepared.tokenizer
     held_out, steps = prepared.held_out, prepared.steps
+    profile.check(steps)
     mesh = mesh_lib.make_mesh(config.mesh)
     check_mesh(mesh, config, architecture)
     begun = bool(FLAGS.workdir) and distributed.from_first((workdir / "config.json").exists)
@@ -83,6 +85,7 @@ def main(arguments: list[str]) -> int | None:
     # ---- Model, mask, optimizer: abstract first; nothing is computed yet.
     setup = abstract_step(config, architecture, mesh, steps)
     model, shapes, mask, optimizer = setup.model, setup.shapes, setup.mask, setup.optimizer
+    distributed.refuse_differences({"attention": model.attention}, "say which with --config.attention")
     if config.init_adapter and not begun:  # whether it fits is found out before there is a workdir
         adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})
 
@@ -128,9 +131,10 @@ def main(arguments: list[str]) -> int | None:
             metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
             print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
             return None
-        profile.check(first, steps)
         if first:
             print(f"resumed from step {first}")
+            if left_out := profile.resumed(first):
+                print(left_out)
 
         # ---- Evaluation and samples.
         shards = mesh_lib.batch_shards(mesh)
@@ -148,8 +152,10 @@ def main(arguments: list[str]) -> int | None:
         console = metrics_lib.Console(steps, first)
         rows, length = config.train.batch_size, config.data.max_length
         flops = step_flops(architecture, config.adapted, rows, length, config.remat, config.train.mode)
-        shown = config.log.every and distributed.first()
-        ceiling = mesh.devices.size * product_flops(jax.local_devices()[0], model.dtype) if shown else None
+        device = jax.local_devices()[0]
+        # Several CPU devices share the machine's cores, so what one of them reaches alone says nothing of all.
+        known = config.log.every and distributed.first() and (device.platform != "cpu" or mesh.devices.size == 1)
+        ceiling = mesh.devices.size * product_flops(device, model.dtype) if known else None
         speed = Speed(lambda trained: flops.needed(trained / (rows * length)), ceiling)
 
         def evaluate(step: int) -> float:
@@ -233,11 +239,13 @@ def main(arguments: list[str]) -> int | None:
                 batch = next(batches)
                 arrays = on_devices(batch, mesh)
                 speed.dispatches(idle=pending is None or pending[1]["loss"].is_ready())
-                profile.before(step)
+                with speed.paused():
+                    profile.before(step)
                 with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, scalars = train_step(state, frozen, arrays)
-                if written := profile.after(step, scalars):
-                    console.say(written)
+                with speed.paused():
+                    if written := profile.after(step, scalars):
+                        console.say(written)
                 read_pending()
                 pending = (step, scalars, batch["examples"])
 

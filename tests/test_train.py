@@ -423,6 +423,8 @@ def test_the_console_shows_speed_and_a_profile_is_written(tiny, tmp_path):
     (trace,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
     names = trace.read_bytes()
     assert b"train_step" in names and b"step_num" in names
+    again = train(tiny, workdir, "--profile=4:6", "--config.train.steps=6", "--config.sample.every=0")
+    assert again.code == 0 and "--profile=4:6: step 4 is done already, so nothing is traced" in again.out
 
 
 @pytest.mark.parametrize(
@@ -431,7 +433,7 @@ def test_the_console_shows_speed_and_a_profile_is_written(tiny, tmp_path):
         ("5", "is no range of steps; --profile=START:STOP is the first and the last"),
         ("3:2", "is no range of steps"),
         ("0:2", "is no range of steps"),
-        ("5:9", "this run does steps 1 to 6"),
+        ("5:9", "this run ends at step 6"),
     ],
 )
 def test_a_profile_of_steps_that_are_not_done_is_refused(tiny, tmp_path, profile, why):

@@ -225,18 +225,23 @@ def chosen(wanted: str, platform: str, dtype: jnp.dtype, head_dim: int, length: 
     return INTERPRETED if backend == "splash" and platform == "cpu" else backend
 
 
+def suits(backend: str, length: int) -> bool:
+    """Whether it computes rows of so many tokens."""
+    return length % {"splash": LANES, INTERPRETED: LANES, "cudnn": 2}.get(backend, 1) == 0
+
+
 def _unsuited(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, length: int) -> str | None:
     if backend == "splash":
         if platform == "gpu":
             return "is for TPUs"
-        if length % LANES:
+        if not suits(backend, length):
             return f"needs rows of a multiple of {LANES} tokens, and config.data.max_length is {length}"
     if backend == "cudnn":
         if platform != "gpu":
             return "is for NVIDIA GPUs"
         if dtype not in (jnp.bfloat16, jnp.float16):
             return f"computes in bfloat16, and config.dtype is {jnp.dtype(dtype)}"
-        if head_dim > 128 or head_dim % 8 or length % 2:
+        if head_dim > 128 or head_dim % 8 or not suits(backend, length):
             return f"needs heads of a multiple of 8 up to 128 and rows of even length; they are {head_dim} and {length}"
     return None
 
@@ -244,7 +249,12 @@ def _unsuited(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, leng
 def tried(backend: str, wanted: str, dtype: jnp.dtype, c: ModelConfig) -> str:
     """The backend, if it computes on the devices that are here what it should; else "xla", with a warning, or UserError
     where `wanted` names it."""
-    wrong = None if backend == "xla" else disagreement(backend, dtype, c.heads, c.kv_heads, c.head_dim, c.windows)
+    if backend == "xla":
+        return backend
+    try:
+        wrong = disagreement(backend, dtype, c.heads, c.kv_heads, c.head_dim, c.windows)
+    except Exception as error:  # whatever a library, a driver or a compiler has against it
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if wrong and wanted != AUTO:
         raise UserError(f"config.attention={wanted!r} cannot be used here: {wrong}; leave it at 'auto'")
     if wrong:

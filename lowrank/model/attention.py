@@ -23,8 +23,8 @@ Cache = tuple[jax.Array, jax.Array]  # bits of keys and values, each [layers, B,
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    empty = bits(jnp.zeros((config.layers, rows, config.kv_heads, slots, config.head_dim), dtype))
-    return empty, empty
+    shape = (config.layers, rows, config.kv_heads, slots, config.head_dim)
+    return bits(jnp.zeros(shape, dtype)), bits(jnp.zeros(shape, dtype))
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
@@ -36,8 +36,8 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
         return frequencies
     # Wavelengths beyond original_length / low_freq_factor are stretched by `factor`, those below
     # original_length / high_freq_factor are kept, and the band between is a blend.
-    turns = scaling.original_length * frequencies / np.float32(2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    cycles = scaling.original_length * frequencies / np.float32(2 * math.pi)
+    kept = (cycles - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0, 1).astype(np.float32)
     return (1 - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
 

@@ -27,7 +27,7 @@ def jit_later(function, **arguments):
 def platform_of(tree) -> str | None:
     """Where a tree of arrays, or of their shapes, lies; None if nothing in it says so."""
     layouts = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
-    return next((min(layout.device_set, key=id).platform for layout in layouts if layout is not None), None)
+    return next((next(iter(layout.device_set)).platform for layout in layouts if layout is not None), None)
 
 
 def ahead(function, then=lambda: None):
@@ -36,21 +36,32 @@ def ahead(function, then=lambda: None):
     Arguments of another shape, dtype or layout are compiled for anew, and a warning says which: whoever waits for that
     once a minute should know.
     """
-    program = None
+    program, kinds = None, None
 
     def call(*arguments):
-        nonlocal program
+        nonlocal program, kinds
         if program is not None:
             try:
                 return program(*arguments)
-            except (TypeError, ValueError) as error:  # what JAX raises before anything runs
+            except (
+                TypeError,
+                ValueError,
+            ) as error:  # what JAX raises, before anything runs, of arguments it cannot take
+                if _kinds(arguments) == kinds:
+                    raise
                 changed = " ".join(str(error).split())
                 warnings.warn(f"{function.__name__} is compiled again: {changed}", stacklevel=2)
-        program = compiled(function, *arguments)
+        program, kinds = compiled(function, *arguments), _kinds(arguments)
         then()
         return program(*arguments)
 
     return call
+
+
+def _kinds(arguments):
+    """Shapes, dtypes and layouts of a tree of arrays, to be compared."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, [(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves]
 
 
 def compiled(function, *arguments) -> jax.stages.Compiled:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attend import LANES, Sees, visible
+from lowrank.model.attend import Sees, suits, visible
 from lowrank.model.attention import Attention, Cache, RMSNorm, turns
 from lowrank.model.lora import LoraConfig, Own, project
 from lowrank.model.products import KEPT, rows_of
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         x = rows_of(embedding, constrain(tokens, "group", "length"))
         x = constrain(constrain(x, "group", "length", "embed").astype(self.dtype), "batch", "length", None)
         key_segments = segment_ids if key_segment_ids is None else key_segment_ids
-        attention = self.attention if cache is None and tokens.shape[1] % LANES == 0 else "xla"
+        attention = self.attention if cache is None and suits(self.attention, tokens.shape[1]) else "xla"
         slots = slot + jnp.arange(tokens.shape[1])
         whole = None if attention.startswith("splash") else visible(slots, segment_ids, key_segments)
         sees = Sees(segment_ids, whole)

@@ -9,8 +9,10 @@ passes over the same products, and what a part costs is its forward pass times h
     attention    forward 1, backward 2, and 1/2 for the scores that are computed again instead of kept, remat 1
 
 "remat" is the mode "full" of it: with "dots" no product is done again. One whose result only leaves the block (down_proj,
-its lora_b) is never done again. If the base is trained, every backward pass is 2. Left out: what is no matrix product (norms, softmax, the optimizer: under 1 %), and that chunks of the
-head without a trained token are skipped, so the head is an upper bound. Checked against the traced step in tests.
+its lora_b) is never done again. If the base is trained, every backward pass is 2. Attention is counted as `xla` computes it,
+in causal pieces, whatever of them segments and windows hide. Left out: what is no matrix product (norms, softmax, the
+optimizer: under 1 %), and that chunks of the head without a trained token are skipped, so the head is an upper bound.
+Checked against the traced step in tests.
 """
 
 import dataclasses

@@ -89,7 +89,8 @@ def _last_logits(model: Decoder, hidden: jax.Array, head: jax.Array) -> jax.Arra
 
 
 def _sample(logits: jax.Array, key: jax.Array, settings, whole: NamedSharding | None) -> jax.Array:
-    """float32 [rows, vocab] -> int32 [rows], laid out as `whole`. Top-k is taken first, then the smallest set of tokens that holds top_p."""
+    """float32 [rows, vocab] -> int32 [rows], laid out as `whole`. Top-k is taken first, then the smallest set of tokens that
+    holds top_p."""
     temperature, top_k, top_p = settings
     rows, vocab = logits.shape
 

@@ -28,12 +28,16 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _dot(x, w):
-    plain = lambda x, w: product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,)))  # noqa: E731
-    if x.size > x.shape[-1] or x.dtype == jnp.float32:
-        return plain(x, w)
-    # One row, as in generation. XLA's CPU turns the matrix into float32 for it; for two rows it does not.
-    twice = lambda x, w: plain(jnp.concatenate([x, x]), w)[:1]  # noqa: E731
-    return jax.lax.platform_dependent(x, w, cpu=twice, default=plain)
+    return _with_company(lambda x, w: product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,))), x, w)
+
+
+def _with_company(multiply, x, w):
+    """multiply(x, w); where x is one row, as in generation, on a CPU in bfloat16: of that row twice. XLA's CPU turns the
+    matrix into float32 for one row, which takes as long as a hundred rows; for two it does not."""
+    if x.ndim == 1 or x.size > x.shape[-1] or x.dtype == jnp.float32:
+        return multiply(x, w)
+    twice = lambda x, w: multiply(jnp.concatenate([x, x]), w)[:1]  # noqa: E731
+    return jax.lax.platform_dependent(x, w, cpu=twice, default=multiply)
 
 
 def _dot_forward(x, w):
@@ -44,7 +48,7 @@ def _dot_forward(x, w):
 
 def _dot_backward(needed, g):
     x, w, (like_x, like_w) = needed
-    g = g.astype(like_x.dtype)  # loses nothing where the result was rounded to that dtype
+    g = g.astype(like_x.dtype)  # as it came from there, where the result was rounded to that dtype
     d_x = None if w is None else product(g, w.astype(g.dtype), ((g.ndim - 1,), (1,))).astype(g.dtype)
     d_w = None if x is None else sum_of_outer(x, g).astype(like_w.dtype)  # which is float32 in training
     return d_x, d_w
@@ -54,17 +58,11 @@ dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
 def dot_tied(x: jax.Array, table: jax.Array) -> jax.Array:
-    """x [rows, D] times table [V, D] transposed -> float32 [rows, V], of few rows: the head that is the embedding."""
-    plain = lambda x, table: product(x, table.astype(x.dtype), ((1,), (1,)))  # noqa: E731
+    """x [rows, D] times table [V, D] transposed -> float32 [rows, V]: the head that is the embedding, in generation.
 
-    def summed(x, table):
-        # For a product XLA's CPU makes a float32 copy of the table first, for a sum it reads the table as it is (8 rows of
-        # the 15M shape: 27 ms and 5). The row axis is in the middle, so that a part of the table meets all rows at once.
-        x, table = x.astype(jnp.float32), table.astype(x.dtype).astype(jnp.float32)
-        return jnp.sum(table * x, axis=1)[None] if len(x) == 1 else jnp.sum(table[:, None] * x, axis=2).T
-
-    on_cpu = summed if len(x) <= 32 and x.dtype != jnp.float32 else plain
-    return jax.lax.platform_dependent(x, table, cpu=on_cpu, default=plain)
+    Not `dot` of a transposed table, of which XLA's CPU makes a float32 copy (15M shape, 8 rows: 26 ms instead of 4).
+    """
+    return _with_company(lambda x, table: product(x, table.astype(x.dtype), ((1,), (1,))), x, table)
 
 
 def sum_of_outer(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -121,12 +119,10 @@ def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
 def _rows_forward(table, ids):
     # An empty array carries the table's size and dtype to the backward pass.
     like_table = jnp.zeros((table.value.shape[0], 0), table.value.dtype)
-    return rows_of(table.value, ids.value), (ids.value, like_table) if table.perturbed else None
+    return rows_of(table.value, ids.value), (ids.value, like_table)
 
 
 def _rows_backward(needed, g):
-    if needed is None:
-        return None, None
     ids, like_table = needed
     sums = jnp.zeros((like_table.shape[0], g.shape[-1]), jnp.float32).at[ids].add(g.astype(jnp.float32))
     return sums.astype(like_table.dtype), None

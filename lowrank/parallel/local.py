@@ -13,8 +13,9 @@ from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.chips import Chip
 from lowrank.parallel.topology import Slice
 
-SIZES = {"cpu": 1024}  # of the matrices whose product is timed; elsewhere ELSE. 256 MiB are copied
+SIZES = {"cpu": 1024}  # of the matrices whose product is timed; elsewhere ELSE
 ELSE = 8192
+COPIED = 2**26  # float32 numbers
 
 
 class Local(Slice):
@@ -39,7 +40,7 @@ def open_local(dtype: jnp.dtype) -> Local:
     """All local devices."""
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
     devices = list(mesh.devices.flat)
-    long = jax.device_put(jnp.ones(2**26, jnp.float32), devices[0])
+    long = jax.device_put(jnp.ones(COPIED, jnp.float32), devices[0])
     copy = jax.jit(lambda x: x + 1)
     bandwidth = 2 * long.nbytes / _seconds(copy, long)
     free = memory.free_bytes(mesh)

@@ -51,7 +51,10 @@ def numbers_of(configs: list[Config], steps: int, layers: int) -> Numbers:
     step = jnp.arange(steps)
     schedules = [learning_rate_schedule(config.optim, steps) for config in configs]
     of_layers = [
-        {target: own._replace(kept=jnp.full(layers, 1 - lora.dropout, jnp.float32)) for target, own in table.items()}
+        {
+            target: own._replace(undropped=jnp.full(layers, 1 - lora.dropout, jnp.float32))
+            for target, own in table.items()
+        }
         for lora, table in ((config.lora, config.lora.of_layers(layers)) for config in configs if config.adapted)
     ]
     return Numbers(

@@ -27,10 +27,18 @@ class Profile:
         self.start, self.stop = int(found[1]), int(found[2])
         self.folder = pathlib.Path(workdir) / "profile"
 
-    def check(self, first: int, steps: int):
-        """UserError if a run that goes on after step `first` and ends at `steps` does not do these steps."""
-        if self.start and not first < self.start <= self.stop <= steps:
-            raise UserError(f"--profile={self.start}:{self.stop}: this run does steps {first + 1} to {steps}")
+    def check(self, steps: int):
+        """UserError if a run of so many steps does not do these."""
+        if self.stop > steps:
+            raise UserError(f"--profile={self.start}:{self.stop}: this run ends at step {steps}")
+
+    def resumed(self, first: int) -> str | None:
+        """A run that goes on after step `first` traces nothing if some of the steps are behind it; that is said."""
+        if not 0 < self.start <= first:
+            return None
+        said = f"--profile={self.start}:{self.stop}: step {self.start} is done already, so nothing is traced"
+        self.start = self.stop = 0
+        return said
 
     def before(self, step: int):
         if step == self.start:

@@ -8,7 +8,7 @@ import pytest
 from lowrank.errors import UserError
 from lowrank.model import attend as attend_lib
 from lowrank.model.architecture import ModelConfig
-from lowrank.model.attend import AUTO, INTERPRETED, Sees, attend, chosen, disagreement, near, tried, visible
+from lowrank.model.attend import AUTO, INTERPRETED, Sees, attend, chosen, disagreement, near, suits, tried, visible
 
 ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 BACKENDS = ["xla", INTERPRETED, pytest.param("cudnn", marks=ON_GPU)]
@@ -133,6 +133,7 @@ def test_the_backend_is_chosen_by_device_and_rows():
     assert chosen(AUTO, "tpu", bf16, 64, 200) == chosen(AUTO, "gpu", f32, 64, 256) == "xla"
     assert chosen(AUTO, "gpu", bf16, 64, 200) == "cudnn"
     assert chosen("splash", "cpu", bf16, 64, 256) == INTERPRETED
+    assert suits("cudnn", 200) and not suits("cudnn", 201) and not suits("splash", 200) and suits("xla", 201)
     for wanted, platform, dtype, head_dim, length, why in (
         ("splash", "tpu", bf16, 64, 200, "config.data.max_length is 200"),
         ("splash", "gpu", bf16, 64, 256, "is for TPUs"),
@@ -154,3 +155,13 @@ def test_a_backend_that_is_wrong_here_is_not_used(monkeypatch):
         UserError, match=r"config.attention='cudnn' cannot be used here: it is wrong; leave it at 'auto'"
     ):
         tried("cudnn", "cudnn", jnp.dtype("bfloat16"), c)
+
+
+def test_a_backend_that_fails_here_is_not_used(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such library\nhere")
+
+    c = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=8)
+    monkeypatch.setattr(attend_lib, "attend", fails)
+    with pytest.warns(UserWarning, match="computed by 'xla', not by 'splash': RuntimeError: no such library here"):
+        assert tried("splash", AUTO, jnp.dtype("bfloat16"), c) == "xla"

@@ -235,7 +235,7 @@ def test_rates_are_those_of_the_schedules_one_by_one():
         np.testing.assert_allclose(rates, [schedule(i) for i in range(STEPS)], rtol=1e-6)
     assert numbers.clip_norm.tolist() == [np.inf, 1.0, np.float32(0.1)]
     assert numbers.adapters["q_proj"].scale.tolist() == [[4.0] * 2, [np.float32(4 / 3**0.5)] * 2, [2.0] * 2]
-    assert numbers.adapters["q_proj"].kept.tolist() == [[1.0] * 2, [np.float32(0.8)] * 2, [0.5] * 2]
+    assert numbers.adapters["q_proj"].undropped.tolist() == [[1.0] * 2, [np.float32(0.8)] * 2, [0.5] * 2]
 
 
 def test_residuals_are_what_the_backward_pass_keeps():

@@ -65,3 +65,13 @@ def test_a_program_is_compiled_once_and_for_other_arguments_again_with_a_warning
     with pytest.warns(UserWarning, match=r"twice is compiled again: .*float32\[3\].*float32\[2\]"):
         assert program(jnp.ones(2)).tolist() == [2, 2]
     assert compiled == [(3,), (2,)] and waited == [1, 2]
+
+
+def test_a_mistake_is_no_reason_to_compile_again(recwarn):
+    program = ahead(jax.jit(lambda x: 2 * x, donate_argnums=0))
+    x = jnp.ones(3)
+    program(x)
+    x.delete()
+    with pytest.raises((ValueError, RuntimeError), match="deleted"):
+        program(x)
+    assert not [warning for warning in recwarn if "compiled again" in str(warning.message)]
