@@ -28,6 +28,7 @@ SECTIONS = {
     "Generation beside transformers + PEFT": "bench/against_peft.py --mode=generate --rounds=3",
     "A sweep's step beside its members' one by one": "bench/sweep.py",
     "Memory and time by remat, micro-batches and chunk": "bench/memory.py",
+    "Gradients in bfloat16": "bench/gradients.py",
     "Attention": "bench/attention.py",
     "Importing and converting a base": "bench/import_speed.py --shape=1.1b --folder=FOLDER",
 }

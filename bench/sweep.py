@@ -37,6 +37,7 @@ from lowrank import group as group_lib
 from lowrank.config import DTYPES, Config, DataConfig, TrainConfig
 from lowrank.grid import Member, SweepConfig
 from lowrank.group import Group, Programs
+from lowrank.model import compiling as compiling_lib
 from lowrank.model.decoder import REMAT
 from lowrank.model.lora import LoraConfig
 from lowrank.parallel import memory
@@ -261,11 +262,11 @@ def measure_process(group: Group) -> dict:
         rest = [(frozen, batch)] * STEPS_FOR_MEMORY
     else:
         programs = Programs(group)
-        step, state, numbers = programs.step, members_state(group, programs), members_numbers(group)
+        step, state, numbers = programs.jitted_step, members_state(group, programs), members_numbers(group)
         rest = [(numbers, frozen, batch, np.int32(number)) for number in range(STEPS_FOR_MEMORY)]
     jax.block_until_ready(state)
     start = time.process_time()
-    compiled = step.lower(state, *rest[0]).compile()
+    compiled = compiling_lib.compiled(step, state, *rest[0])
     compiling = time.process_time() - start
     before = peak_bytes()
     for arguments in rest:

@@ -167,8 +167,10 @@ class Programs:
         self.optimizer = make_optimizer(config.optim, schedule, group.mask)
         self.layout = members_lib.stacked_shapes(abstract_state(self.optimizer, trainable, mesh), group.count, mesh)
         shards = mesh_lib.batch_shards(mesh)
-        step = members_lib.make_members_step(group.model, config, group.mask, shards, self.layout, group.at_once)
-        self.step = ahead(step)
+        self.jitted_step = members_lib.make_members_step(
+            group.model, config, group.mask, shards, self.layout, group.at_once
+        )
+        self.step = ahead(self.jitted_step)
         self.eval_step = members_lib.make_members_eval_step(group.model, shards, group.at_once)
         self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=shardings_of(self.layout.opt_state))
 
