@@ -87,6 +87,7 @@ def errors(found: list[np.ndarray], exact: list[np.ndarray]) -> list[float]:
 
 
 def main(_):
+    jax.config.update("jax_platforms", "cpu")
     transformers.logging.disable_progress_bar()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
