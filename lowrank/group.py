@@ -106,8 +106,8 @@ def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
 def chosen_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> tuple[int, int]:
     """-> (members in one compiled step, members in the model at one time on each device), for `free` bytes a device.
 
-    On a CPU one at a time is fastest (15M shape, 2 rows of 256, CPU seconds a member: 0.56 for one at a time, 0.75 for
-    eight at once, which also need twice the memory of the process: `bench/sweep.py`); elsewhere as many as fit.
+    On a CPU one at a time is fastest (15M shape, 2 rows of 256, CPU seconds a member: 0.31 for one at a time, 0.44 for
+    eight at once: `bench/sweep.py`); elsewhere as many as fit.
     """
     mesh, count = group.mesh, len(group.members)
     lanes, cuts = mesh.shape["member"], mesh.shape["fsdp"] * mesh.shape["tensor"]
