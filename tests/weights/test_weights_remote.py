@@ -199,7 +199,7 @@ for mesh in ({"data": 1, "fsdp": 8}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data
         for part, expected in zip(x.addressable_shards, y.addressable_shards, strict=True):
             assert np.asarray(part.data).tobytes() == np.asarray(expected.data).tobytes()
     from lowrank.weights import remote_file
-    remote_file._kept = Kept()
+    remote_file._kept = remote_file.Kept()
 """
 
 
