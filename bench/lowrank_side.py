@@ -14,9 +14,10 @@ import measure
 import numpy as np
 from worker import Work, batch
 
-from lowrank.model import attend, compiling, decoder
+from lowrank.model import attend, decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
+from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.training import objective, partition

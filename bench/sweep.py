@@ -37,9 +37,9 @@ from lowrank import group as group_lib
 from lowrank.config import DTYPES, Config, DataConfig, TrainConfig
 from lowrank.grid import Member, SweepConfig
 from lowrank.group import Group, Programs
-from lowrank.model import compiling as compiling_lib
 from lowrank.model.decoder import REMAT
 from lowrank.model.lora import LoraConfig
+from lowrank.parallel import compiling as compiling_lib
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig

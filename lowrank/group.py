@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from lowrank import adapters
 from lowrank.config import Config
 from lowrank.grid import Member, SweepConfig
-from lowrank.model.compiling import ahead
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.compiling import ahead
 from lowrank.preparation import (
     Prepared,
     check_mesh,

@@ -14,11 +14,11 @@ from lowrank.data import examples, prompts
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
 from lowrank.model import decoder
-from lowrank.model.compiling import jit_later
 from lowrank.model.decoder import Decoder
 from lowrank.model.generation import Sampling, generate_ids
 from lowrank.model.products import dot
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.compiling import jit_later
 from lowrank.weights.base import load_params, read_base
 
 

@@ -14,10 +14,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank.config import Config
-from lowrank.model import attend, compiling, decoder
+from lowrank.model import attend, decoder
 from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import LoraConfig
+from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer

@@ -158,7 +158,7 @@ def _over_queries(a, b):
 
 
 def cudnn(q, k, v, mask):
-    """As `xla`. The mask goes in whole: cuDNN's own notion of packed rows was seen to let segments see each other."""
+    """As `xla`. The mask goes in whole: cuDNN's own notion of packed rows is reported to let segments see each other."""
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation="cudnn")
 

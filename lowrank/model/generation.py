@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank.model.attention import empty_cache
-from lowrank.model.compiling import jit_later
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot, dot_tied
+from lowrank.parallel.compiling import jit_later
 
 ROUND = 64  # prompt slots and cache slots are multiples of this
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from lowrank.errors import UserError
-from lowrank.model.compiling import ahead
+from lowrank.parallel.compiling import ahead
 from lowrank.parallel.launchers import Start, decide, tpu_hosts
 
 BEAT = 1.0  # seconds between two signs of life

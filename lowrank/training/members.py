@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.config import Config
-from lowrank.model.compiling import jit, platform_of
 from lowrank.model.decoder import Decoder
 from lowrank.model.lora import LoraConfig, Own
+from lowrank.parallel.compiling import jit, platform_of
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
 from lowrank.training.step import State, loss_sum, make_update
 

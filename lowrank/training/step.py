@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lowrank.model.compiling import jit, platform_of
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.compiling import jit, platform_of
 from lowrank.parallel.mesh import constrain
 from lowrank.training import partition
 from lowrank.training.objective import cross_entropy_sum, token_losses

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank.model.compiling import ahead
+from lowrank.parallel.compiling import ahead
 from lowrank.training import speed as speed_lib
 from lowrank.training.speed import Speed
 

@@ -1,4 +1,4 @@
-"""How the model's programs are compiled: `jax.jit`, with what each kind of device wants said to its compiler."""
+"""How programs of the model are compiled: `jax.jit`, with what each kind of device wants said to its compiler."""
 
 import contextlib
 import ctypes
@@ -43,10 +43,7 @@ def ahead(function, then=lambda: None):
         if program is not None:
             try:
                 return program(*arguments)
-            except (
-                TypeError,
-                ValueError,
-            ) as error:  # what JAX raises, before anything runs, of arguments it cannot take
+            except (TypeError, ValueError) as error:  # raised before anything runs, of arguments that do not fit
                 if _kinds(arguments) == kinds:
                     raise
                 changed = " ".join(str(error).split())
