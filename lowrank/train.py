@@ -243,9 +243,11 @@ def main(arguments: list[str]) -> int | None:
                     profile.before(step)
                 with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, scalars = train_step(state, frozen, arrays)
-                with speed.paused():
-                    if written := profile.after(step, scalars):
-                        console.say(written)
+                if step == profile.stop:
+                    jax.block_until_ready(scalars)
+                    with speed.paused():
+                        profile.close()
+                    console.say(profile.written)
                 read_pending()
                 pending = (step, scalars, batch["examples"])
 

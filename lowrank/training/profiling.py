@@ -45,16 +45,12 @@ class Profile:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 
-    def after(self, step: int, results) -> str | None:
-        """At the last step: wait for its results, write the trace, and say where it is."""
-        if step != self.stop:
-            return None
-        jax.block_until_ready(results)
-        self.close()
+    @property
+    def written(self) -> str:
         return f"profile of steps {self.start} to {self.stop} in {self.folder}; pip install xprof; xprof {self.folder}"
 
     def close(self):
-        """Write what there is of it, if a run ends before."""
+        """Write the trace: when step `stop` is done, or what there is of it where a run ends before."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
