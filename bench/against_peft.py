@@ -30,7 +30,8 @@ from absl import app, flags
 from turns import generations, needed_flops, steps
 from worker import Work, Worker
 
-from lowrank.model.architecture import ModelConfig, hf_config
+from lowrank.families.config import ModelConfig
+from lowrank.families.config_json import hf_config
 from lowrank.model.decoder import REMAT
 
 MODES = ("lora", "full", "generate")

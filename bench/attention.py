@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from lowrank.model.attend import visible, xla
+from lowrank.model.kernels import visible, xla
 
 flags.DEFINE_integer("rows", 4, "Rows of the batch.")
 flags.DEFINE_integer("length", 512, "Tokens of a row.")

@@ -20,13 +20,15 @@ import torch
 import transformers
 from absl import app, flags
 
+from lowrank.adapters.lora import TARGETS
+from lowrank.families.config import ModelConfig
+from lowrank.families.config_json import hf_config
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig, hf_config
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import TARGETS
 from lowrank.training import partition
 from lowrank.training.step import loss_sum
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights.base import read_base
+from lowrank.weights.load import load_params
 from lowrank.weights.peft import read_peft
 
 flags.DEFINE_integer("seeds", 6, "So many models, each with tokens of its own.")

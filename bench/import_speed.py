@@ -31,9 +31,11 @@ import numpy as np
 from absl import app, flags
 
 from lowrank import convert
-from lowrank.model.architecture import SIZES, hf_config
-from lowrank.weights.base import load_params, read_base
-from lowrank.weights.layout import layout
+from lowrank.families.config_json import hf_config
+from lowrank.families.sizes import SIZES
+from lowrank.families.tensor_names import layout
+from lowrank.weights.base import read_base
+from lowrank.weights.load import load_params
 
 flags.DEFINE_enum("shape", "1.1b", ["1.1b", "7b"], "Of TinyLlama or of Llama 2 7B.")
 flags.DEFINE_string("folder", None, "Where the checkpoint and its copies are made.", required=True)

@@ -14,16 +14,19 @@ import measure
 import numpy as np
 from worker import Work, batch
 
-from lowrank.model import attend, decoder
+from lowrank.inference.decode import Sampling, generate_ids
+from lowrank.model import decoder
+from lowrank.model import kernels as attend
 from lowrank.model.decoder import Decoder
-from lowrank.model.generation import Sampling, generate_ids
 from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
-from lowrank.training import objective, partition
+from lowrank.training import partition
+from lowrank.training.objectives import cross_entropy as objective
 from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
 from lowrank.training.step import abstract_state, init_state, make_train_step
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights.base import read_base
+from lowrank.weights.load import load_params
 from lowrank.weights.peft import read_peft
 
 
@@ -40,8 +43,8 @@ class Lowrank:
         param_dtype = "float32" if work.mode == "full" else work.dtype  # as `train` holds what is trained
         self.mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
         c, dtype, device = base.config, jnp.dtype(work.dtype), jax.devices()[0]
-        attention = attend.chosen(attend.AUTO, device.platform, dtype, c.head_dim, work.length)
-        attention = attend.tried(attention, attend.AUTO, dtype, c)
+        attention = attend.choose_backend(attend.AUTO, device.platform, dtype, c.head_dim, work.length)
+        attention = attend.verify_backend(attention, attend.AUTO, dtype, c)
         self.model = Decoder(c, lora, dtype, jnp.dtype(param_dtype), work.remat, attention)
         shapes, axes = decoder.abstract(self.model)
         shapes = mesh_lib.laid_out(self.mesh, axes, shapes)

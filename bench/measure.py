@@ -10,7 +10,8 @@ import statistics
 import time
 from collections.abc import Callable
 
-from lowrank.model.architecture import SIZES, ModelConfig
+from lowrank.families.config import ModelConfig
+from lowrank.families.sizes import SIZES
 
 SHAPES: dict[str, ModelConfig] = {
     "15m": ModelConfig(32000, 288, 768, 6, 6, 6, 48, tied_head=True),

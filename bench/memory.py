@@ -16,9 +16,9 @@ import measure
 from absl import app, flags
 from worker import Work, Worker
 
-from lowrank.model.architecture import hf_config
+from lowrank.families.config_json import hf_config
 from lowrank.model.decoder import REMAT
-from lowrank.training.objective import CHUNK_TOKENS
+from lowrank.training.objectives.cross_entropy import CHUNK_TOKENS
 
 flags.DEFINE_list("shape", ["15m", "135m"], "Which.")
 flags.DEFINE_integer("rounds", 3, "Steps that are timed.")

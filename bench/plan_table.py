@@ -13,7 +13,7 @@ import pathlib
 import subprocess
 import sys
 
-from lowrank.parallel.chips import CHIPS
+from lowrank.planning.chips import CHIPS
 
 MODELS = ("llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b")
 KINDS = ("v5e", "v6e", "v5p")

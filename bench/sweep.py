@@ -33,18 +33,18 @@ import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank import group as group_lib
+from lowrank.adapters.lora import LoraConfig
 from lowrank.config import DTYPES, Config, DataConfig, TrainConfig
-from lowrank.grid import Member, SweepConfig
-from lowrank.group import Group, Programs
 from lowrank.model.decoder import REMAT
-from lowrank.model.lora import LoraConfig
 from lowrank.parallel import compiling as compiling_lib
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
-from lowrank.preparation import Prepared, initial_variables, on_devices
-from lowrank.training import members as members_lib
+from lowrank.runs.inputs import RunInputs, initial_variables, on_devices
+from lowrank.sweeping import group as group_lib
+from lowrank.sweeping import members as members_lib
+from lowrank.sweeping.grid import Member, SweepConfig
+from lowrank.sweeping.group import Group, Programs
 from lowrank.training import partition
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
 from lowrank.training.step import State, abstract_state, init_state, make_train_step
@@ -98,7 +98,7 @@ def make_group() -> Group:
     mesh = mesh_lib.members_mesh(mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1]))
     widest = members_lib.widest([member.config.lora for member in members])
     model, shapes = group_lib.model_of(config, architecture, widest, mesh)
-    prepared = Prepared(None, architecture, None, None, None, rows, 1.0, steps)
+    prepared = RunInputs(None, architecture, None, None, None, rows, 1.0, steps)
     mask = partition.trainable_mask(shapes, config.train.mode)
     count = len(members)
     group = Group(members, prepared, mesh, model, shapes, mask, count, 1)
@@ -161,7 +161,7 @@ def members_state(group: Group, programs: Programs) -> State:
     return state._replace(trainable=jax.tree_util.tree_map_with_path(filled, state.trainable))
 
 
-def members_numbers(group: Group) -> members_lib.Numbers:
+def members_numbers(group: Group) -> members_lib.MemberHyperparams:
     configs = [member.config for member in group.members]
     numbers = members_lib.numbers_of(configs, group.prepared.steps, group.prepared.architecture.layers)
     return jax.device_put(numbers, NamedSharding(group.mesh, PartitionSpec("member")))

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from worker import Work
 
-from lowrank.model.architecture import ModelConfig
+from lowrank.adapters.lora import LoraConfig
+from lowrank.families.config import ModelConfig
 from lowrank.model.flops import step_flops
-from lowrank.model.lora import LoraConfig
 
 # Of a loss, relative. In bfloat16 PyTorch's autocast, which is mode full's, keeps the residual stream in float32.
 TOLERANCE = {"bfloat16": {"lora": 5e-3, "full": 1e-2}, "float32": {"lora": 1e-4, "full": 1e-4}}

@@ -16,15 +16,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from lowrank import command, storage
-from lowrank.adapters import Adapter, read_adapter
+from lowrank.adapters.lora import TARGETS
+from lowrank.analysis import subspaces
+from lowrank.cli import run as cli
 from lowrank.errors import UserError
+from lowrank.files import paths
+from lowrank.files.new_folder import new_folder
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import TARGETS
-from lowrank.training import subspaces, workdir
+from lowrank.runs import workdir
+from lowrank.runs.adapter import Adapter, read_adapter
 from lowrank.weights.base import Base, read_base
-from lowrank.weights.new_folder import new_folder
 
 flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
 flags.DEFINE_string("other", None, "A second adapter over the same base, to compare directions with.")
@@ -40,7 +42,7 @@ COLUMNS = (  # of analysis.csv
 
 
 def main(arguments: list[str]):
-    command.refuse_unknown(arguments)
+    cli.refuse_unknown(arguments)
     missing = [f"--{name}" for name in ("adapter", "to") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} missing; see --help")
@@ -309,9 +311,9 @@ def describe(modules: Modules, shared, base: Base) -> str:
 def common_start() -> list[str]:
     """What to say where both runs drew their first lora_a from the same seed."""
     configs = [
-        workdir.read_config(storage.path(folder))
+        workdir.read_config(paths.path(folder))
         for folder in (FLAGS.adapter, FLAGS.other)
-        if (storage.path(folder) / "config.json").is_file()
+        if (paths.path(folder) / "config.json").is_file()
     ]
     if len(configs) < 2 or configs[0].seed != configs[1].seed:
         return []
@@ -320,4 +322,4 @@ def common_start() -> list[str]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -12,10 +12,10 @@ import math
 import types
 import typing
 
+from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
-from lowrank.model.attend import AUTO, BACKENDS
 from lowrank.model.decoder import REMAT
-from lowrank.model.lora import TARGETS, LoraConfig
+from lowrank.model.kernels import AUTO, BACKENDS
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.training.optimizer import SCHEDULES, OptimConfig
 

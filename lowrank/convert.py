@@ -26,15 +26,17 @@ import rich.console
 import rich.progress
 from absl import flags
 
-from lowrank import command, storage
+from lowrank.cli import run as cli
 from lowrank.data.tokenizer import COMPANIONS
 from lowrank.errors import UserError
-from lowrank.model.architecture import hf_config
+from lowrank.families.config_json import hf_config
+from lowrank.families.tensor_names import layout
+from lowrank.files import paths
+from lowrank.files.new_folder import carry, new_folder
 from lowrank.weights import native
-from lowrank.weights.base import AHEAD, BAND_BYTES, Base, StoredLeaf, ahead, read_base
+from lowrank.weights.base import BAND_BYTES, Base, StoredLeaf, read_base
 from lowrank.weights.fingerprint import fingerprint
-from lowrank.weights.layout import layout
-from lowrank.weights.new_folder import carry, new_folder
+from lowrank.weights.load import AHEAD, ahead
 from lowrank.weights.tensor_file import Tensor, cut, rows_within
 
 flags.DEFINE_string("from", None, "The base to convert: a folder of any supported format.")
@@ -46,12 +48,12 @@ PIECE_BYTES = 2**24  # what is read, written and compared at once
 
 
 def main(arguments: list[str]):
-    command.refuse_unknown(arguments)
+    cli.refuse_unknown(arguments)
     source, to = FLAGS["from"].value, FLAGS.to
     missing = [f"--{name}" for name, value in (("from", source), ("to", to)) if not value]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; see --help")
-    if storage.path(source).resolve() == storage.path(to).resolve():
+    if paths.path(source).resolve() == paths.path(to).resolve():
         raise UserError(f"--to={to} is the folder to convert; give another one")
     print(convert(read_base(source), to, FLAGS.dtype))
 
@@ -154,4 +156,4 @@ def huggingface_tensors(base: Base, dtype: np.dtype) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

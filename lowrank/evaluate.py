@@ -19,16 +19,21 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from lowrank import command, config_file, inference, storage
-from lowrank.adapters import Adapter, read_adapter
+from lowrank.cli import config_file
+from lowrank.cli import run as cli
 from lowrank.config import FORMATS, DataConfig
 from lowrank.data import loader
+from lowrank.data.batch import BATCH_KEYS
 from lowrank.data.examples import Examples, encode_examples
 from lowrank.data.records import read_records
 from lowrank.errors import UserError
+from lowrank.files import lines as lines_lib
+from lowrank.files import paths
+from lowrank.inference import model as model_lib
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.training import metrics, workdir
-from lowrank.training.step import BATCH_KEYS, make_losses_step
+from lowrank.runs import workdir
+from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.training.step import make_losses_step
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
 flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
@@ -51,11 +56,11 @@ FEW = 30  # examples, below which that distribution makes an interval too narrow
 
 def main(arguments: list[str]):
     if not FLAGS.config:
-        command.refuse_unknown(arguments)
+        cli.refuse_unknown(arguments)
     missing = [f"--{name}" for name in ("base", "data") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} missing; see --help")
-    if FLAGS.to and storage.local(FLAGS.to).exists():
+    if FLAGS.to and paths.local(FLAGS.to).exists():
         raise UserError(f"--to={FLAGS.to} exists; give a new name or remove it")
     if FLAGS.to and not pathlib.Path(FLAGS.to).parent.is_dir():
         raise UserError(f"--to={FLAGS.to}: its folder does not exist; make it first")
@@ -70,7 +75,7 @@ def main(arguments: list[str]):
     settings = data_settings(asked_for.data if asked_for else None, adapters)
     losses, made = [], []
     for adapter in adapters:
-        model = inference.load(FLAGS.base, adapter, dtype=FLAGS.dtype, mesh=mesh)
+        model = model_lib.load(FLAGS.base, adapter, dtype=FLAGS.dtype, mesh=mesh)
         examples = read_examples(settings, model)
         made.append(loader.fingerprint(examples))
         if made[-1] != made[0]:
@@ -128,7 +133,7 @@ def data_settings(asked_for: DataConfig | None, adapters: list[Adapter | None]) 
     return dataclasses.replace(found, **flagged)
 
 
-def read_examples(settings: DataConfig, model: inference.Model) -> Examples:
+def read_examples(settings: DataConfig, model: model_lib.Model) -> Examples:
     if settings.max_length > model.model.config.max_length:
         raise UserError(
             f"--max_length={settings.max_length} is more than the model reads ({model.model.config.max_length}); "
@@ -150,7 +155,7 @@ def describe(examples: Examples, settings: DataConfig) -> str:
     )
 
 
-def example_losses(model: inference.Model, examples: Examples, max_length: int, mesh) -> np.ndarray:
+def example_losses(model: model_lib.Model, examples: Examples, max_length: int, mesh) -> np.ndarray:
     """float64 [examples]: the summed loss of each example's trained tokens."""
     shards = mesh_lib.batch_shards(mesh)
     rows = -(-FLAGS.batch_size // shards) * shards  # every device gets as many
@@ -197,8 +202,8 @@ def write(file: pathlib.Path, examples: Examples, tokens: np.ndarray, losses: li
     for i, example in enumerate(examples.examples):
         means = {name: loss[i] / tokens[i] for name, loss in zip(("loss", "other_loss"), losses, strict=False)}
         lines.append(json.dumps({"example": example.index, "tokens": int(tokens[i])} | means) + "\n")
-    metrics.replace(file, "".join(lines))
+    lines_lib.replace(file, "".join(lines))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

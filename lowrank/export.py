@@ -17,21 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lowrank import command, inference, storage
-from lowrank.adapters import Adapter, read_adapter
+from lowrank.adapters.lora import padding
+from lowrank.cli import run as cli
 from lowrank.data.tokenizer import load_tokenizer, write_tokenizer
 from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
+from lowrank.families.sizes import SIZES
+from lowrank.files import lines as lines_lib
+from lowrank.files import paths
+from lowrank.files.new_folder import carry, new_folder
+from lowrank.inference import model as model_lib
 from lowrank.model import decoder
-from lowrank.model.architecture import SIZES, ModelConfig
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import padding
-from lowrank.training import metrics, partition
-from lowrank.training import workdir as workdir_lib
-from lowrank.training.card import model_card
+from lowrank.runs import workdir as workdir_lib
+from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.runs.card import model_card
+from lowrank.training import partition
 from lowrank.weights import native
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.merged import merge, write_huggingface
-from lowrank.weights.new_folder import carry, new_folder
 from lowrank.weights.peft import write_peft
 
 flags.DEFINE_string("workdir", None, "The workdir of the run.")
@@ -52,11 +56,11 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def main(arguments: list[str]):
-    command.refuse_unknown(arguments)
+    cli.refuse_unknown(arguments)
     missing = [f"--{name}" for name in ("workdir", "format", "to") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; see --help")
-    workdir, to = storage.path(FLAGS.workdir), storage.local(FLAGS.to)
+    workdir, to = paths.path(FLAGS.workdir), paths.local(FLAGS.to)
     run = workdir_lib.read_config(workdir)
     adapter = read_adapter(workdir, FLAGS.step)
     if FLAGS.format == "peft" and adapter.lora is None:
@@ -103,7 +107,7 @@ def main(arguments: list[str]):
         export = {"name": to.absolute().name, "format": FLAGS.format, "dtype": dtype, "difference": difference}
         card = model_card(
             record=workdir_lib.read_record(workdir),
-            lines=metrics.read_lines(workdir / "metrics.jsonl"),
+            lines=lines_lib.read_lines(workdir / "metrics.jsonl"),
             step=adapter.step,
             lora=adapter.lora,
             trained=partition.count(trained) - (padding(adapter.lora, architecture) if adapter.lora else 0),
@@ -135,26 +139,26 @@ def merged_params(adapter: Adapter, base: Base | None, shapes: dict, dtype: str)
 # Models are held as they are stored and computed in float32: exact, and half the memory of holding them in float32.
 
 
-def load_export(folder: pathlib.Path, base: Base | None) -> inference.Model:
+def load_export(folder: pathlib.Path, base: Base | None) -> model_lib.Model:
     if FLAGS.format == "peft":
-        return inference.load(base.folder, folder, dtype="float32", param_dtype=base.config.stored_dtype)
-    return inference.load(folder, dtype="float32", param_dtype=read_base(folder).config.stored_dtype)
+        return model_lib.load(base.folder, folder, dtype="float32", param_dtype=base.config.stored_dtype)
+    return model_lib.load(folder, dtype="float32", param_dtype=read_base(folder).config.stored_dtype)
 
 
 def load_trained(
     adapter: Adapter, base: Base | None, architecture: ModelConfig, tokenizer_of: str | None
-) -> inference.Model:
+) -> model_lib.Model:
     if base is None:
         model = Decoder(architecture)
-        return inference.Model(model, adapter.restore(decoder.abstract(model)[0]), load_tokenizer(tokenizer_of))
+        return model_lib.Model(model, adapter.restore(decoder.abstract(model)[0]), load_tokenizer(tokenizer_of))
     param_dtype = "float32" if adapter.lora is None else base.config.stored_dtype
-    return inference.load(base.folder, adapter, dtype="float32", param_dtype=param_dtype)
+    return model_lib.load(base.folder, adapter, dtype="float32", param_dtype=param_dtype)
 
 
-def fixed_logits(model: inference.Model) -> np.ndarray:
+def fixed_logits(model: model_lib.Model) -> np.ndarray:
     ids = np.random.default_rng(0).integers(0, model.model.config.vocab, (2, 64))
     return np.asarray(model.logits(ids))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

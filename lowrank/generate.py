@@ -13,11 +13,14 @@ import sys
 
 from absl import flags
 
-from lowrank import command, inference, storage
-from lowrank.adapters import read_adapter
+from lowrank.cli import run as cli
 from lowrank.data.examples import encode_prompt
 from lowrank.data.prompts import FORMATS, format_chat
 from lowrank.errors import UserError
+from lowrank.files import paths
+from lowrank.inference import model as model_lib
+from lowrank.inference import text as text_lib
+from lowrank.runs.adapter import read_adapter
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
 flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
@@ -40,7 +43,7 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]):
-    command.refuse_unknown(arguments)
+    cli.refuse_unknown(arguments)
     if not FLAGS.base:
         raise UserError("--base is missing; say --base=DIR, the folder of a checkpoint")
     if (FLAGS.prompt is not None) + (FLAGS.prompts is not None) + FLAGS.chat != 1:
@@ -51,7 +54,7 @@ def main(arguments: list[str]):
         raise UserError(f"--top_p={FLAGS.top_p} must be above 0 and at most 1")
     asked = None if FLAGS.chat else read_prompts()
     adapter = read_adapter(FLAGS.adapter) if FLAGS.adapter else None
-    model = inference.load(FLAGS.base, adapter, dtype=FLAGS.dtype)
+    model = model_lib.load(FLAGS.base, adapter, dtype=FLAGS.dtype)
 
     known = adapter.format if adapter else None
     if FLAGS.chat:
@@ -63,7 +66,7 @@ def main(arguments: list[str]):
     form = FLAGS.format or known or "text"
     if known and not FLAGS.format:
         print(f"prompts are put into the adapter's format: {form} (--format changes it)", file=sys.stderr)
-    rows = [inference.encode_prompt(prompt, given, form, model.tokenizer) for prompt, given in asked]
+    rows = [text_lib.encode_prompt(prompt, given, form, model.tokenizer) for prompt, given in asked]
     for start in range(0, len(rows), FLAGS.batch_size):
         show(model, rows[start : start + FLAGS.batch_size], numbered=len(rows) > 1, first=start)
     return None
@@ -73,7 +76,7 @@ def read_prompts() -> list[tuple[str, str]]:
     """(prompt, input) pairs from the flags."""
     if FLAGS.prompt is not None:
         return [(prompt, FLAGS.input) for prompt in FLAGS.prompt]
-    file = storage.path(FLAGS.prompts)
+    file = paths.path(FLAGS.prompts)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -98,14 +101,14 @@ def read_prompts() -> list[tuple[str, str]]:
     return asked
 
 
-def stream(model: inference.Model, rows: list[list[int]]):
-    sampling = inference.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    return inference.stream_text(
+def stream(model: model_lib.Model, rows: list[list[int]]):
+    sampling = model_lib.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    return text_lib.stream_text(
         model.model, model.variables, model.tokenizer, rows, FLAGS.max_new_tokens, FLAGS.stop, sampling
     )
 
 
-def show(model: inference.Model, rows: list[list[int]], numbered: bool, first: int):
+def show(model: model_lib.Model, rows: list[list[int]], numbered: bool, first: int):
     """Print one text as it comes; several texts, each under its number, when all of the batch are there."""
     if not numbered:
         for _, piece in stream(model, rows):
@@ -119,7 +122,7 @@ def show(model: inference.Model, rows: list[list[int]], numbered: bool, first: i
         print(f"=== {number}\n{text}", flush=True)
 
 
-def chat(model: inference.Model):
+def chat(model: model_lib.Model):
     """A conversation in the terminal, each turn seeing all before it."""
     messages: list[dict] = []
     print("/reset begins anew, /exit or Ctrl-D ends.", file=sys.stderr)
@@ -155,4 +158,4 @@ def chat(model: inference.Model):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -17,22 +17,25 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from lowrank import adapters, command, config_file, plan_report, storage, workload
+from lowrank.cli import config_file
+from lowrank.cli import run as cli
 from lowrank.config import Config
-from lowrank.cost import EFFICIENCY
 from lowrank.data import packing
 from lowrank.data.tokenizer import load_tokenizer
 from lowrank.errors import UserError
-from lowrank.local_run import measured_seconds
-from lowrank.model.architecture import ModelConfig
-from lowrank.parallel import prices, topology
-from lowrank.parallel.local import open_local
-from lowrank.parallel.topology import Slice
-from lowrank.planning import Plan, candidates, make_plan, search
-from lowrank.preparation import check_base, check_length, named_architecture, read_data, row_shape
-from lowrank.training.metrics import replace
+from lowrank.families.config import ModelConfig
+from lowrank.files import paths
+from lowrank.files.lines import replace
+from lowrank.planning import prices, topology, workload
+from lowrank.planning import report as plan_report
+from lowrank.planning.measure import measured_seconds, open_local
+from lowrank.planning.plan import Plan, candidates, make_plan, search
+from lowrank.planning.roofline import EFFICIENCY
+from lowrank.planning.topology import Slice
+from lowrank.planning.workload import Workload
+from lowrank.runs import adapter as adapters
+from lowrank.runs.inputs import check_base, check_length, named_architecture, read_data, row_shape
 from lowrank.weights.base import read_base
-from lowrank.workload import Workload
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string(
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> int | None:
 
     if not math.isfinite(FLAGS.tokens or 0):
         raise UserError(f"--tokens={FLAGS.tokens} must be a number of tokens, such as 1e9")
-    file = storage.local(FLAGS.json) if FLAGS.json else None
+    file = paths.local(FLAGS.json) if FLAGS.json else None
     if file and not file.parent.is_dir():
         raise UserError(f"--json={file}: its folder does not exist; make it first")
 
@@ -98,7 +101,7 @@ def main(arguments: list[str]) -> int | None:
 
 def architecture_of(config: Config) -> ModelConfig:
     """Of the base, where there is one, else the one that the config names."""
-    if config.base and storage.path(config.base).exists():
+    if config.base and paths.path(config.base).exists():
         architecture = read_base(config.base).config
         check_base(config, architecture)
         return architecture
@@ -119,7 +122,7 @@ def amounts(config: Config, architecture: ModelConfig) -> tuple[int, list[Worklo
     known += [workload.of_tokens(config, architecture, tokens) for tokens in round_amounts]
     slots = config.train.batch_size * config.data.max_length
     tokenizer = config.tokenizer or config.base
-    if all(where and storage.path(where).exists() for where in (config.data.train, tokenizer)):
+    if all(where and paths.path(where).exists() for where in (config.data.train, tokenizer)):
         train, _ = read_data(config, load_tokenizer(tokenizer))
         rows, fill = packing.packed_rows(train, **row_shape(config))
         steps = config.train.steps or math.ceil((config.train.epochs or 0) * rows / config.train.batch_size)
@@ -154,4 +157,4 @@ def best_of(config: Config, architecture: ModelConfig, slice: Slice, steps: int)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -17,20 +17,27 @@ import shutil
 
 from absl import flags
 
-from lowrank import command, storage
-from lowrank import grid as grid_lib
-from lowrank import group as group_lib
-from lowrank import part as part_lib
-from lowrank.command import STOPPED
+from lowrank.cli import run as cli
+from lowrank.cli import signals
+from lowrank.cli.run import STOPPED
 from lowrank.errors import UserError
-from lowrank.grid import Grid
-from lowrank.group import Group
-from lowrank.preparation import identity
-from lowrank.training import metrics, partition, report, standings, sweep_picture, sweep_tables
-from lowrank.training import workdir as workdir_lib
-from lowrank.training.metrics import human_bytes
-from lowrank.training.standings import Result
-from lowrank.weights.base import load_params
+from lowrank.files import lines as lines_lib
+from lowrank.files import paths
+from lowrank.formatting import human_bytes
+from lowrank.runs import report
+from lowrank.runs import workdir as workdir_lib
+from lowrank.runs.inputs import identity
+from lowrank.sweeping import grid as grid_lib
+from lowrank.sweeping import group as group_lib
+from lowrank.sweeping import picture as sweep_picture
+from lowrank.sweeping import ranking as standings
+from lowrank.sweeping import tables as sweep_tables
+from lowrank.sweeping import wave as part_lib
+from lowrank.sweeping.grid import Grid
+from lowrank.sweeping.group import Group
+from lowrank.sweeping.ranking import Result
+from lowrank.training import partition
+from lowrank.weights.load import load_params
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string("workdir", None, "The folder of this sweep: made if absent, resumed if it holds the same sweep.")
@@ -42,7 +49,7 @@ def main(arguments: list[str]) -> int | None:
     grid = grid_lib.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the sweep is to live, --workdir=runs/NAME")
-    workdir = storage.local(FLAGS.workdir or "")
+    workdir = paths.local(FLAGS.workdir or "")
     if wandb := next((member.config.log.wandb for member in grid.members if member.config.log.wandb), None):
         raise UserError(
             f"config.log.wandb={wandb}: a sweep's members train at once, W&B knows one run at a time; leave it out"
@@ -59,14 +66,14 @@ def main(arguments: list[str]) -> int | None:
 
     # ---- Workdir: a new sweep, or the same one again.
     file = workdir / "sweep.json"
-    with workdir_lib.locked(workdir, file, "sweep"), command.stop_signals() as stop:
+    with workdir_lib.locked(workdir, file, "sweep"), signals.stop_signals() as stop:
         record = {"members": {m.name: m.swept for m in grid.members}, "sweep": dataclasses.asdict(grid.sweep)}
         record["parts"] = [[group.size, group.at_once] for group in groups]
         if file.exists():
             before = read_json(file)
             refuse_other_grid(file, before, json.loads(json.dumps(record)))
             record["parts"] = before["parts"]  # as chosen from the memory that there was then
-        metrics.replace(file, json.dumps(workdir_lib.origin("sweep", arguments) | record, indent=1) + "\n")
+        lines_lib.replace(file, json.dumps(workdir_lib.origin("sweep", arguments) | record, indent=1) + "\n")
         groups = [
             # On more devices than it began with each has fewer members.
             dataclasses.replace(group, size=size, at_once=min(at_once, -(-size // group.mesh.shape["member"])))
@@ -102,7 +109,7 @@ def main(arguments: list[str]) -> int | None:
                 except part_lib.Stopped:
                     print("run the same command again to go on")
                     return STOPPED
-                metrics.replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
+                lines_lib.replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                 results += found
                 write_tables(workdir, results)
@@ -293,7 +300,7 @@ def describe(grid: Grid, groups: list[Group]) -> str:
 
 def write_tables(workdir: pathlib.Path, results: list[Result]):
     sweep_tables.write_csv(workdir / "sweep.csv", results)
-    metrics.replace(workdir / "sweep.md", sweep_tables.describe(results, workdir.name))
+    lines_lib.replace(workdir / "sweep.md", sweep_tables.describe(results, workdir.name))
     sweep_picture.write_picture(workdir / "sweep.png", results, workdir.name)
 
 
@@ -315,4 +322,4 @@ def closing(workdir: pathlib.Path, groups: list[Group], results: list[Result]) -
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -15,15 +15,25 @@ import jax
 import numpy as np
 from absl import flags
 
-from lowrank import adapters, command, config_file, inference, storage
 from lowrank import config as config_lib
-from lowrank.command import STOPPED
+from lowrank import formatting
+from lowrank.cli import config_file, signals
+from lowrank.cli import run as cli
+from lowrank.cli.run import STOPPED
 from lowrank.errors import UserError
+from lowrank.files import lines as lines_lib
+from lowrank.files import paths
+from lowrank.inference import answers as answers_lib
+from lowrank.inference import text as text_lib
 from lowrank.model.flops import step_flops
 from lowrank.parallel import distributed
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.parallel.local import product_flops
-from lowrank.preparation import (
+from lowrank.runs import adapter as adapters
+from lowrank.runs import curves, metrics, report
+from lowrank.runs import workdir as workdir_lib
+from lowrank.runs.checkpoint import Checkpoints
+from lowrank.runs.console import Console
+from lowrank.runs.inputs import (
     check_mesh,
     evaluation_batches,
     facts,
@@ -33,14 +43,11 @@ from lowrank.preparation import (
     prepare,
     training_batches,
 )
-from lowrank.program import abstract_step
-from lowrank.training import metrics as metrics_lib
-from lowrank.training import partition, report
-from lowrank.training import workdir as workdir_lib
-from lowrank.training.checkpoint import Checkpoints
-from lowrank.training.metrics import due
-from lowrank.training.profiling import Profile
-from lowrank.training.speed import Speed
+from lowrank.runs.metrics import due
+from lowrank.runs.profiling import Profile
+from lowrank.runs.setup import abstract_step
+from lowrank.runs.speed import Speed, product_flops
+from lowrank.training import partition
 from lowrank.training.step import init_state, make_eval_step, make_train_step
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
@@ -61,8 +68,8 @@ def main(arguments: list[str]) -> int | None:
     config = config_file.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
-    workdir = storage.path(FLAGS.workdir or "")
-    if config.log.tensorboard and storage.is_remote(workdir):
+    workdir = paths.path(FLAGS.workdir or "")
+    if config.log.tensorboard and paths.is_remote(workdir):
         raise UserError(
             "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
         )
@@ -126,9 +133,9 @@ def main(arguments: list[str]) -> int | None:
             state = init_state(optimizer, trainable, key, layout)
         del variables, trainable  # the step donates these arrays: nothing else may hold on to them
         for file in ("metrics.jsonl", "samples.jsonl"):
-            metrics_lib.forget_after(workdir / file, first if first else -1)
+            lines_lib.forget_after(workdir / file, first if first else -1)
         if first >= steps:
-            metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
+            curves.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
             print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
             return None
         if first:
@@ -146,10 +153,8 @@ def main(arguments: list[str]) -> int | None:
             evaluation_batches(config, held_out),
             config.train.batch_size // config.train.microbatches,
         )
-        writer = metrics_lib.Metrics(
-            workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb, first
-        )
-        console = metrics_lib.Console(steps, first)
+        writer = metrics.Metrics(workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb, first)
+        console = Console(steps, first)
         rows, length = config.train.batch_size, config.data.max_length
         flops = step_flops(architecture, config.adapted, rows, length, config.remat, config.train.mode)
         device = jax.local_devices()[0]
@@ -172,27 +177,25 @@ def main(arguments: list[str]) -> int | None:
             if config.eval.answers:
                 scalars["eval/exact_match"] = answer(step)
             writer.write(step, scalars)
-            shown = "  ".join(f"{name} {metrics_lib.show(value)}" for name, value in scalars.items())
+            shown = "  ".join(f"{name} {formatting.show(value)}" for name, value in scalars.items())
             console.say(f"step {step}/{steps}  {shown}")
             return loss
 
         def answer(step: int) -> float:
             """Answer held-out examples greedily; the share of answers equal to the reference. The first ten are kept."""
             asked = held_out.examples[: config.eval.answers]
-            given = inference.answers(model, partition.merge(state.trainable, frozen), tokenizer, asked, eval_rows)
+            given = answers_lib.answers(model, partition.merge(state.trainable, frozen), tokenizer, asked, eval_rows)
             for prompt, text, reference in given[:10]:
                 record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
-                metrics_lib.append_line(workdir / "samples.jsonl", record)
+                lines_lib.append_line(workdir / "samples.jsonl", record)
             return sum(text == reference for _, text, reference in given) / len(given)
 
         def sample(step: int):
-            rows = [
-                inference.encode_prompt(prompt, "", config.data.format, tokenizer) for prompt in config.sample.prompts
-            ]
+            rows = [text_lib.encode_prompt(prompt, "", config.data.format, tokenizer) for prompt in config.sample.prompts]
             variables = partition.merge(state.trainable, frozen)
-            texts = inference.complete(model, variables, tokenizer, rows, config.sample.max_new_tokens)
+            texts = text_lib.complete(model, variables, tokenizer, rows, config.sample.max_new_tokens)
             for prompt, text in zip(config.sample.prompts, texts, strict=True):
-                metrics_lib.append_line(workdir / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+                lines_lib.append_line(workdir / "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
                 console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
 
         # ---- The loop: step, read the step before, evaluate, sample, save. The order matters: a checkpoint is made
@@ -224,7 +227,7 @@ def main(arguments: list[str]) -> int | None:
 
         distributed.barrier("loaded")  # some have more of the base to read than others
         with (
-            command.stop_signals() as stop,
+            signals.stop_signals() as stop,
             contextlib.closing(writer),
             contextlib.closing(console),
             contextlib.closing(profile),
@@ -267,7 +270,7 @@ def main(arguments: list[str]) -> int | None:
                         if saves or better or stopped_by:
                             meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                             meta |= {"identity": run_identity, "versions": workdir_lib.versions()}
-                            metrics_lib.flush_lines()
+                            lines_lib.flush_lines()
                             checkpoints.save(step, state, batches.get_state(), meta, eval_loss)
                     if stopped_by and step < steps:
                         checkpoints.wait()
@@ -280,7 +283,7 @@ def main(arguments: list[str]) -> int | None:
 
     # ---- What came of it.
     if distributed.first():
-        metrics_lib.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
+        curves.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", workdir.name)
         print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
     return None
 
@@ -306,11 +309,11 @@ def not_finite(step: int, scalars: dict, examples: np.ndarray, checkpoints: Chec
     )
 
 
-def best_loss(workdir: storage.Path) -> float:
+def best_loss(workdir: paths.Path) -> float:
     """The best evaluation so far, from the metrics that are left after resuming."""
-    losses = [line["eval/loss"] for line in metrics_lib.read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
+    losses = [line["eval/loss"] for line in lines_lib.read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
     return min(losses, default=math.inf)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -8,13 +8,13 @@ import jax
 import pytest
 import running
 
-from lowrank import command
-from lowrank.parallel import topology
+from lowrank.cli import run as cli
+from lowrank.parallel import compiling
 
-topology.quiet()
+compiling.quiet()
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the suite's time: programs that several tests (or two runs of the suite) share are compiled once.
-command.use_compile_cache()
+cli.use_compile_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from lowrank import command
+from lowrank.cli import run as cli
 from lowrank.parallel import mesh
 from lowrank.training.partition import named_leaves
 
@@ -99,7 +99,7 @@ def run(name: str, *arguments: str, stdin: str = "", changes: dict | None = None
         stack.enter_context(contextlib.redirect_stderr(err))
         code = 0
         try:
-            command.run(module.main)
+            cli.run(module.main)
         except SystemExit as ended:
             code = ended.code or 0
     return Finished(code, out.getvalue(), err.getvalue())

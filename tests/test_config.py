@@ -7,11 +7,11 @@ import pathlib
 import pytest
 
 from lowrank import config as config_lib
-from lowrank import grid
+from lowrank.adapters.lora import TARGETS
+from lowrank.cli.config_file import read
 from lowrank.config import Config, from_dict, to_dict
-from lowrank.config_file import read
 from lowrank.errors import UserError
-from lowrank.model.lora import TARGETS
+from lowrank.sweeping import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEAST = "import ml_collections\ndef get_config(argument=None):\n    c = ml_collections.ConfigDict()\n"

@@ -10,7 +10,8 @@ from lowrank.model import decoder
 from lowrank.model.attention import empty_cache
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights.base import read_base
+from lowrank.weights.load import load_params
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -11,8 +11,8 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from lowrank import storage
 from lowrank.errors import UserError
+from lowrank.files import paths
 
 ROLES = ("system", "user", "assistant")
 REQUIRED = {"alpaca": ("instruction", "output"), "completion": ("prompt", "completion"), "text": ("text",)}
@@ -29,7 +29,7 @@ class Record:
 
 def read_records(path: str | pathlib.Path, format: str) -> list[Record]:
     """Every record of a file. `.txt` holds documents parted by blank lines (format `text`), anything else JSON."""
-    path = storage.path(path)
+    path = paths.path(path)
     text = _read_text(path)
     if path.suffix == ".txt":
         if format != "text":

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import sentencepiece
 import tokenizers
 
-from lowrank import storage
 from lowrank.data import sentencepieces, tiktoken
 from lowrank.errors import UserError
+from lowrank.files import paths
 
 Offsets = list[tuple[int, int]]  # for each token: its first character, and the one after its last
 
@@ -171,7 +171,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     With both files there, tokenizer.json is read: it is the one that Hugging Face and so every peer reads, it says
     itself how tokens added later are cut out of a text, and beside a Llama 3's the other is a tiktoken file.
     """
-    path = storage.path(path)
+    path = paths.path(path)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.model.architecture import ModelConfig
-from lowrank.model.attend import Sees, attend
-from lowrank.model.lora import LoraConfig, project
-from lowrank.model.products import bits, of_bits
+from lowrank.adapters.lora import LoraConfig
+from lowrank.families.config import ModelConfig
+from lowrank.model.cpu import bits, of_bits
+from lowrank.model.kernels import AttentionMask, attend
+from lowrank.model.projection import project
 from lowrank.parallel.mesh import constrain
 
 Cache = tuple[jax.Array, jax.Array]  # bits of keys and values, each [layers, B, K, S, H]
@@ -81,7 +82,7 @@ class Attention(nn.Module):
     backend: str = "xla"
 
     @nn.compact
-    def __call__(self, x, cache: Cache | None, slot, rotation, sees: Sees, own: dict, deterministic: bool):
+    def __call__(self, x, cache: Cache | None, slot, rotation, sees: AttentionMask, own: dict, deterministic: bool):
         c = self.config
 
         def heads_of(name, heads, axis):

@@ -14,11 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank.model.architecture import ModelConfig
-from lowrank.model.attend import Sees, suits, visible
+from lowrank.adapters.lora import LayerScalars, LoraConfig
+from lowrank.families.config import ModelConfig
 from lowrank.model.attention import Attention, Cache, RMSNorm, turns
-from lowrank.model.lora import LoraConfig, Own, project
+from lowrank.model.kernels import AttentionMask, suits, visible
 from lowrank.model.products import KEPT, rows_of
+from lowrank.model.projection import project
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
         slot: jax.Array | int = 0,  # the cache's slot of this call's first token
         key_segment_ids: jax.Array | None = None,  # int32 [B, S], of every slot of the cache
         deterministic: bool = True,
-        adapters: dict[str, Own] | None = None,  # of each target; None: as `lora` says
+        adapters: dict[str, LayerScalars] | None = None,  # of each target; None: as `lora` says
     ):
         c = self.config
         embedding = Table("embedding", (c.vocab, c.embed), ("vocab", "embed"), self.param_dtype, name="embed_tokens")()
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
         attention = self.attention if cache is None and suits(self.attention, tokens.shape[1]) else "xla"
         slots = slot + jnp.arange(tokens.shape[1])
         whole = None if attention.startswith("splash") else visible(slots, segment_ids, key_segments)
-        sees = Sees(segment_ids, whole)
+        sees = AttentionMask(segment_ids, whole)
 
         block = Block
         if self.remat != "none":

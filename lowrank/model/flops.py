@@ -17,9 +17,9 @@ Checked against the traced step in tests.
 
 import dataclasses
 
-from lowrank.model.architecture import ModelConfig
-from lowrank.model.attend import pieces
-from lowrank.model.lora import LoraConfig
+from lowrank.adapters.lora import LoraConfig
+from lowrank.families.config import ModelConfig
+from lowrank.model.kernels import pieces
 
 
 @dataclasses.dataclass(frozen=True)

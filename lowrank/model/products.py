@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lowrank.model.cpu import bits, doubled_row, of_bits, transposed_copy
+
 KEPT = "kept"  # name of what remat "dots" keeps for the backward pass
 
 
@@ -28,16 +30,7 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _dot(x, w):
-    return _with_company(lambda x, w: product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,))), x, w)
-
-
-def _with_company(multiply, x, w):
-    """multiply(x, w); where x is one row, as in generation, on a CPU in bfloat16: of that row twice. XLA's CPU turns the
-    matrix into float32 for one row, which takes as long as a hundred rows; for two it does not."""
-    if x.ndim == 1 or x.size > x.shape[-1] or x.dtype == jnp.float32:
-        return multiply(x, w)
-    twice = lambda x, w: multiply(jnp.concatenate([x, x]), w)[:1]  # noqa: E731
-    return jax.lax.platform_dependent(x, w, cpu=twice, default=multiply)
+    return doubled_row(lambda x, w: product(x, w.astype(x.dtype), ((x.ndim - 1,), (0,))), x, w)
 
 
 def _dot_forward(x, w):
@@ -62,39 +55,15 @@ def dot_tied(x: jax.Array, table: jax.Array) -> jax.Array:
 
     Not `dot` of a transposed table, of which XLA's CPU makes a float32 copy (15M shape, 8 rows: 26 ms instead of 4).
     """
-    return _with_company(lambda x, table: product(x, table.astype(x.dtype), ((1,), (1,))), x, table)
+    return doubled_row(lambda x, table: product(x, table.astype(x.dtype), ((1,), (1,))), x, table)
 
 
 def sum_of_outer(x: jax.Array, g: jax.Array) -> jax.Array:
     """x [..., in], g [..., out] -> float32 [in, out], summed over all other axes."""
     x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
     if x.shape[-1] <= g.shape[-1]:
-        return product(turned(x), g, ((1,), (0,)))
-    return jax.lax.optimization_barrier(product(turned(g), x, ((1,), (0,)))).T
-
-
-def turned(x: jax.Array) -> jax.Array:
-    """Matrices [..., m, n] -> [..., n, m], as a copy even if XLA finds that superfluous.
-
-    Its CPU takes up to 8x as long for a product of two matrices that are both summed over their first axes, if one of
-    them is narrow. A copy of the narrow one costs little.
-    """
-    return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-
-
-# ---- As bits ---------------------------------------------------------------------------------------------------------
-# XLA's CPU moves bfloat16 numbers by way of float32, one by one, and whole arrays of them even where a slice is wanted.
-# Integers of the same bits it copies.
-
-
-def bits(x: jax.Array) -> jax.Array:
-    """The bits of x, as unsigned integers of the same size."""
-    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-
-
-def of_bits(integers: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The inverse."""
-    return jax.lax.bitcast_convert_type(integers, dtype)
+        return product(transposed_copy(x), g, ((1,), (0,)))
+    return jax.lax.optimization_barrier(product(transposed_copy(g), x, ((1,), (0,)))).T
 
 
 def kept_bits(x: jax.Array) -> jax.Array:

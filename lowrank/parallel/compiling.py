@@ -3,9 +3,12 @@
 import contextlib
 import ctypes
 import functools
+import os
+import pathlib
 import warnings
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 # XLA's CPU slices bfloat16 arrays as float32. In the scan over layers it then takes that conversion out of the loop, as
 # any computation that is the same each time: all layers' kernels and kept activations at once, twice their size (1.1B
@@ -68,3 +71,32 @@ def compiled(function, *arguments) -> jax.stages.Compiled:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return program
+
+
+# What libtpu, where it is installed and there is no TPU, would look for in vain, ask the network for, and complain about in
+# five lines on stderr. To be set before JAX looks for devices, and only where nothing is said.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+GOOGLE = "0x1ae0"  # as a vendor of PCI devices, which TPUs are
+
+
+def quiet():
+    """Keep libtpu from looking for TPUs on a machine that has none. Harmless without libtpu, and twice."""
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def uncached():
+    before = jax.config.jax_enable_compilation_cache
+
+    def use(on: bool):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # it asks once only whether it is on
+
+    use(False)
+    try:
+        yield
+    finally:
+        use(before)

@@ -17,9 +17,7 @@ from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import jit, platform_of
 from lowrank.parallel.mesh import constrain
 from lowrank.training import partition
-from lowrank.training.objective import cross_entropy_sum, token_losses
-
-BATCH_KEYS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+from lowrank.training.objectives.cross_entropy import cross_entropy_sum, token_losses
 
 
 class State(NamedTuple):

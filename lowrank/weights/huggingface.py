@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lowrank.errors import UserError
-from lowrank.weights.layout import grouped, ignored
+from lowrank.families.tensor_names import grouped, ignored
 from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Tensor, TensorFile
 from lowrank.weights.torch_file import open_torch_file

@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from lowrank.adapters.lora import LoraConfig
 from lowrank.errors import UserError
-from lowrank.model.architecture import ModelConfig, hf_config
-from lowrank.model.lora import LoraConfig
+from lowrank.families.config import ModelConfig
+from lowrank.families.config_json import hf_config
+from lowrank.families.tensor_names import layout
+from lowrank.files.new_folder import new_folder
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
-from lowrank.weights.layout import layout, transpose
-from lowrank.weights.new_folder import new_folder
+from lowrank.weights.tensor_file import transpose
 
 SHARD_BYTES = 5 * 10**9
 

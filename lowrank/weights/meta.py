@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from lowrank.errors import UserError
-from lowrank.model.architecture import ModelConfig, RopeScaling
-from lowrank.weights.layout import ignored, same
+from lowrank.families.config import ModelConfig, RopeScaling
+from lowrank.families.tensor_names import ignored
+from lowrank.weights.check import same
 from lowrank.weights.tensor_file import Index, Tensor
 from lowrank.weights.torch_file import open_torch_file
 

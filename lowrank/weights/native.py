@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from lowrank.errors import UserError
-from lowrank.model.architecture import ModelConfig
+from lowrank.families.config import ModelConfig
+from lowrank.families.tensor_names import grouped, layout
 from lowrank.weights import huggingface
 from lowrank.weights.fingerprint import fingerprint
-from lowrank.weights.layout import grouped, layout
 from lowrank.weights.tensor_file import Tensor, cut, rows_within
 
 MANIFEST, FORMAT = "lowrank.json", 1

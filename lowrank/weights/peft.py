@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lowrank import storage
+from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
-from lowrank.model.lora import TARGETS, LoraConfig
+from lowrank.families.tensor_names import grouped
+from lowrank.files import paths
+from lowrank.files.new_folder import new_folder
 from lowrank.weights.huggingface import open_file
-from lowrank.weights.layout import grouped
-from lowrank.weights.new_folder import new_folder
 from lowrank.weights.tensor_file import Tensor
 
 CONFIG, TENSORS, TENSORS_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -65,7 +65,7 @@ def read_peft(folder: str | os.PathLike, layers: int | None = None) -> tuple[dic
 
     `layers` is how many the base has; where that is not known, as many as the tensors speak of.
     """
-    folder = storage.path(folder)
+    folder = paths.path(folder)
     fields = _read_fields(folder / CONFIG)
     file = next((folder / name for name in (TENSORS, TENSORS_BIN) if (folder / name).is_file()), None)
     if file is None:

@@ -15,8 +15,8 @@ import os
 import threading
 from typing import NamedTuple
 
-from lowrank.storage import BucketPath
-from lowrank.storage import path as path_of
+from lowrank.files.bucket import BucketPath
+from lowrank.files.paths import path as path_of
 from lowrank.weights.tensor_file import TensorFile
 
 PART_BYTES = 2**22  # of a request: it takes about as long as a request costs to begin

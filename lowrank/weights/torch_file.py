@@ -24,9 +24,9 @@ import ml_dtypes
 import numpy as np
 
 from lowrank.errors import UserError
-from lowrank.storage import BucketPath
-from lowrank.storage import path as path_of
-from lowrank.weights.layout import ignored
+from lowrank.families.tensor_names import ignored
+from lowrank.files.bucket import BucketPath
+from lowrank.files.paths import path as path_of
 from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Index, Tensor, TensorFile
 

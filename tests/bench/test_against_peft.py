@@ -95,7 +95,7 @@ def test_flops_needed(turns, work):
     """By hand, of one layer without attention's products: 2 a weight forward, 2 backward, 2 more where it is trained."""
     import dataclasses
 
-    from lowrank.model.architecture import ModelConfig
+    from lowrank.families.config import ModelConfig
 
     config = ModelConfig(vocab=10, embed=4, mlp=6, layers=1, heads=2, kv_heads=2, head_dim=2)
     base, adapter, attention = 4 * 16 + 3 * 24, 16 * (4 * 8 + 3 * 10), 8 * 8 * 4 * 4

@@ -8,7 +8,7 @@ import running
 from absl import flags
 from fake_cluster import LAUNCH, ROOT, batch, jobset
 
-from lowrank import config_file
+from lowrank.cli import config_file
 from lowrank.config import Config
 from lowrank.errors import UserError
 

@@ -9,16 +9,17 @@ import numpy as np
 import optax
 import pytest
 
+from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.families.config import ModelConfig, RopeScaling, parameter_count
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig, RopeScaling, parameter_count
-from lowrank.model.attend import Sees, visible
 from lowrank.model.attention import rotary_frequencies, turns
 from lowrank.model.decoder import Decoder, own_of_layers
-from lowrank.model.lora import TARGETS, LoraConfig
+from lowrank.model.kernels import AttentionMask, visible
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition
 from lowrank.training.optimizer import OptimConfig, make_optimizer
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights.base import read_base
+from lowrank.weights.load import load_params
 from lowrank.weights.merged import merge
 
 TINY = ModelConfig(vocab=40, embed=24, mlp=20, layers=3, heads=4, kv_heads=2, head_dim=8, max_length=64)
@@ -138,7 +139,7 @@ def test_scanned_equals_unrolled(adapted):
     segments = jnp.ones_like(ids)
     params = variables["params"]
     x = params["embed_tokens"]["embedding"][ids]
-    sees = Sees(segments, visible(jnp.arange(7), segments, segments))
+    sees = AttentionMask(segments, visible(jnp.arange(7), segments, segments))
     block = decoder.Block(TINY, model.lora, model.dtype, model.param_dtype, True)
     for layer in range(TINY.layers):
         one = jax.tree.map(

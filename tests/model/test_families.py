@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.model.architecture import hf_config, read_config
-from lowrank.model.attend import near
-from lowrank.model.generation import Sampling, generate_ids
+from lowrank.families.config_json import hf_config, read_config
+from lowrank.inference.decode import Sampling, generate_ids
+from lowrank.model.kernels import near
 
 torch_families = pytest.importorskip("torch_families")
 transformers = pytest.importorskip("transformers")

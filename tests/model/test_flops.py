@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lowrank.adapters.lora import LoraConfig
+from lowrank.data.batch import BATCH_KEYS
+from lowrank.families.config import ModelConfig, parameter_count
+from lowrank.families.sizes import SIZES
 from lowrank.model import decoder
-from lowrank.model.architecture import SIZES, ModelConfig, parameter_count
 from lowrank.model.decoder import Decoder
 from lowrank.model.flops import step_flops, visible_pairs
-from lowrank.model.lora import LoraConfig
 from lowrank.training import partition
 from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
-from lowrank.training.step import BATCH_KEYS, State, make_update
+from lowrank.training.step import State, make_update
 
 TINY = ModelConfig(vocab=96, embed=48, mlp=80, layers=3, heads=4, kv_heads=2, head_dim=16)
 ALL, SOME = LoraConfig(rank=5), LoraConfig(rank=4, targets=("q_proj", "v_proj"))

@@ -4,11 +4,11 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from lowrank.adapters.lora import LoraConfig
 from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import LoraConfig
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.training import partition

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank.adapters.lora import LoraConfig
 from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig
-from lowrank.model.attend import INTERPRETED
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import LoraConfig
+from lowrank.model.kernels import INTERPRETED
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.parallel.collectives import collectives
 from lowrank.parallel.mesh import MeshConfig
+from lowrank.planning.collectives import collectives
 from lowrank.training import partition
 from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
 from lowrank.training.step import abstract_state, init_state, make_train_step

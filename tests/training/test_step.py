@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank.adapters.lora import LoraConfig
+from lowrank.families.config import ModelConfig
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
-from lowrank.model.lora import LoraConfig
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
-from lowrank.training import objective, partition
+from lowrank.training import partition
+from lowrank.training.objectives import cross_entropy as objective
 from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
 from lowrank.training.step import abstract_state, init_state, make_eval_step, make_train_step
 

@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec as P
 from torch_llama import torch
 
 from lowrank.errors import UserError
-from lowrank.model.architecture import ModelConfig
+from lowrank.families.config import ModelConfig
 from lowrank.weights import base as base_lib
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights import load as load_lib
+from lowrank.weights.base import read_base
 from lowrank.weights.fingerprint import samples_of
+from lowrank.weights.load import load_params
 from lowrank.weights.tensor_file import Tensor
 
 
@@ -139,7 +141,7 @@ def small_pieces(monkeypatch):
 
     -> (bytes of a piece, whether the array stayed where it was), for each piece that was placed.
     """
-    placed, place = [], base_lib._place
+    placed, place = [], load_lib._place
 
     def spied(array, piece, starts, sharding):
         before = [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
@@ -147,9 +149,9 @@ def small_pieces(monkeypatch):
         placed.append((piece.nbytes, before == [x.data.unsafe_buffer_pointer() for x in array.addressable_shards]))
         return array
 
-    monkeypatch.setattr(base_lib, "_place", spied)
-    monkeypatch.setattr(base_lib, "_in_host_memory", lambda sharding: False)
-    monkeypatch.setattr(base_lib, "PIECE_BYTES", 1024)
+    monkeypatch.setattr(load_lib, "_place", spied)
+    monkeypatch.setattr(load_lib, "_in_host_memory", lambda sharding: False)
+    monkeypatch.setattr(load_lib, "PIECE_BYTES", 1024)
     monkeypatch.setattr(base_lib, "BAND_BYTES", 256)
     return placed
 
@@ -168,9 +170,9 @@ def test_a_large_leaf_is_filled_in_place_piece_by_piece(tmp_path, small_pieces, 
 
 def test_on_a_cpu_a_large_leaf_is_read_into_its_place(tmp_path, small_pieces, monkeypatch):
     """The array is the very memory that was read into: there is no second copy, not even for a moment."""
-    monkeypatch.setattr(base_lib, "_in_host_memory", lambda sharding: True)
-    made, aligned = [], base_lib._aligned
-    monkeypatch.setattr(base_lib, "_aligned", lambda *arguments: made.append(aligned(*arguments)) or made[-1])
+    monkeypatch.setattr(load_lib, "_in_host_memory", lambda sharding: True)
+    made, aligned = [], load_lib._aligned
+    monkeypatch.setattr(load_lib, "_aligned", lambda *arguments: made.append(aligned(*arguments)) or made[-1])
     model = torch_llama.make()
     base = read_base(torch_llama.saved(model, tmp_path))
     params = load_params(base, abstract(base, jnp.bfloat16))

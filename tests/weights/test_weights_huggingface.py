@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from torch_llama import torch
 
 from lowrank.errors import UserError
+from lowrank.families.tensor_names import grouped
 from lowrank.weights.base import read_base
-from lowrank.weights.layout import grouped
 
 
 @pytest.fixture(scope="module")

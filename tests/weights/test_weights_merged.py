@@ -10,8 +10,8 @@ import pytest
 import torch_llama
 from torch_llama import torch
 
+from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
-from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.weights.base import read_base
 from lowrank.weights.merged import merge, verify_huggingface, write_huggingface
 

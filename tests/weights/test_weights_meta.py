@@ -13,10 +13,11 @@ from torch_llama import torch
 
 import lowrank
 from lowrank.errors import UserError
-from lowrank.model.architecture import RopeScaling
+from lowrank.families.config import RopeScaling
 from lowrank.weights import meta
-from lowrank.weights.base import load_params, read_base
-from lowrank.weights.layout import same
+from lowrank.weights.base import read_base
+from lowrank.weights.check import same
+from lowrank.weights.load import load_params
 from lowrank.weights.tensor_file import Tensor
 
 NAMES = {  # Hugging Face's, within a layer -> Meta's, and the axis that its shards are cut along

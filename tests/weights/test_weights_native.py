@@ -16,8 +16,9 @@ from torch_llama import torch
 
 from lowrank.errors import UserError
 from lowrank.weights import native
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights.base import read_base
 from lowrank.weights.fingerprint import fingerprint
+from lowrank.weights.load import load_params
 
 FILE = "params-00001-of-00001.safetensors"
 

@@ -13,8 +13,8 @@ from test_weights_merged import IDS
 from torch_llama import torch
 
 import lowrank
+from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
-from lowrank.model.lora import TARGETS, LoraConfig
 from lowrank.weights.peft import HARMLESS, SUPPORTED, UNDERSTOOD, read_peft, write_peft
 
 peft = pytest.importorskip("peft")

@@ -12,13 +12,15 @@ import running
 
 from lowrank.data.tokenizer import load_tokenizer
 from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
+from lowrank.files.bucket import BucketPath
+from lowrank.files.paths import path
 from lowrank.model import decoder
-from lowrank.model.architecture import ModelConfig
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.storage import BucketPath, path
 from lowrank.weights import remote_file
-from lowrank.weights.base import load_params, read_base
+from lowrank.weights.base import read_base
+from lowrank.weights.load import load_params
 from lowrank.weights.merged import write_huggingface
 from lowrank.weights.remote_file import Kept, RemoteFile
 

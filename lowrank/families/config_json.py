@@ -1,0 +1,301 @@
+"""What a LLaMA-style decoder is made of: `ModelConfig`, read from a `config.json`, and a table of named sizes.
+
+One decoder serves every family: a family is a set of values of these fields, never a class of its own. Reading is
+strict: each field of a `config.json` is understood, known to leave the mathematics alone, or refused by name, because a
+field passed over in silence is a model that computes something else. Left out: token ids that only generation needs.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lowrank.errors import UserError
+from lowrank.families.config import ATTENTION, MLP, ModelConfig, RopeScaling
+from lowrank.files import paths
+
+FAMILIES = {  # values of `model_type`, and of `architectures` beside them
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What transformers puts in the place of an absent field. It is not what it makes of a null, which means "not used".
+_IDS, _QWEN = {"bos_token_id": 1, "eos_token_id": 2}, {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+ABSENT = {
+    "llama": _IDS | {"max_position_embeddings": 2048},
+    "mistral": _IDS | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN | {"sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": _QWEN | {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
+DTYPES = ("float32", "float16", "bfloat16")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+REQUIRED = object()  # in place of the value of an absent field
+
+# Fields that change what is computed and have one supported value, where the family reads no other; a field that is
+# absent has that value.
+FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
+    "rope_interleaved": False,  # SmolLM2 writes it
+    "use_sliding_window": False,
+    "use_mrope": False,  # Qwen2.5 writes it
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+}
+# Fields that leave the mathematics alone: bookkeeping, initialisation, defaults of generation, notes of other tools.
+# `pretraining_tp` only splits the same matrix products, `is_llama_config` says what `model_type` says.
+HARMLESS = frozenset(
+    """
+    model_type architectures transformers_version _name_or_path name_or_path torch_dtype dtype use_cache
+    initializer_range pretraining_tp is_llama_config transformers.js_config max_sequence_length tokenizer_class
+    pad_token_id sep_token_id decoder_start_token_id is_decoder use_bfloat16 tf_legacy_loss torchscript return_dict
+    output_attentions output_hidden_states id2label label2id do_sample temperature top_k top_p num_beams max_length
+    min_length repetition_penalty length_penalty no_repeat_ngram_size attn_implementation _attn_implementation
+    diversity_penalty early_stopping encoder_no_repeat_ngram_size num_beam_groups num_return_sequences output_scores
+    remove_invalid_values return_dict_in_generate typical_p
+    _attn_implementation_autoset _flash_attn_2_enabled _commit_hash unsloth_fixed unsloth_version
+    """.split()
+)
+
+
+def read_config(folder: str | os.PathLike) -> ModelConfig:
+    """The `ModelConfig` of `folder/config.json`, in the old spelling or that of transformers 5."""
+    path = paths.path(folder) / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; give a folder with a config.json and its weights") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); fetch or write the file again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: holds {_brief(fields)}, not an object; fetch the file again")
+    return parse_config(fields, where=str(path))
+
+
+def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
+    """As `read_config`, from the fields themselves; `where` begins the one error that lists every offender."""
+    family, classes = fields.get("model_type"), fields.get("architectures")
+    if not isinstance(family, str) or family not in FAMILIES or (classes and classes != [FAMILIES[family]]):
+        supported = ", ".join(f"{name} with {known}" for name, known in FAMILIES.items())
+        raise UserError(
+            f"{where}: model_type {json.dumps(family)} with architectures {json.dumps(classes)} is not supported; "
+            f"supported: {supported}"
+        )
+    given = ABSENT[family] | fields
+    take = _Fields(given)
+    embed, heads = take.size("hidden_size"), take.size("num_attention_heads")
+    kv_heads = take.size("num_key_value_heads", absent=heads)
+    head_dim = take.size("head_dim", absent=embed // heads)
+    layers = take.size("num_hidden_layers")
+    theta, scaling = _rope(take)
+    eos = take.rest.pop("eos_token_id", None)
+    config = ModelConfig(
+        vocab=take.size("vocab_size"),
+        embed=embed,
+        mlp=take.size("intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=take.number("rms_norm_eps", absent=1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_head=take.switch("tie_word_embeddings"),
+        max_length=take.size("max_position_embeddings"),
+        bos_id=take.rest.pop("bos_token_id", None),
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        # torch held weights in float32 unless told, so a config that says nothing means float32
+        stored_dtype=str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch."),
+        family=family,
+        biased=_biased(take, family),
+        qk_norm=family == "qwen3",
+        windows=_windows(take, family, layers),
+    )
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    if not any(problem.startswith(names) for problem in take.problems):  # else these would be false alarms
+        if given.get("head_dim") is None:
+            take.require(embed % heads == 0, f"hidden_size {embed} is no multiple of num_attention_heads {heads}")
+        take.require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of {names[2]} {kv_heads}")
+        take.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd, rotary positions turn pairs")
+    take.require(config.stored_dtype in DTYPES, f"dtype {config.stored_dtype} is not one of {', '.join(DTYPES)}")
+    ids = [config.bos_id or 0, *config.eos_ids]
+    take.require(all(_is_int(i) for i in ids), "bos_token_id and eos_token_id must be integers")
+    take.finish(where)
+    return config
+
+
+def _biased(take: "_Fields", family: str) -> tuple[str, ...]:
+    """Which projections have a bias; of Qwen 2 no field says so."""
+    if family == "qwen2":
+        return ATTENTION[:3]
+    attention = family in ("llama", "qwen3") and take.switch("attention_bias")
+    mlp = family == "llama" and take.switch("mlp_bias")
+    return (ATTENTION if attention else ()) + (MLP if mlp else ())
+
+
+def _windows(take: "_Fields", family: str, layers: int) -> tuple[int, ...]:
+    """Each layer's window, () if there is none. The families say in other words which layers have one."""
+    if family == "llama":
+        return ()
+    window = take.size("sliding_window", absent=0)
+    if family == "mistral":
+        contradiction = window > 0 and take.rest.get("use_sliding_window") is False
+        take.require(not contradiction, f"sliding_window is {window}, but use_sliding_window is false")
+        return (window,) * layers if window else ()
+    window = window if take.switch("use_sliding_window") else 0
+    first = take.take("max_window_layers", lambda v: _is_int(v) and v >= 0, "a number of layers", absent=layers)
+    kinds = take.take(
+        "layer_types",
+        lambda v: isinstance(v, list) and len(v) == layers and all(kind in LAYER_TYPES for kind in v),
+        f"one of {' and '.join(LAYER_TYPES)} for each of {layers} layers",
+        absent=[LAYER_TYPES[window > 0 and layer >= first] for layer in range(layers)],
+    )
+    sliding = [kind == "sliding_attention" for kind in kinds] if isinstance(kinds, list) else []
+    take.require(window > 0 or not any(sliding), "layer_types has sliding_attention, but no sliding_window is on")
+    return tuple(window if on else 0 for on in sliding) if any(sliding) else ()
+
+
+def _rope(take: "_Fields") -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling: `rope_theta` and `rope_scaling`, or both in transformers 5's `rope_parameters`."""
+    old, new = (take.rest.pop(name, None) or {} for name in ("rope_scaling", "rope_parameters"))
+    theta = take.number("rope_theta", absent=None)
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        take.problems.append("rope_scaling and rope_parameters must be objects")
+        return 1.0, None
+    said = [{} if theta is None else {"rope_theta": theta}, old, new]
+    rope = _Fields({name: value for place in said for name, value in place.items()})
+    for name in rope.rest:
+        values = [json.dumps(place[name]) for place in said if name in place]
+        equal = all(place[name] == rope.rest[name] for place in said if name in place)
+        take.require(equal, f"{name} is said twice and differs: {' and '.join(values)}")
+    theta, scaling = rope.number("rope_theta", absent=10_000.0), None
+    kind = rope.rest.pop("rope_type", rope.rest.get("type", "default"))
+    rope.rest.pop("type", None)
+    if kind == "llama3":
+        scaling = RopeScaling(
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_length=rope.size("original_max_position_embeddings"),
+        )
+    elif kind != "default":
+        rope.rest.clear()
+        rope.problems.append(f"rope_type {json.dumps(kind)} is not supported (only default and llama3)")
+    take.problems += rope.problems + rope.leftovers()
+    return theta, scaling
+
+
+class _Fields:
+    """Takes fields out one by one and notes what is wrong with them, so that everything is said in one error."""
+
+    def __init__(self, fields: dict[str, Any]):
+        self.rest, self.problems = dict(fields), []
+
+    def require(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.problems.append(problem)
+
+    def take(self, name: str, valid: Callable[[Any], bool], wanted: str, absent: Any) -> Any:
+        value = self.rest.pop(name, None)
+        if value is None and absent is not REQUIRED:
+            return absent
+        if value is not None and valid(value):
+            return value
+        self.problems.append(f"{name} is missing" if value is None else f"{name} is {_brief(value)}, not {wanted}")
+        return 1  # stands in until `finish` raises
+
+    def size(self, name: str, absent: Any = REQUIRED) -> Any:
+        return self.take(name, lambda v: _is_int(v) and v > 0, "a positive integer", absent)
+
+    def number(self, name: str, absent: Any = REQUIRED) -> Any:
+        valid = lambda v: type(v) in (int, float) and 0 < v < math.inf  # noqa: E731
+        value = self.take(name, valid, "a positive number", absent)
+        return value if value is None else float(value)
+
+    def switch(self, name: str) -> bool:
+        return self.take(name, lambda v: isinstance(v, bool), "true or false", absent=False)
+
+    def leftovers(self) -> list[str]:
+        problems = []
+        for name, value in self.rest.items():
+            if name in HARMLESS or value is None:  # null is transformers' word for "not used"
+                continue
+            if name not in FIXED:
+                problems.append(f"{name} = {_brief(value)} is not supported")
+            elif value != FIXED[name]:
+                problems.append(f"{name} = {_brief(value)} is not supported (only {json.dumps(FIXED[name])})")
+        return problems
+
+    def finish(self, where: str) -> None:
+        problems = self.problems + self.leftovers()
+        if problems:
+            raise UserError(f"{where}: {'; '.join(problems)}; mend config.json or give another base")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a `config.json`, in the spelling that every transformers release reads.
+
+    ValueError for a config that its family has no words for, as a Llama with windows.
+    """
+    c, scaling = config, config.rope_scaling
+    fields = {
+        "architectures": [FAMILIES[c.family]],
+        "model_type": c.family,
+        "vocab_size": c.vocab,
+        "hidden_size": c.embed,
+        "intermediate_size": c.mlp,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None
+        if scaling is None
+        else {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        },
+        "tie_word_embeddings": c.tied_head,
+        "max_position_embeddings": c.max_length,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids) or None,
+        "torch_dtype": c.stored_dtype,
+    }
+    window = max(c.windows, default=0)
+    if c.family in ("llama", "qwen3"):
+        fields["attention_bias"] = "q_proj" in c.biased
+    if c.family == "llama":
+        fields["mlp_bias"] = "gate_proj" in c.biased
+    if c.family == "mistral":
+        fields["sliding_window"] = window or None
+    if c.family in ("qwen2", "qwen3"):
+        fields["use_sliding_window"] = window > 0
+        fields["sliding_window"] = window or None
+        # Releases before layer_types go by max_window_layers: all layers from there on have the window.
+        fields["max_window_layers"] = c.windows.index(window) if window else c.layers
+        fields["layer_types"] = [LAYER_TYPES[layer > 0] for layer in c.windows or (0,) * c.layers]
+    if parse_config(fields, "hf_config") != c:
+        raise ValueError(f"a config.json of model_type {c.family} cannot say {c}")
+    return fields

@@ -1,0 +1,134 @@
+"""One process at a time in a workdir that lies in a bucket, where no lock ends with the process that holds it.
+
+The lock is an object: of all that try to create it, the bucket lets one. Its holder touches it every 15 seconds. Whoever finds
+a lock that was touched less than a minute ago looks on: if it is touched again, the workdir is in use; if not, or if its
+holder was a process of this machine that is gone, that very lock is removed (the bucket removes no newer one for it) and a
+new one is made. All times are the bucket's own, so clocks may differ.
+
+Hence no two processes write: one that has not been able to touch its lock for 45 seconds, or finds another's in its place,
+ends at once, before it can be taken for dead. Left out: a process that is stopped for a minute (SIGSTOP, a machine that is
+suspended) and then goes on finds out at its next touch, and what it writes until then is written.
+"""
+
+import concurrent.futures
+import contextlib
+import datetime
+import itertools
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from lowrank.errors import UserError
+from lowrank.files.bucket import BucketPath
+from lowrank.parallel import distributed
+
+BEAT = 15.0  # seconds between two touches
+GIVE_UP = 45.0  # seconds without one after which the holder ends
+STALE = 60.0  # seconds without one after which a lock is nobody's
+LOOK = 2.0  # seconds between two looks at another's lock
+
+
+@contextlib.contextmanager
+def locked(file: BucketPath, workdir: str) -> Iterator[None]:
+    """Hold the lock `file`; UserError if another process does."""
+    generation = _acquire(file, workdir)
+    over = threading.Event()
+    toucher = threading.Thread(target=_touch, args=(file, workdir, generation, over), daemon=True)
+    toucher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        toucher.join()
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            file.request("DELETE", ifGenerationMatch=generation)
+
+
+def _acquire(file: BucketPath, workdir: str) -> str:
+    """Create the lock -> its generation."""
+    own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": str(os.getpid()), "machine": _machine()}
+    first_seen = None
+    while True:
+        with contextlib.suppress(FileExistsError):
+            file.create(own)
+        try:
+            found, now = file.request("GET")
+        except FileNotFoundError:
+            continue  # its holder has just let go of it
+        holder = found.get("metadata", {})
+        if holder.get("id") == own["id"]:  # `create` need not have said so: a request may be done and its answer lost
+            return found["generation"]
+        age = (now - datetime.datetime.fromisoformat(found["updated"])).total_seconds()
+        if age > STALE or _is_gone(holder):
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                file.request("DELETE", ifGenerationMatch=found["generation"])
+            continue
+        who = f"process {holder.get('process')} on {holder.get('host')}"
+        seen = (found["generation"], found["metageneration"])
+        if seen != (first_seen or seen):
+            raise UserError(f"workdir {workdir} is in use by {who}; wait for it or choose another")
+        if first_seen is None:
+            print(
+                f"workdir {workdir} was in use by {who} {max(age, 0):.0f} s ago; looking for up to {STALE - age:.0f} s "
+                "whether it still is",
+                flush=True,
+            )
+        first_seen = seen
+        time.sleep(LOOK)
+
+
+def _touch(file: BucketPath, workdir: str, generation: str, over: threading.Event):
+    """Touch the lock until it is `over`; end the process if that fails."""
+    touched = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for number in itertools.count(1):
+            if over.wait(BEAT):
+                return
+            change = {"metadata": {"touched": str(number)}}
+            request = pool.submit(file.request, "PATCH", ifGenerationMatch=generation, json=change)
+            try:
+                request.result(touched + GIVE_UP - time.monotonic())
+                touched = time.monotonic()
+            except (FileNotFoundError, FileExistsError):
+                _end(
+                    distributed.FAILED,
+                    f"workdir {workdir} was taken over by another process, which took this one for dead",
+                )
+            except (UserError, TimeoutError) as error:
+                if time.monotonic() > touched + GIVE_UP - BEAT:  # another try would come too late
+                    _end(
+                        distributed.LOST,
+                        f"workdir {workdir} cannot be reached for {GIVE_UP:.0f} s ({error or 'no answer'}), so others may "
+                        "take it; run the same command again to go on from the last checkpoint",
+                    )
+
+
+def _end(code: int, message: str):
+    distributed.fail(message, code)
+    os.write(2, f"error: {message}\n".encode())
+    os._exit(code)  # not by an exception in this thread: the main one may be in the midst of writing
+
+
+def _machine() -> str:
+    """What two processes have in common that can see each other; empty where that is not known."""
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    return ""
+
+
+def _is_gone(holder: dict) -> bool:
+    """Whether the holder was a process of this very machine, and is no more."""
+    if not holder.get("machine") or holder["machine"] != _machine():
+        return False
+    try:
+        os.kill(int(holder["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError):
+        pass
+    return False

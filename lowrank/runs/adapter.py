@@ -1,0 +1,151 @@
+"""Adapters on the disk, whoever wrote them: a workdir's or a PEFT folder's, opened alike; and a run that starts from one."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from lowrank.adapters.lora import LoraConfig
+from lowrank.config import Config
+from lowrank.errors import UserError
+from lowrank.files import paths
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.runs import workdir
+from lowrank.runs.checkpoint import Checkpoints
+from lowrank.training import partition
+from lowrank.weights.base import Base
+from lowrank.weights.peft import read_peft
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What was trained, still on the disk. `lora` is None where it is a whole model, of a full fine-tuning."""
+
+    folder: paths.Path
+    lora: LoraConfig | None
+    format: str | None  # of the prompts it was trained on, if that is known
+    tokenizer: str | None  # that it was trained with, if not the base's own
+    base: str | None  # the fingerprint of the base it was trained over, if that is known
+    step: int | None  # after which step, if that is known
+    restore: Callable[[dict], dict]  # the trained leaves, laid out as the given ones; UserError if they do not fit
+
+
+def read_adapter(folder, step: int | None = None, layers: int | None = None) -> Adapter:
+    """Open the adapter in a workdir (its latest step, or `step`) or in a PEFT folder.
+
+    `layers`: how many the base has, if that is known; PEFT's settings do not say.
+    """
+    folder = paths.path(folder)
+    if (folder / "adapter_config.json").is_file():
+        tree, lora, made_for = read_peft(folder, layers)
+        return Adapter(
+            folder,
+            lora,
+            format=None,
+            tokenizer=None,
+            base=None,
+            step=None,
+            restore=lambda wanted: _fitted({"lora": tree}, wanted, folder, made_for),
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
+            "name the --workdir of a training run or the folder of a PEFT adapter"
+        )
+    run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
+    step = _saved_step(folder, step)
+    return Adapter(
+        folder,
+        run.adapted,
+        run.data.format,
+        run.tokenizer,
+        trained_over,
+        step,
+        lambda wanted: _restored(folder, wanted, step),
+    )
+
+
+def _fitted(found: dict, wanted: dict, folder: pathlib.Path, made_for: str | None) -> dict:
+    misfits = partition.misfits(found, wanted)
+    if misfits:
+        of = f", which was made for {made_for}," if made_for else ""
+        raise UserError(f"adapter {folder}{of} does not fit the model: {'; '.join(misfits)}; give its own base")
+    return jax.tree.map(lambda leaf, like: mesh_lib.put(leaf.astype(like.dtype), like.sharding), found, wanted)
+
+
+def _saved_step(folder: pathlib.Path, step: int | None) -> int:
+    """`step` if there is a checkpoint of it; the latest, if none is named."""
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        steps = checkpoints.manager.all_steps()
+    if not steps or (step is not None and step not in steps):
+        has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+        raise UserError(f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}")
+    return max(steps) if step is None else step
+
+
+def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.restore_adapter(step, wanted)
+
+
+# ---- A run that starts from an adapter --------------------------------------------------------------------------------
+
+
+def open_adapter(config: Config, base: Base) -> Adapter:
+    """The adapter to start from; refused if it means something else under this config's settings."""
+    folder, lora, layers = config.init_adapter, config.lora, base.config.layers
+    adapter = read_adapter(folder, layers=layers)
+    if adapter.lora is None:
+        raise UserError(f"config.init_adapter={folder} is a full fine-tuning: it holds no adapter; name another run")
+    if adapter.base not in (None, base.fingerprint):
+        raise UserError(
+            f"config.init_adapter={folder} was trained over other weights than those in {base.folder}; give its own base"
+        )
+    differing = [
+        f"lora.{name} is {getattr(adapter.lora, name)} there and {getattr(lora, name)} here"
+        for name in ("rank", "alpha", "scaling")
+        if getattr(adapter.lora, name) != getattr(lora, name)
+    ]
+    if set(adapter.lora.targets) != set(lora.targets):
+        differing.append(f"lora.targets is {adapter.lora.targets} there and {lora.targets} here")
+    elif lora.uneven:
+        for name, of in (("ranks", LoraConfig.ranks_of), ("alphas", _alphas_in_use)):
+            there, here = ({t: of(own, t, layers) for t in lora.targets} for own in (adapter.lora, lora))
+            if there != here:
+                differing.append(f"lora.{name} is {there} there and {here} here")
+    if differing:
+        own = {"rank": adapter.lora.rank, "alpha": adapter.lora.alpha, "scaling": adapter.lora.scaling}
+        own |= {"targets": ",".join(adapter.lora.targets)}
+        flags = " ".join(f"--config.lora.{name}={value}" for name, value in own.items())
+        raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}; say {flags}")
+    return adapter
+
+
+def _alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | None, ...]:
+    """None where the rank is 0: there PEFT's files do not hold an alpha, so nothing can differ."""
+    pairs = zip(lora.ranks_of(target, layers), lora.alphas_of(target, layers), strict=False)
+    return tuple(alpha if rank else None for rank, alpha in pairs)
+
+
+def with_ranks_of_start(config: Config, base: Base, begun: pathlib.Path | None) -> Config:
+    """The config with the ranks and alphas of the adapter that the run starts from, where these are uneven.
+
+    Once begun, a run no longer needs that adapter: its own config.json knows them.
+    """
+    lora = workdir.read_config(begun).lora if begun else open_adapter(config, base).lora
+    if config.lora.uneven:
+        return config
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, ranks=lora.ranks, alphas=lora.alphas))
+
+
+def refuse_other_layers(lora: LoraConfig, layers: int) -> None:
+    """Refuse ranks and alphas for more or fewer layers than the base has."""
+    wrong = [
+        f"config.lora.{name}.{target} has {len(values)} values"
+        for name in ("ranks", "alphas")
+        for target, values in getattr(lora, name)
+        if len(values) not in (1, layers)
+    ]
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}; the base has {layers} layers: give one value for each, or one for all")

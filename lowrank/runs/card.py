@@ -1,0 +1,160 @@
+"""The model card of an export: what a stranger has to know to use it and to trust it, from the run's own record.
+
+Only what was recorded or measured is said. Of the data's path only the file's name.
+"""
+
+import pathlib
+
+from lowrank.adapters.lora import LoraConfig
+from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
+from lowrank.files import paths
+from lowrank.runs.report import describe_ranks
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+
+PROMPTS = {
+    "alpaca": "Prompts need the words it was trained with, without an input\n\n```\n{plain}```\n\nand with one\n\n```\n{given}```",
+    "chat": "It was trained on conversations: render them with the tokenizer's chat template.",
+    "completion": "It was trained to go on from prompts as they are, after a BOS token.",
+    "text": "It was trained on plain texts, each after a BOS token.",
+}
+
+
+def model_card(
+    *, record: dict, lines: list[dict], step: int, lora: LoraConfig | None, trained: int, base: str, export: dict
+) -> str:
+    """Markdown with the hub's header.
+
+    `record` is the run's config.json, `lines` its metrics, `trained` the number of trained parameters, `base` what to
+    load the base by; `export` says name, format ("peft" | "merged"), dtype, difference and tolerance.
+    """
+    parts = [
+        _header(base, lora, export["format"]),
+        f"# {export['name']}",
+        _summary(record, base, lora, export["format"]),
+        f"## Training\n\n{_table(_facts(record, step, lora, trained, base))}",
+        f"## Losses\n\n{_losses(lines, step)}",
+        f"## Prompts\n\n{_prompts(record['config']['data']['format'])}",
+        f"## Loading\n\n{_loading(record, base, lora, export)}",
+        f"## Verification\n\n{_verification(export)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(base: str, lora: LoraConfig | None, form: str) -> str:
+    fields = [f"library_name: {'peft' if form == 'peft' else 'transformers'}", "pipeline_tag: text-generation"]
+    if not _is_here(base):  # the hub refuses a card whose base_model is a path
+        fields.append(f"base_model: {base}")
+    fields += ["tags:", *(["- lora"] if lora else []), "- lowrank"]
+    return "\n".join(["---", *fields, "---"])
+
+
+def _is_here(base: str) -> bool:
+    return paths.is_remote(base) or pathlib.Path(base).exists()
+
+
+def _summary(record: dict, base: str, lora: LoraConfig | None, form: str) -> str:
+    data = pathlib.Path(record["config"]["data"]["train"]).name
+    if lora is None:
+        origin = (
+            f"`{record['config']['architecture']}` from scratch" if record["config"]["architecture"] else f"`{base}`"
+        )
+        return f"A full training of {origin} on `{data}`, made with lowrank (JAX)."
+    what = "A LoRA adapter for" if form == "peft" else "With a LoRA adapter merged into it:"
+    return f"{what} `{base}`, trained on `{data}` with lowrank (JAX)."
+
+
+def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base: str) -> dict[str, str]:
+    c, identity = record["config"], record["identity"]
+    data, train, optim = c["data"], c["train"], c["optim"]
+    facts = {}
+    if not c["architecture"]:
+        facts["base"] = f"`{base}`, fingerprint `{identity['base']}`"
+    if lora:
+        facts["adapter"] = f"{describe_ranks(lora, identity['architecture']['layers'])} ({lora.scaling})"
+        facts["targets"] = ", ".join(lora.targets)
+        facts["dropout"] = f"{lora.dropout:g}"
+        if c["init_adapter"]:
+            facts["started from"] = f"another adapter, `{pathlib.Path(c['init_adapter']).name}`"
+    facts |= {
+        "trained parameters": f"{trained:,}",
+        "data": f"`{pathlib.Path(data['train']).name}`, sha256 begins `{identity['data.train']}`",
+        "data format": f"{data['format']}, {data['max_length']} tokens at most, "
+        f"loss on {'prompts and responses' if data['train_on_prompt'] else 'responses'}"
+        if data["format"] != "text"
+        else f"text, {data['max_length']} tokens at most",
+        **({"tokenizer": "its own, in this folder"} if c["tokenizer"] else {}),
+        "steps": f"{step:,} of {train['batch_size']} rows{' of packed examples' if data['packing'] else ''}",
+        "optimizer": f"AdamW, learning rate {optim['learning_rate']:g} ({optim['schedule']}, warm-up {optim['warmup_steps']}), "
+        f"weight decay {optim['weight_decay']:g}, clip norm {optim['clip_norm']:g}",
+        "computed in": f"{c['dtype']}, seed {c['seed']}",
+        "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    return facts
+
+
+def _table(facts: dict[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())])
+
+
+def _losses(lines: list[dict], step: int) -> str:
+    """The first and the last up to the exported step, as they were logged."""
+    rows = []
+    for name, shown in (
+        ("train/loss", "training, a step's own"),
+        ("eval/loss", "held out"),
+        ("eval/perplexity", "held-out perplexity"),
+    ):
+        logged = [(line["step"], line[name]) for line in lines if name in line and line["step"] <= step]
+        if logged:
+            first, last = logged[0], logged[-1]
+            rows.append(f"| {shown} | {first[1]:.4f} (step {first[0]}) | {last[1]:.4f} (step {last[0]}) |")
+    return "\n".join(["| loss | first | last |", "| --- | --- | --- |", *rows]) if rows else "None was logged."
+
+
+def _prompts(form: str) -> str:
+    plain = ALPACA.format(instruction="{instruction}")
+    given = ALPACA_WITH_INPUT.format(instruction="{instruction}", input="{input}")
+    return PROMPTS[form].replace("{plain}", plain).replace("{given}", given)
+
+
+def _loading(record: dict, base: str, lora: LoraConfig | None, export: dict) -> str:
+    name, form = export["name"], record["config"]["data"]["format"]
+    here = base if _is_here(base) else "DIR"  # lowrank reads folders, not names on a hub
+    download = [] if here == base else ["", f"(`DIR`: the folder that `{base}` was downloaded to.)"]
+    if export["format"] == "merged":
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+```
+python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
+```"""
+    lines = [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name if record["config"]["tokenizer"] else base}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
+        f'model = PeftModel.from_pretrained(base, "{name}")',
+        "```",
+        "",
+        "```",
+        f"python -m lowrank.generate --base={here} --adapter={name} --format={form} --prompt=TEXT",
+    ]
+    rank = next((rank for rank in VLLM_RANKS if rank >= lora.rank), None)
+    if rank and not lora.uneven:  # vLLM takes one rank and one alpha for all modules
+        lines.append(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}")
+    return "\n".join([*lines, "```", *download])
+
+
+def _verification(export: dict) -> str:
+    return (
+        "Before this folder got its name, every tensor in it was read back and compared, and the float32 logits of fixed "
+        f"tokens were compared with the trained model's: the largest difference was {export['difference']:.2g} of the "
+        f"largest logit (allowed for {export['dtype']}: {export['tolerance']:g})."
+    )

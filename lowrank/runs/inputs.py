@@ -1,0 +1,207 @@
+"""What a config names, found and read before anything is computed: base, tokenizer, examples; and a run's first variables.
+
+Everything that a user can get wrong with these is refused here, so that it is known before anything heavy begins.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from lowrank import config as config_lib
+from lowrank.adapters.lora import LoraConfig
+from lowrank.config import Config
+from lowrank.data import examples as examples_lib
+from lowrank.data import loader, packing
+from lowrank.data.batch import BATCH_KEYS
+from lowrank.data.examples import Examples
+from lowrank.data.records import read_records
+from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
+from lowrank.families.sizes import SIZES
+from lowrank.model import decoder
+from lowrank.model.decoder import Decoder
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.runs import adapter as adapters
+from lowrank.runs import workdir as workdir_lib
+from lowrank.weights.base import Base, read_base
+from lowrank.weights.load import load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """What a run needs to know before it begins. `base` is None where a model is trained from scratch."""
+
+    base: Base | None
+    architecture: ModelConfig
+    tokenizer: Tokenizer
+    train: Examples
+    held_out: Examples | None
+    rows: int  # an epoch has, about
+    fill: float  # share of the rows' places that hold a token
+    steps: int  # of the whole run
+
+
+def prepare(config: Config) -> RunInputs:
+    base, architecture, tokenizer = find_model(config)
+    train, held_out = read_data(config, tokenizer)
+    rows, fill = packing.packed_rows(train, **row_shape(config))
+    adapters.refuse_other_layers(config.lora, architecture.layers)
+    return with_steps(RunInputs(base, architecture, tokenizer, train, held_out, rows, fill, 0), config)
+
+
+def with_steps(prepared: RunInputs, config: Config) -> RunInputs:
+    """With the number of steps that the config asks for, over the data that was read."""
+    epochs_steps = math.ceil((config.train.epochs or 0) * prepared.rows / config.train.batch_size)
+    return dataclasses.replace(prepared, steps=config.train.steps or epochs_steps)
+
+
+def check_mesh(mesh: Mesh, config: Config, architecture: ModelConfig):
+    mesh_lib.check_rows(mesh, config.train.batch_size, config.train.microbatches)
+    mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
+
+
+def identity(config: Config, prepared: RunInputs) -> dict:
+    """What must stay what it was for a run to go on: by content, not by path."""
+    return {
+        "base": prepared.base.fingerprint if prepared.base else f"from scratch, seed {config.seed}",
+        "architecture": dataclasses.asdict(prepared.architecture),
+        "tokenizer": workdir_lib.file_hash(prepared.tokenizer.path),
+        "data.train": workdir_lib.file_hash(config.data.train),
+        "data.eval": workdir_lib.file_hash(config.data.eval),
+    }
+
+
+def facts(config: Config, run_identity: dict) -> dict[str, str]:
+    """What has to be the same in all processes of a run, in words short enough to be shown: files by content, not by path."""
+    settings = {
+        key: value for key, value in workdir_lib.flat(config_lib.to_dict(config)) if key not in workdir_lib.PATHS
+    }
+    settings = {f"config.{key}": repr(value) for key, value in settings.items()}
+    files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
+    return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
+
+
+def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
+    """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
+    if config.base:
+        base = read_base(config.base)
+        architecture = base.config
+        check_base(config, architecture)
+    elif config.train.mode == "full" and (architecture := named_architecture(config)):
+        if not config.tokenizer:
+            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
+        base = None
+    else:
+        raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
+    tokenizer = load_tokenizer(config.tokenizer or config.base)
+    check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
+    check_length(config, architecture)
+    return base, architecture, tokenizer
+
+
+def check_length(config: Config, architecture: ModelConfig):
+    if config.data.max_length > architecture.max_length:
+        raise UserError(
+            f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
+            f"positions); say --config.data.max_length={architecture.max_length} or less"
+        )
+
+
+def check_base(config: Config, base: ModelConfig):
+    """Refuse a base that is not what `config.architecture` names."""
+    wanted = named_architecture(config)
+    differing = wanted.shape_differences(base) if wanted else []
+    if differing:
+        raise UserError(
+            f"config.base={config.base} is no {config.architecture}, which config.architecture says it is: "
+            f"{'; '.join(differing)}; give another base, or --config.architecture=None"
+        )
+
+
+def named_architecture(config: Config) -> ModelConfig | None:
+    """The model that `config.architecture` names."""
+    if config.architecture and config.architecture not in SIZES:
+        raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
+    return SIZES[config.architecture] if config.architecture else None
+
+
+def read_data(config: Config, tokenizer: Tokenizer):
+    """-> the training examples, and the held-out ones or None."""
+    data = config.data
+    if not data.train:
+        raise UserError(f"config.data.train is missing; say --config.data.train=FILE, in the {data.format} format")
+    if config.eval.answers and (data.format == "text" or data.train_on_prompt):
+        raise UserError(
+            "config.eval.answers needs examples with a prompt and a response: not text, not train_on_prompt"
+        )
+
+    def encode(file):
+        records = read_records(file, data.format)
+        return examples_lib.encode_examples(
+            records, data.format, tokenizer, data.max_length, data.train_on_prompt, path=file
+        )
+
+    train = encode(data.train)
+    if data.eval:
+        return train, encode(data.eval)
+    if data.eval_examples:
+        return examples_lib.split(train, data.eval_examples)
+    if config.eval.every or config.eval.answers:
+        raise UserError(
+            "config.eval is set but there is nothing to evaluate on; set config.data.eval or data.eval_examples"
+        )
+    return train, None
+
+
+def row_shape(config: Config) -> dict:
+    return {"max_length": config.data.max_length, "packing": config.data.packing}
+
+
+def training_batches(config: Config, examples: Examples) -> loader.TrainLoader:
+    return loader.train_loader(
+        examples,
+        batch_size=config.train.batch_size,
+        shuffle=config.data.shuffle,
+        seed=config.seed if config.data.seed is None else config.data.seed,
+        **row_shape(config),
+    )
+
+
+def evaluation_batches(config: Config, held_out: Examples | None) -> list[loader.Batch]:
+    """Of as many rows as a micro-batch has; none where nothing is held out."""
+    rows = config.train.batch_size // config.train.microbatches
+    return list(loader.evaluation_batches(held_out, batch_size=rows, **row_shape(config))) if held_out else []
+
+
+def on_devices(batch: loader.Batch, mesh: Mesh) -> dict:
+    """What a step takes of a batch, its rows spread over the mesh."""
+    layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
+    return {name: mesh_lib.put(batch[name], layout) for name in BATCH_KEYS}
+
+
+def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
+    """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
+    key = jax.random.key(config.seed)
+    variables = dict(shapes)
+    if "params" in made and base:
+        variables["params"] = load_params(base, shapes["params"])
+    elif "params" in made:
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["params"])
+        variables["params"] = jax.jit(lambda key: decoder.init(model, key)["params"], out_shardings=layout)(key)
+    if "lora" in made and config.init_adapter:
+        variables["lora"] = adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})["lora"]
+    elif "lora" in made:
+        # What an adapter starts from depends on its ranks alone: members of a sweep with the same share the program.
+        ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
+        variables["lora"] = jax.tree.map(mesh_lib.put, _fresh_adapter(Decoder(model.config, ranks), key), layout)
+    return variables
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fresh_adapter(model: Decoder, key: jax.Array) -> dict:
+    return decoder.init(model, key)["lora"]

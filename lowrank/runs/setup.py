@@ -1,0 +1,82 @@
+"""The training step of a config as a program: everything about it that needs no weights, and the program compiled for
+devices that need not be here.
+
+It is the real step: the same model, mask, optimizer, layouts and jit as `lowrank.train` runs, of shapes instead of arrays.
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from lowrank.adapters.lora import LoraConfig
+from lowrank.config import Config
+from lowrank.data.batch import BATCH_KEYS
+from lowrank.families.config import ModelConfig
+from lowrank.model import decoder
+from lowrank.model import kernels as attend
+from lowrank.model.decoder import Decoder
+from lowrank.parallel import compiling
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.training import partition
+from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
+from lowrank.training.step import State, abstract_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step before there are arrays; leaves of trees are ShapeDtypeStructs that know their layout."""
+
+    mesh: Mesh
+    model: Decoder
+    shapes: dict  # of all variables
+    mask: dict  # which of them are trained
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    state: State
+    frozen: dict
+    batch: dict
+    function: typing.Callable  # jitted (state, frozen, batch) -> (state, metrics)
+
+
+def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: int) -> Step:
+    """What `lowrank.train` sets up before it loads anything, for a run of so many steps."""
+    model, shapes = model_of(config, architecture, config.adapted, mesh)
+    mask = partition.trainable_mask(shapes, config.train.mode)
+    trainable, frozen = partition.split(shapes, mask)
+    schedule = learning_rate_schedule(config.optim, steps)
+    optimizer = make_optimizer(config.optim, schedule, mask)
+    state = abstract_state(optimizer, trainable, mesh)
+    shards = mesh_lib.batch_shards(mesh)
+    function = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, state)
+    layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
+    rows = (config.train.batch_size, config.data.max_length)
+    batch = {
+        key: jax.ShapeDtypeStruct(rows, jnp.bool_ if key == "loss_mask" else jnp.int32, sharding=layout)
+        for key in BATCH_KEYS
+    }
+    return Step(mesh, model, shapes, mask, schedule, optimizer, state, frozen, batch, function)
+
+
+def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None, mesh: Mesh) -> tuple[Decoder, dict]:
+    """-> the model with this adapter, and its variables' shapes, laid out."""
+    # What is trained is held in float32: bfloat16 would swallow small updates.
+    param_dtype = jnp.dtype("float32" if config.train.mode == "full" else config.param_dtype)
+    device, dtype = mesh.devices.flat[0], jnp.dtype(config.dtype)
+    attention = attend.choose_backend(
+        config.attention, device.platform, dtype, architecture.head_dim, config.data.max_length
+    )
+    if device in jax.devices():
+        attention = attend.verify_backend(attention, config.attention, dtype, architecture)
+    model = Decoder(architecture, lora, dtype, param_dtype, config.remat, attention)
+    shapes, axes = decoder.abstract(model)
+    return model, mesh_lib.laid_out(mesh, axes, shapes)
+
+
+def compile_step(step: Step) -> jax.stages.Compiled:
+    """May raise jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the program does not fit."""
+    with jax.set_mesh(step.mesh):
+        return compiling.compiled(step.function, step.state, step.frozen, step.batch)

@@ -1,0 +1,80 @@
+"""How fast a run is: tokens a second, the share of what the devices could do at most, and how long they waited."""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+class Speed:
+    """Counts between two lines of the log. What runs in `paused` (evaluation, saving) is no part of it.
+
+    Steps are dispatched while the one before still runs. So a device waits only if, when the next step is ready to be
+    dispatched, the last one is done already: then at most for as long as it is known to have been at work no more.
+    """
+
+    def __init__(self, needed_flops: Callable[[int], float], ceiling: float | None):
+        """`needed_flops`: of a step with so many trained tokens; `ceiling`: FLOP/s of all devices at best, None: unknown."""
+        self.needed_flops, self.ceiling = needed_flops, ceiling
+        self.start()
+
+    def start(self):
+        """Count from now."""
+        self.began = self.at_work = time.monotonic()
+        self.tokens, self.flops, self.waited = 0, 0.0, 0.0
+
+    def dispatches(self, idle: bool):
+        """The next step is about to be dispatched; `idle`: the last one is done."""
+        now = time.monotonic()
+        self.waited += now - self.at_work if idle else 0.0
+        self.at_work = now
+
+    def read(self, tokens: int, trained: int):
+        """The results of a step are here, so the next one is at work."""
+        self.tokens, self.flops = self.tokens + tokens, self.flops + self.needed_flops(trained)
+        self.at_work = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.monotonic()
+        yield
+        self.at_work = time.monotonic()
+        self.began += self.at_work - began
+
+    def rates(self) -> dict[str, float]:
+        """-> tokens_per_second; mfu, the share of the ceiling; waiting, the share of the time. Counts anew from now."""
+        at_work, seconds = self.at_work, max(time.monotonic() - self.began, 1e-9)
+        found = {"tokens_per_second": self.tokens / seconds}
+        if self.ceiling:
+            found["mfu"] = self.flops / seconds / self.ceiling
+        found["waiting"] = self.waited / seconds
+        self.start()
+        self.at_work = at_work
+        return found
+
+
+SIZES = {"cpu": 1024}  # of the matrices whose product is timed; elsewhere ELSE
+ELSE = 8192
+
+
+def product_flops(device: jax.Device, dtype: jnp.dtype) -> float:
+    """FLOP/s of one large matrix product as the model asks for it, the best of 5: what a step cannot be faster than."""
+    size = SIZES.get(device.platform, ELSE)
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # as `product` in model/products.py
+    multiply = jax.jit(
+        lambda x: jnp.matmul(x, x, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
+    )
+    return 2 * size**3 / best_seconds(multiply, x)
+
+
+def best_seconds(function, x) -> float:
+    jax.block_until_ready(function(x))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(function(x))
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,214 @@
+"""A workdir and whose it is: one run, one process at a time, and what may change when the run goes on."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+
+import jax
+
+from lowrank import config as config_lib
+from lowrank.config import Config
+from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
+from lowrank.files import bucket_lock, paths
+from lowrank.files import lines as lines_lib
+from lowrank.parallel import distributed
+
+NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
+PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
+# What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
+FREE_ON_RESUME = (
+    *("base", "tokenizer", "data.train", "data.eval"),
+    *("train.steps", "train.epochs", "eval.every", "checkpoint.every", "checkpoint.keep", "sample.every"),
+    *("log.every", "log.tensorboard", "log.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+)
+
+
+# Of an architecture's fields, as JSON: those that are newer than a run have these values in it.
+DEFAULTS = {
+    field.name: json.loads(json.dumps(field.default))
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING
+}
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str], command: str):
+    """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
+    file = workdir / "config.json"
+    if not distributed.first():
+        refuse_other_folder(workdir, distributed.from_first(lambda: None))
+        yield
+        return
+    with locked(workdir, file, "run"):
+        if file.exists():
+            differences = resume_differences(read_record(workdir), config, identity)
+            if differences:
+                raise UserError(
+                    f"workdir {workdir} holds another run, which cannot go on with: {'; '.join(differences)}; "
+                    "choose another --workdir, or give the run what it began with"
+                )
+        record = {
+            **origin(command, arguments),
+            "config": config_lib.to_dict(config),
+            "identity": identity,
+        }
+        lines_lib.replace(file, json.dumps(record, indent=1) + "\n")
+        distributed.from_first(lambda: record["at"])
+        yield
+
+
+def refuse_other_folder(workdir: pathlib.Path, at: float):
+    """In a process that is not the first: UserError unless process 0's folder, in which a record was written `at`, is this one."""
+    for waited in range(NFS_SECONDS):
+        time.sleep(min(waited, 1))
+        with contextlib.suppress(UserError):
+            if read_record(workdir).get("at") == at:
+                return
+    raise UserError(
+        f"workdir {workdir} of this process is not the folder of that name of process 0; checkpoints need one that all "
+        "processes see, such as one on NFS or a bucket (gs://)"
+    )
+
+
+def origin(command: str, arguments: list[str]) -> dict:
+    """Where a record comes from: how the command was called, and on what it runs."""
+    return {
+        "at": time.time(),
+        "command": shlex.join(["python", "-m", f"lowrank.{command}", *sys.argv[1:]]),
+        "overrides": arguments,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+    }
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
+    """Make the folder if it is not there; refuse one that holds other things than `file`'s; keep others out."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Looked at before the lock is made, so that nothing is left in a folder that is somebody else's.
+        if not file.exists() and any(
+            path.name not in (".lock", file.with_suffix(".tmp").name) for path in workdir.iterdir()
+        ):
+            raise UserError(
+                f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
+            )
+        if paths.is_remote(workdir):
+            workdir.check_bucket()
+            lock = bucket_lock.locked(workdir / ".lock", str(workdir))
+        else:
+            lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be written to ({error.strerror}); choose another --workdir"
+        ) from error
+    with lock:
+        try:
+            if not paths.is_remote(workdir):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
+        yield
+
+
+def resume_differences(before: dict, config: Config, identity: dict, free=FREE_ON_RESUME) -> list[str]:
+    """What differs between the run in a workdir and this one, beyond the keys that are `free` to: a line each."""
+    differences = []
+    known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
+    for name, value in json.loads(json.dumps(identity)).items():
+        if known.get(name) != value:
+            differences.append(f"{name} has other content" if name != "base" else "base has other weights")
+    # Through the config and back, so that keys which are newer than the run have their defaults in it.
+    configs = (config_lib.to_dict(config_lib.from_dict(before["config"])), config_lib.to_dict(config))
+    was, now = (dict(flat(json.loads(json.dumps(values)))) for values in configs)
+    for key in sorted(was.keys() | now.keys()):
+        if key not in free and was.get(key) != now.get(key):
+            differences.append(f"config.{key} was {was.get(key)} and is {now.get(key)}")
+    return differences
+
+
+def flat(values: dict, prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def file_hash(file) -> str | None:
+    if file is None:
+        return None
+    found = paths.path(file).stat()
+    return _hash_of(str(file), found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_of(file: str, modified: int, size: int) -> str:
+    """Asked again for each member of a sweep; `modified` and `size` are there to tell when it is another file."""
+    with paths.path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+
+
+@functools.cache
+def versions() -> dict:
+    packages = ("lowrank", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {"python": platform.python_version(), **found}
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of the Python files of this package."""
+    digest = hashlib.sha256()
+    package = pathlib.Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def git_revision() -> str | None:
+    """Of the code that runs, with "+changes" if it was edited since; None outside a checkout."""
+    folder = pathlib.Path(__file__).parent
+
+    def git(*words):
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_record(workdir: pathlib.Path) -> dict:
+    """What `open_workdir` wrote: command, config, identity, versions."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"workdir {workdir} does not hold a run (no config.json); name the --workdir of a training run")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["config"], record["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not the config.json of a run ({type(error).__name__}: {error})") from None
+    return record
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The config of the run whose workdir this is."""
+    return config_lib.from_dict(read_record(workdir)["config"])

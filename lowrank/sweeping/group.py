@@ -1,0 +1,221 @@
+"""A sweep's group: members that share one compiled step. How many train at once, their programs, their first state.
+
+A group is trained in one go, or in parts of `sweep.group_size` members that share the compiled programs, one after the
+other (part.py).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lowrank.config import Config
+from lowrank.model.decoder import Decoder
+from lowrank.parallel import memory
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.compiling import ahead
+from lowrank.runs import adapter as adapters
+from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, with_steps
+from lowrank.runs.setup import model_of
+from lowrank.sweeping import members as members_lib
+from lowrank.sweeping.grid import Member, SweepConfig
+from lowrank.training import partition
+from lowrank.training.objectives.cross_entropy import CHUNK_TOKENS
+from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
+from lowrank.training.step import State, abstract_state, loss_sum
+from lowrank.weights.load import load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What is known of a group before anything is computed."""
+
+    members: tuple[Member, ...]
+    prepared: RunInputs
+    mesh: Mesh
+    model: Decoder  # as wide as the widest member
+    shapes: dict  # of one member's variables in that model
+    mask: dict
+    size: int  # members in one compiled step
+    at_once: int  # of these, in the model at one time on each device
+
+    @property
+    def config(self) -> Config:
+        """Of any member, for what all have in common."""
+        return self.members[0].config
+
+    @property
+    def count(self) -> int:
+        """Members in the stacked state: `size`, filled up so that all devices have as many."""
+        together = self.mesh.shape["member"] * self.at_once
+        return -(-self.size // together) * together
+
+    @property
+    def parts(self) -> list[tuple[Member, ...]]:
+        return [self.members[i : i + self.size] for i in range(0, len(self.members), self.size)]
+
+
+# ---- Before anything is computed ---------------------------------------------------------------------------------------
+
+
+def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
+    """Find what the members name, and choose how many of them train at once. `known` keeps what earlier groups have read."""
+    config = members[0].config
+    key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, config.train.mode)
+    key = key if config.architecture else key[:-1]  # from scratch is for mode full only, which `prepare` looks at
+    known[key] = prepared = with_steps(known[key], config) if key in known else prepare(config)
+    if members[0].config.init_adapter:
+        members = [
+            dataclasses.replace(m, config=adapters.with_ranks_of_start(m.config, prepared.base, None)) for m in members
+        ]
+    config, architecture = members[0].config, prepared.architecture
+    mesh = mesh_lib.members_mesh(mesh_lib.make_mesh(config.mesh))
+    check_mesh(mesh, config, architecture)
+    for member in members:
+        adapters.refuse_other_layers(member.config.lora, architecture.layers)
+    lora = members_lib.widest([m.config.lora for m in members]) if config.adapted else None
+    model, shapes = model_of(config, architecture, lora, mesh)
+    mask = partition.trainable_mask(shapes, config.train.mode)
+    group = Group(tuple(members), prepared, mesh, model, shapes, mask, len(members), 1)
+    size, at_once = chosen_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
+    return dataclasses.replace(group, size=size, at_once=at_once)
+
+
+def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
+    """-> members whose rank is above the size of every matrix it is for; those with a rank above the size of some."""
+    sizes = {target: min(shape) for target, shape in group.prepared.architecture.projections().items()}
+    above_all, above_some = [], []
+    for member in group.members if group.config.adapted else ():
+        lora = member.config.lora
+        above = [target for target in lora.targets if lora.width(target) > sizes[target]]
+        if above:
+            text = f"rank {max(map(lora.width, above))} above {', '.join(f'{t} ({sizes[t]})' for t in above)}"
+            for_it_alone = [target for target in above if target in dict(lora.ranks)]
+            (above_all if for_it_alone or len(above) == len(lora.targets) else above_some).append(text)
+    return list(dict.fromkeys(above_all)), list(dict.fromkeys(above_some))
+
+
+def chosen_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> tuple[int, int]:
+    """-> (members in one compiled step, members in the model at one time on each device), for `free` bytes a device.
+
+    On a CPU one at a time is fastest (15M shape, 2 rows of 256, CPU seconds a member: 0.31 for one at a time, 0.44 for
+    eight at once: `bench/sweep.py`); elsewhere as many as fit.
+    """
+    mesh, count = group.mesh, len(group.members)
+    lanes, cuts = mesh.shape["member"], mesh.shape["fsdp"] * mesh.shape["tensor"]
+    trainable, frozen = partition.split(group.shapes, group.mask)
+    # Weights, gradient, two moments; and all of them twice, where the step hands new ones on before the old ones go.
+    state = 8 * partition.nbytes(trainable) // cuts
+    left = max(0, free - partition.nbytes(frozen) // cuts)
+    size = sweep.group_size or max(lanes, lanes * int(0.5 * left / state))
+    size = -(-count // -(-count // min(size, count)))  # parts of about the same size
+    each = -(-size // lanes)
+    if sweep.at_once:
+        return size, min(sweep.at_once, each)
+    if platform == "cpu":
+        return size, 1
+    fit = int(0.6 * max(0, left - each * state) / activation_bytes(group))
+    return size, -(-each // -(-each // max(1, min(fit, each))))
+
+
+def activation_bytes(group: Group) -> int:
+    """About what one member's forward and backward pass need on a device, beside weights and state.
+
+    What the backward pass keeps of a micro-batch, what it works with in one layer, a chunk's logits and their gradient.
+    """
+    config, shards = group.config, mesh_lib.batch_shards(group.mesh)
+    rows = config.train.batch_size // config.train.microbatches
+    trainable, frozen = partition.split(group.shapes, group.mask)
+
+    def kept(rows: int, remat: str) -> int:
+        model = group.model.clone(remat=remat)
+        shape = (rows, config.data.max_length)
+
+        def loss(trainable):
+            weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), frozen)
+            batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.zeros(shape, jnp.int32))
+            batch["loss_mask"] = jnp.zeros(shape, jnp.bool_)
+            return loss_sum(model, trainable, weights, batch, shards)
+
+        return memory.residual_bytes(loss, trainable)
+
+    # The differences: weights are kept, too, but once for all members, whatever the rows.
+    layer = (kept(2 * rows, "none") - kept(rows, "none")) // group.prepared.architecture.layers
+    whole = kept(2 * rows, config.remat) - kept(rows, config.remat)
+    tokens = min(CHUNK_TOKENS, rows // shards * config.data.max_length)
+    return (whole + layer) // shards + 2 * tokens * group.prepared.architecture.vocab * 4
+
+
+# ---- Programs and states -----------------------------------------------------------------------------------------------
+
+
+class Programs:
+    """A group's compiled steps and the layout of its stacked state: made once, for all of its parts."""
+
+    def __init__(self, group: Group):
+        config, mesh = group.config, group.mesh
+        trainable, _ = partition.split(group.shapes, group.mask)
+        schedule = learning_rate_schedule(config.optim, group.prepared.steps)
+        self.optimizer = make_optimizer(config.optim, schedule, group.mask)
+        self.layout = members_lib.stacked_shapes(abstract_state(self.optimizer, trainable, mesh), group.count, mesh)
+        shards = mesh_lib.batch_shards(mesh)
+        self.jitted_step = members_lib.make_members_step(
+            group.model, config, group.mask, shards, self.layout, group.at_once
+        )
+        self.step = ahead(self.jitted_step)
+        self.eval_step = members_lib.make_members_eval_step(group.model, shards, group.at_once)
+        self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=shardings_of(self.layout.opt_state))
+
+
+def shardings_of(shapes):
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def initial_state(group: Group, programs: Programs, part: tuple[Member, ...]) -> State:
+    """The members' states before step 1, each what the same run alone begins with."""
+    layout = programs.layout
+    trainable = jax.device_put(filled_up(initial_trainables(group, part), group.count), shardings_of(layout.trainable))
+    step = jax.device_put(jnp.zeros(group.count, jnp.int32), layout.step.sharding)
+    return State(step, trainable, programs.init(trainable), keys_of(group, programs, part))
+
+
+def initial_trainables(group: Group, part: tuple[Member, ...]):
+    """What the members train, stacked [members of the part, …]."""
+    config, base = group.config, group.prepared.base
+    wide, _ = partition.split(group.shapes, group.mask)
+    if config.train.mode == "full" and base:  # all begin with the base
+        params = load_params(base, group.shapes["params"])
+        return partition.split(
+            {"params": jax.tree.map(lambda leaf: jnp.stack([leaf] * len(part)), params)}, group.mask
+        )[0]
+    collection = "params" if config.train.mode == "full" else "lora"
+    begun = []
+    for member in part:
+        model, shapes = own_model(group, member)
+        made = initial_variables(member.config, model, base, shapes, {collection})
+        own, _ = partition.split(made, group.mask)
+        begun.append(members_lib.padded(jax.device_get(own), wide))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *begun)
+
+
+def own_model(group: Group, member: Member) -> tuple[Decoder, dict]:
+    """The model that the member would have alone, and its variables' shapes."""
+    return model_of(member.config, group.prepared.architecture, member.config.adapted, group.mesh)
+
+
+def keys_of(group: Group, programs: Programs, part: tuple[Member, ...]) -> jax.Array:
+    seeds = [member.config.seed for member in part]
+    keys = jax.vmap(jax.random.key)(np.uint32(seeds + seeds[:1] * (group.count - len(part))))
+    return jax.device_put(keys, programs.layout.key.sharding)
+
+
+def filled_up(tree, count: int):
+    """Stacked leaves, filled up with the first member to `count`: what those compute is thrown away."""
+
+    def filled(leaf):
+        ghosts = count - len(leaf)
+        return jnp.concatenate([leaf, jnp.repeat(leaf[:1], ghosts, axis=0)]) if ghosts else leaf
+
+    return jax.tree.map(filled, tree)

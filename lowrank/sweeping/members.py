@@ -1,0 +1,170 @@
+"""Many members over one frozen base in one compiled step: what a sweep trains, stacked.
+
+One idea: zero padding. Factors of a smaller rank are filled up with zeros to the largest one. There lora_a and lora_b
+are both zero, so neither has a gradient, Adam leaves both alone, and the sum x A B is what it was. Every leaf of the
+state then leads with an axis `members`; scale, rates, clip, decay and dropout are arrays beside it; and the very
+update that a run alone makes is mapped over that axis, with the base as an argument that is not mapped.
+
+Members go through the model `at_once` at a time: mapped side by side they share each product with the base, one after
+the other they share the memory of one run's activations.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lowrank.adapters.lora import LayerScalars, LoraConfig
+from lowrank.config import Config
+from lowrank.model.decoder import Decoder
+from lowrank.parallel.compiling import jit, platform_of
+from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
+from lowrank.training.step import State, loss_sum, make_update
+
+
+class MemberHyperparams(NamedTuple):
+    """What a member has of its own and no step changes; every leaf leads with `members`."""
+
+    rates: jax.Array  # float32 [members, steps], the learning rate of each step
+    weight_decay: jax.Array  # float32 [members]
+    clip_norm: jax.Array  # float32 [members], infinity where it is off
+    adapters: (
+        dict[str, LayerScalars] | None
+    )  # of each target: scale, rank and kept [members, layers]; None in mode "full"
+
+
+def widest(loras: list[LoraConfig]) -> LoraConfig:
+    """The adapter that each of these fits into: as wide as the widest, with a scale of 1."""
+    first = loras[0]
+    ranks = tuple((target, (max(lora.width(target) for lora in loras),)) for target in first.targets)
+    return LoraConfig(
+        rank=max(width for _, (width,) in ranks),
+        targets=first.targets,
+        dropout=max(lora.dropout for lora in loras),
+        ranks=ranks,
+        alphas=tuple((target, (float(width),)) for target, (width,) in ranks),
+    )
+
+
+def numbers_of(configs: list[Config], steps: int, layers: int) -> MemberHyperparams:
+    """The members' own numbers, as arrays on the host."""
+    step = jnp.arange(steps)
+    schedules = [learning_rate_schedule(config.optim, steps) for config in configs]
+    of_layers = [
+        {
+            target: own._replace(undropped=jnp.full(layers, 1 - lora.dropout, jnp.float32))
+            for target, own in table.items()
+        }
+        for lora, table in ((config.lora, config.lora.of_layers(layers)) for config in configs if config.adapted)
+    ]
+    return MemberHyperparams(
+        # Evaluated here and not in the step, so that schedules may differ in any way, their kind too.
+        rates=np.stack([np.broadcast_to(jax.vmap(schedule)(step), steps) for schedule in schedules]).astype(np.float32),
+        weight_decay=np.float32([config.optim.weight_decay for config in configs]),
+        clip_norm=np.float32([config.optim.clip_norm or np.inf for config in configs]),
+        adapters=jax.tree.map(lambda *leaves: np.stack(leaves), *of_layers) if of_layers else None,
+    )
+
+
+# ---- Stacking --------------------------------------------------------------------------------------------------------
+
+
+def stacked_shapes(shapes, members: int, mesh: Mesh):
+    """A tree of one member's ShapeDtypeStructs -> the members', whose axis lies over the mesh axis `member`."""
+
+    def stacked(leaf):
+        spec = PartitionSpec("member", *leaf.sharding.spec)
+        return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(stacked, shapes)
+
+
+def padded(tree, shapes):
+    """Each leaf filled up with zeros behind, to the leaf's shape in `shapes`; the inverse of `cut`."""
+    return jax.tree.map(
+        lambda leaf, wanted: np.pad(leaf, [(0, n - m) for m, n in zip(leaf.shape, wanted.shape, strict=True)]),
+        tree,
+        shapes,
+    )
+
+
+def cut(tree, shapes):
+    """The first elements of each leaf along each axis, as many as the leaf's shape in `shapes` has."""
+    return jax.tree.map(lambda leaf, wanted: leaf[tuple(slice(n) for n in wanted.shape)], tree, shapes)
+
+
+def scaled(trainable: dict, scales: dict[str, jax.Array]) -> dict:
+    """One member's trainable tree with each target's scale [layers] folded into its lora_b."""
+
+    def one(path, leaf):
+        *_, target, name = (part.key for part in path)
+        return leaf * scales[target][:, None, None] if name == "lora_b" else leaf
+
+    return jax.tree_util.tree_map_with_path(one, trainable)
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
+
+
+def make_members_step(model: Decoder, config: Config, mask: dict, shards: int, layout: State, at_once: int):
+    """-> jitted (state, numbers, frozen, batch, step) -> (state, metrics), each leaf of which leads with `members`.
+
+    `step`: updates made so far. A member whose loss or gradient is not finite stays what it was, at that step and at all
+    that follow: its own `state.step` then lags behind. `state` is donated.
+    """
+
+    def one(state: State, numbers: MemberHyperparams, frozen: dict, batch: dict, step):
+        schedule = lambda count: numbers.rates[count]  # noqa: E731
+        optimizer = make_optimizer(
+            config.optim, schedule, mask, clip_norm=numbers.clip_norm, weight_decay=numbers.weight_decay
+        )
+        update = make_update(model, optimizer, schedule, config.train.microbatches, shards, numbers.adapters)
+        updated, metrics = update(state, frozen, batch)
+        goes_on = (state.step == step) & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        kept = jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), updated[:3], state[:3])
+        return State(*kept, key=state.key), metrics
+
+    def members_step(state, numbers, frozen, batch, step):
+        return _mapped(lambda state, numbers: one(state, numbers, frozen, batch, step), at_once, state, numbers)
+
+    platform, layout = platform_of(layout), jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jit(members_step, platform, donate_argnums=0, out_shardings=(layout, None))
+
+
+def make_members_eval_step(model: Decoder, shards: int, at_once: int):
+    """-> jitted (trainable, numbers, frozen, batch) -> (summed losses [members], trained tokens of the batch)."""
+
+    def members_eval_step(trainable, numbers, frozen, batch):
+        losses = _mapped(
+            lambda trainable, adapters: loss_sum(model, trainable, frozen, batch, shards, adapters=adapters),
+            at_once,
+            trainable,
+            numbers.adapters,
+        )
+        return losses, jnp.sum(batch["loss_mask"], dtype=jnp.int32)
+
+    return jit(members_eval_step)
+
+
+def _mapped(function, at_once: int, *trees):
+    """`function` over the leading axis, for `at_once` members of each device at a time."""
+    mapped = jax.vmap(function, spmd_axis_name="member")
+    members = len(jax.tree.leaves(trees)[0])
+    lanes = jax.sharding.get_abstract_mesh().shape["member"]
+    chunks = members // (lanes * at_once)
+    if chunks == 1:
+        return mapped(*trees)
+
+    # Device d holds the members from d * members / lanes on; chunk i is the i-th part of each device's own.
+    def in_chunks(leaf):
+        parts = leaf.reshape(lanes, chunks, at_once, *leaf.shape[1:])
+        return jnp.moveaxis(parts, 1, 0).reshape(chunks, lanes * at_once, *leaf.shape[1:])
+
+    def together(leaf):
+        parts = leaf.reshape(chunks, lanes, at_once, *leaf.shape[2:])
+        return jnp.moveaxis(parts, 0, 1).reshape(members, *leaf.shape[2:])
+
+    _, results = jax.lax.scan(lambda _, part: (None, mapped(*part)), None, jax.tree.map(in_chunks, trees))
+    return jax.tree.map(together, results)

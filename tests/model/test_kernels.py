@@ -1,0 +1,178 @@
+"""Every backend beside `jax.nn.dot_product_attention`: results, gradients, windows; and that no segment sees another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
+from lowrank.model import kernels as attend_lib
+from lowrank.model.kernels import (
+    AUTO,
+    INTERPRETED,
+    AttentionMask,
+    attend,
+    choose_backend,
+    disagreement,
+    near,
+    suits,
+    verify_backend,
+    visible,
+)
+
+ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+BACKENDS = ["xla", INTERPRETED, pytest.param("cudnn", marks=ON_GPU)]
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def of_lengths(*lengths: int):
+    """xla with each of them, the kernels with those that suit them."""
+    kernels = [length for length in lengths if length % 128 == 0]
+    return [
+        *[("xla", length) for length in lengths],
+        *[(INTERPRETED, length) for length in kernels],
+        *[pytest.param("cudnn", length, marks=ON_GPU) for length in kernels],
+    ]
+
+
+def drawn(rows: int, length: int, dtype):
+    """q, k, v, and what the gradients are by."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=(rows, *shape, HEAD_DIM)), dtype)  # noqa: E731
+    return draw(length, HEADS) / 4, draw(KV_HEADS, length), draw(KV_HEADS, length), draw(length, HEADS)
+
+
+def sees(segments) -> AttentionMask:
+    segments = jnp.asarray(segments, jnp.int32)
+    return AttentionMask(segments, visible(jnp.arange(segments.shape[1]), segments, segments))
+
+
+def with_gradients(attention, q, k, v, by):
+    @jax.jit
+    def results(q, k, v, by):
+        y, transposed = jax.vjp(attention, q, k, v)
+        return y, *transposed(by)
+
+    return [np.asarray(x, np.float32) for x in results(q, k, v, by)]
+
+
+def textbook(mask, window):
+    def attention(q, k, v):
+        seen = mask if window is None else mask & near(jnp.arange(q.shape[1]), q.shape[1], jnp.int32(window))
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=1.0)
+
+    return attention
+
+
+def dtype_of(backend):
+    return jnp.bfloat16 if backend == "cudnn" else jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("backend", "length"), of_lengths(5, 64, 130, 256, 600)
+)  # xla: one, two and more kinds of pieces
+def test_results_and_gradients_equal_those_of_jax_nn(backend, length):
+    q, k, v, by = drawn(2, length, dtype_of(backend))
+    own = sees(np.random.default_rng(1).integers(1, 3, (2, length)).cumsum(axis=1) // 20)
+    found = with_gradients(lambda q, k, v: attend(backend, q, k, v, own), q, k, v, by)
+    expected = with_gradients(textbook(own.mask, None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
+    atol = 2e-5 if q.dtype == jnp.float32 else 3e-2  # values of about 1
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [0, 3, 100])
+def test_a_layers_window_is_chosen_among_those_of_the_model(backend, window):
+    q, k, v, by = drawn(1, 256, dtype_of(backend))
+    own = sees(np.full((1, 256), 1))
+    windows = (0, 3, 100, 3)
+    run = lambda q, k, v: attend(backend, q, k, v, own, 0, jnp.int32(window), windows)  # noqa: E731
+    found = with_gradients(run, q, k, v, by)
+    expected = with_gradients(textbook(own.mask, window or None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 if q.dtype == jnp.float32 else 3e-2)
+
+
+@pytest.mark.parametrize(("backend", "length"), of_lengths(12, 256))
+def test_what_changes_in_one_segment_changes_nothing_in_the_others(backend, length):
+    q, k, v, by = drawn(1, length, dtype_of(backend))
+    first, last = length // 4, length // 2  # of the middle segment
+    place = np.arange(length)
+    own = sees(np.select([place < first, place < last, place < length - 2], [1, 2, 3], 0)[None])
+    run = lambda q, k, v: attend(backend, q, k, v, own)  # noqa: E731
+    before = with_gradients(run, q, k, v, by)
+    changed = [
+        x.at[(slice(None),) * axis + (slice(first, last),)].add(3)
+        for x, axis in zip((q, k, v, by), (1, 2, 2, 1), strict=True)
+    ]
+    after = with_gradients(run, *changed)
+    for a, b, axis in zip(after, before, (1, 1, 2, 2), strict=True):
+        moved = (a != b).any(axis=tuple({0, 1, 2, 3} - {axis}))
+        middle = (first <= place) & (place < last)
+        assert moved[middle].any() and not moved[~middle].any()
+
+
+def test_a_backend_is_tried_before_it_is_trusted(monkeypatch):
+    shape = (jnp.bfloat16, 4, 2, 16, (0, 8))
+    assert disagreement(INTERPRETED, *shape) is None
+    assert disagreement("xla", *shape) is None
+    right = attend_lib.attend
+
+    def leaks(backend, q, k, v, own, *rest):
+        everything = AttentionMask(
+            jnp.ones_like(own.segments), visible(jnp.arange(q.shape[1]), *[jnp.ones_like(own.segments)] * 2)
+        )
+        return right("xla", q, k, v, everything if backend == "leaks" else own, *rest)
+
+    def faint(backend, q, k, v, own, *rest):
+        y = right("xla", q, k, v, own, *rest)
+        return y + 1e-3 * jnp.mean(v, (1, 2))[:, None, None] if backend == "faint" else y
+
+    monkeypatch.setattr(attend_lib, "attend", leaks)
+    assert "away from those of 'xla'" in disagreement("leaks", *shape)
+    monkeypatch.setattr(attend_lib, "attend", faint)
+    assert "see each other" in disagreement("faint", *shape)
+
+
+def test_the_backend_is_chosen_by_device_and_rows():
+    bf16, f32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert choose_backend(AUTO, "cpu", bf16, 64, 256) == choose_backend("xla", "tpu", bf16, 64, 256) == "xla"
+    assert choose_backend(AUTO, "tpu", bf16, 64, 256) == "splash"
+    assert choose_backend(AUTO, "tpu", bf16, 64, 200) == choose_backend(AUTO, "gpu", f32, 64, 256) == "xla"
+    assert choose_backend(AUTO, "gpu", bf16, 64, 200) == "cudnn"
+    assert choose_backend("splash", "cpu", bf16, 64, 256) == INTERPRETED
+    assert suits("cudnn", 200) and not suits("cudnn", 201) and not suits("splash", 200) and suits("xla", 201)
+    for wanted, platform, dtype, head_dim, length, why in (
+        ("splash", "tpu", bf16, 64, 200, "config.data.max_length is 200"),
+        ("splash", "gpu", bf16, 64, 256, "is for TPUs"),
+        ("cudnn", "cpu", bf16, 64, 256, "is for NVIDIA GPUs"),
+        ("cudnn", "gpu", f32, 64, 256, "config.dtype is float32"),
+        ("cudnn", "gpu", bf16, 160, 256, "heads of a multiple of 8 up to 128"),
+    ):
+        with pytest.raises(UserError, match=why):
+            choose_backend(wanted, platform, dtype, head_dim, length)
+
+
+def test_a_backend_that_is_wrong_here_is_not_used(monkeypatch):
+    c = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=8)
+    assert verify_backend("xla", "xla", jnp.dtype("float32"), c) == "xla"
+    monkeypatch.setattr(attend_lib, "disagreement", lambda *_: "it is wrong")
+    with pytest.warns(UserWarning, match="attention is computed by 'xla', not by 'cudnn': it is wrong"):
+        assert verify_backend("cudnn", AUTO, jnp.dtype("bfloat16"), c) == "xla"
+    with pytest.raises(
+        UserError, match=r"config.attention='cudnn' cannot be used here: it is wrong; leave it at 'auto'"
+    ):
+        verify_backend("cudnn", "cudnn", jnp.dtype("bfloat16"), c)
+
+
+def test_a_backend_that_fails_here_is_not_used(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such library\nhere")
+
+    c = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=8)
+    monkeypatch.setattr(attend_lib, "attend", fails)
+    with pytest.warns(UserWarning, match="computed by 'xla', not by 'splash': RuntimeError: no such library here"):
+        assert verify_backend("splash", AUTO, jnp.dtype("bfloat16"), c) == "xla"

@@ -1,0 +1,85 @@
+"""Chips, prices, slices by name, and what the interconnect of a slice gives to a group of its chips."""
+
+import itertools
+import types
+
+import pytest
+
+from lowrank.errors import UserError
+from lowrank.planning import prices, topology
+from lowrank.planning.chips import CHIPS, GIB
+from lowrank.planning.topology import Slice, find, sizes_in
+
+
+def slice_of(name: str) -> Slice:
+    """With devices that know their places only, the last dimension counted fastest."""
+    chip, shape = find(name)
+    places = itertools.product(*(range(size) for size in chip.dimensions(shape)))
+    return Slice(chip, shape, [types.SimpleNamespace(coords=(*place, 0)[:3]) for place in places])
+
+
+def test_the_table_of_chips_is_in_order_and_its_prices_are_of_chips_in_it():
+    for chip in CHIPS.values():
+        counts = [chip.chips(name) for name in chip.topologies]
+        assert counts == sorted(counts)
+        assert len({len(chip.dimensions(name)) for name in chip.topologies}) == 1
+    assert set(prices.PER_CHIP_HOUR) <= set(CHIPS)
+    assert CHIPS["v5e"].memory == 15.75 * GIB
+
+
+def test_a_name_is_a_chip_and_a_slice():
+    chip, shape = find("v5p:2x2x4")
+    assert (chip.name, shape, chip.chips(shape), slice_of("v5p:2x2x4").chips) == ("v5p", "2x2x4", 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5e:3x3", "v5e has no such slice; there are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v5e", "v5e has no such slice"),
+        ("v6:2x2", r"no chip is called v6 \(did you mean v6e\?\); say CHIP:TOPOLOGY with one of v5e, v6e, v5p, tpu7x"),
+        ("h100", "no chip is called h100; say"),
+    ],
+)
+def test_a_name_that_does_not_exist_lists_those_that_do(name, says):
+    with pytest.raises(UserError, match=says):
+        find(name)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'lowrank\[plan\]', or make .venv/.installed EXTRAS=plan"):
+        topology.open_slice("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "links"),
+    [
+        ("v5e:2x4", slice(0, 8), 2),  # both dimensions, neither of them a ring
+        ("v5e:2x4", slice(0, 4), 1),  # a row
+        ("v5e:16x16", slice(0, 256), 4),  # the whole pod is a torus
+        ("v5e:16x16", slice(0, 16), 2),
+        ("v5e:16x16", slice(0, 8), 1),  # half a ring
+        ("v5e:8x16", slice(0, 128), 3),
+        ("v5p:2x2x4", slice(0, 16), 3),  # smaller than a cube of 4x4x4
+        ("v5p:4x4x4", slice(0, 64), 6),
+        ("v5e:1x1", slice(0, 1), 1),
+    ],
+)
+def test_a_group_has_a_link_along_each_dimension_and_two_where_it_is_a_ring(name, group, links):
+    where = slice_of(name)
+    assert where.group_bandwidth(where.devices[group]) == links * where.chip.link
+
+
+def test_all_chips_of_a_slice_are_a_group():
+    for name in ("v5e:2x4", "v5e:8x16", "v5p:4x4x4", "v6e:1x1"):
+        assert slice_of(name).bandwidth == slice_of(name).group_bandwidth(slice_of(name).devices)
+
+
+def test_the_sizes_in_what_a_compiler_says():
+    # The first as libtpu 0.0.42 says it; the second as it says it of a program whose arguments count.
+    one = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (894.07G) exceeds available HBM (15.75G)."
+    other = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
+    assert sizes_in(one) == (894.07 * GIB, 15.75 * GIB)
+    assert sizes_in(other) == (20.5 * GIB, 15.75 * GIB)
+    assert sizes_in("RESOURCE_EXHAUSTED: something else") is None

@@ -1,0 +1,548 @@
+"""The sweep command: members that equal runs alone, over one base in one program; what it keeps; and how it goes on."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import running
+from test_train import TRAIN_KEYS, arrays, metrics, steps
+
+from lowrank.sweeping import group, members
+from lowrank.sweeping import wave as part
+from lowrank.training.partition import named_leaves
+from lowrank.weights.load import load_params
+
+GRID = ("--config.sweep.lora.rank=(1,4)", "--config.sweep.train.mode=lora,full", "--config.sweep.seed=(0,1)")
+NAMES = ["rank=1,mode=lora,seed=0", "rank=1,mode=lora,seed=1", "mode=full", "rank=4,mode=lora,seed=0", "rank=4,mode=lora,seed=1"]  # fmt: skip
+
+
+def sweep(tiny, workdir, *overrides, **options):
+    return running.run("sweep", tiny, f"--workdir={workdir}", *overrides, **options)
+
+
+def member(workdir, name) -> pathlib.Path:
+    return workdir / "members" / name
+
+
+def assert_same_sweep(workdir, other, names=NAMES, step=6):
+    """To the bit: what the members wrote, what they became, and the tables."""
+    for name in names:
+        one, expected = member(workdir, name), member(other, name)
+        assert metrics(one) == metrics(expected)
+        assert (one / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
+        for item in ("adapter", "opt_state"):
+            found, wanted = arrays(one, step, item), arrays(expected, step, item)
+            assert found.keys() == wanted.keys()
+            assert all(found[key].tobytes() == wanted[key].tobytes() for key in wanted)
+    assert (workdir / "sweep.csv").read_text() == (other / "sweep.csv").read_text()
+
+
+class Spy:
+    """Takes the place of `make_members_step` and looks on."""
+
+    def __init__(self, before_step=lambda step, state, frozen: None):
+        self.before_step, self.calls, self.made = before_step, 0, 0
+
+    def __call__(self, *arguments):
+        step, self.made = members.make_members_step(*arguments), self.made + 1
+
+        def spied(state, numbers, frozen, batch, number):
+            self.calls += 1
+            self.before_step(int(number) + 1, state, frozen)
+            return step(state, numbers, frozen, batch, number)
+
+        return running.Uncompiled(spied)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    def spy(before_step=lambda *_: None):
+        found = Spy(before_step)
+        monkeypatch.setattr(group, "members_lib", Replaced(members, make_members_step=found))
+        return found
+
+    return spy
+
+
+class Replaced:
+    """A module with other values of some names."""
+
+    def __init__(self, module, **names):
+        self.__dict__.update(vars(module) | names)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, tiny) -> pathlib.Path:
+    """The workdir of a finished sweep: four adapters in one group, the full fine-tuning baseline in another. Read only."""
+    workdir = tmp_path_factory.mktemp("swept") / "ranks"
+    finished = sweep(tiny, workdir, *GRID)
+    assert finished.code == 0, finished.err
+    return workdir
+
+
+# ---- Exactness -------------------------------------------------------------------------------------------------------
+
+
+def test_members_equal_the_same_runs_alone_over_fifty_steps(tiny, tmp_path):
+    longer = (
+        "--config.train.steps=50",
+        "--config.eval.every=10",
+        "--config.checkpoint.every=0",
+        "--config.sample.every=0",
+    )
+    grid = {
+        "lora.rank": (2, 8),
+        "lora.dropout": (0.0, 0.2),
+        "optim.schedule": ("constant", "cosine"),
+        "optim.clip_norm": (0.0, 0.1),
+    }
+    overrides = [f"--config.sweep.{key}={values}" for key, values in grid.items()]
+    assert sweep(tiny, tmp_path / "sweep", *longer, *overrides).code == 0
+    for name, own in {
+        "rank=2,dropout=0.2,schedule=cosine,clip_norm=0.1": (2, 0.2, "cosine", 0.1),
+        "rank=8,dropout=0,schedule=constant,clip_norm=0": (8, 0.0, "constant", 0.0),
+    }.items():
+        overrides = [f"--config.{key}={value}" for key, value in zip(grid, own, strict=True)]
+        alone, together = tmp_path / name, member(tmp_path / "sweep", name)
+        assert running.run("train", tiny, f"--workdir={alone}", *longer, *overrides).code == 0
+        for one, other in zip(metrics(together), metrics(alone), strict=True):
+            assert one.keys() == other.keys() and one["step"] == other["step"]
+            for key in one.keys() & {"train/loss", "eval/loss", "train/learning_rate", "train/tokens"}:
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+        found, expected = (arrays(folder, 50, "adapter") for folder in (together, alone))
+        assert found.keys() == expected.keys() and len(found) == 14
+        for key in expected:
+            assert np.linalg.norm(found[key] - expected[key]) < 1e-4 * np.linalg.norm(expected[key]), key
+            # An element whose gradient is near zero gets its sign from rounding, and Adam moves it by a whole step.
+            np.testing.assert_allclose(found[key], expected[key], atol=1e-4)
+
+
+def test_the_base_is_read_once_compiled_once_and_held_once(tiny, tmp_path, caplog, spied):
+    loads, alive = [], []
+    shapes = {(512, 64): 1, (5, 64, 172): 2, (5, 172, 64): 1}  # embedding; gate and up; down
+
+    def count(step, state, frozen):
+        for shape, expected in shapes.items():
+            alive.append(sum(a.shape == shape for a in jax.live_arrays()) - expected)
+        assert {name for name in named_leaves(frozen) if not name.startswith("params/")} == set()
+
+    spy = spied(count)
+
+    def counted(base, layout):
+        loads.append(base.folder)
+        return load_params(base, layout)
+
+    before = {shape: sum(a.shape == shape for a in jax.live_arrays()) for shape in shapes}
+    for shape, number in before.items():
+        shapes[shape] += number  # what other tests of this process hold
+    with jax.log_compiles():
+        finished = sweep(
+            tiny, tmp_path / "run", "--verbosity=-1", "--config.sweep.lora.rank=(1,2,4)", "--config.sweep.seed=(0,1)",
+            "--config.sample.every=0", changes={"load_params": counted},
+        )  # fmt: skip
+    assert finished.code == 0, finished.err
+    assert len(loads) == 1 and spy.calls == 6 and spy.made == 1
+    assert caplog.text.count("Compiling jit(members_step)") == 1
+    assert caplog.text.count("Compiling jit(members_eval_step)") == 1
+    assert set(alive) == {0}
+
+
+def test_members_side_by_side_or_in_parts_are_the_same(tiny, swept, tmp_path, spied):
+    spy = spied()
+    assert sweep(tiny, tmp_path / "run", *GRID, "--config.sweep.group_size=3", "--config.sweep.at_once=2").code == 0
+    assert spy.made == 2 and spy.calls == 3 * 6  # 4 adapters in two parts of one program, and the baseline
+    assert sorted(path.name for path in (tmp_path / "run" / "groups").iterdir()) == ["0.0", "0.1", "1.0"]
+    for name in NAMES:
+        for one, other in zip(metrics(member(tmp_path / "run", name)), metrics(member(swept, name)), strict=True):
+            for key in one.keys() & {"train/loss", "eval/loss"}:
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+
+
+def test_eight_devices_train_eight_members_at_once(tiny, swept, tmp_path):
+    finished = sweep(tiny, tmp_path / "run", *GRID, devices=8)
+    assert finished.code == 0, finished.err
+    assert "mesh       member 8 x fsdp 1 x tensor 1 (8 x cpu)" in finished.out
+    for name in NAMES:
+        for one, other in zip(metrics(member(tmp_path / "run", name)), metrics(member(swept, name)), strict=True):
+            for key in one.keys() & {"train/loss", "eval/loss"}:
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+
+
+# ---- What is written -------------------------------------------------------------------------------------------------
+
+
+def test_every_member_is_an_ordinary_workdir(swept, shared_data, tmp_path):
+    base = shared_data / "stories260k" / "hf"
+    assert sorted(path.name for path in (swept / "members").iterdir()) == sorted(NAMES)
+    for name in NAMES:
+        lines = metrics(member(swept, name))
+        assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+        assert lines[1].keys() == (TRAIN_KEYS - {"train/tokens_per_second"}) | {"step"}
+        assert steps(member(swept, name)) == [6]
+        record = json.loads((member(swept, name) / "config.json").read_text())
+        assert record["command"].startswith("python -m lowrank.sweep ") and record["config"]["data"]["seed"] == 0
+        samples = running.lines(member(swept, name) / "samples.jsonl")
+        assert [line["step"] for line in samples] == [0, 0, 3, 3, 6, 6]
+    adapter = arrays(member(swept, NAMES[0]), 6, "adapter")
+    assert adapter["lora/layers/self_attn/q_proj/lora_a"].shape == (5, 64, 1)  # its own rank, not the widest
+    last = metrics(member(swept, NAMES[0]))[-1]["eval/loss"]
+    data = tmp_path / "held_out.json"
+    records = json.loads(pathlib.Path(record["config"]["data"]["train"]).read_text())
+    data.write_text(json.dumps(records[-10:]))
+    found = running.run("evaluate", f"--base={base}", f"--adapter={member(swept, NAMES[0])}", f"--data={data}")
+    assert found.code == 0, found.err
+    assert abs(float(re.search(r"loss (\d+\.\d+)", found.out)[1]) - last) < 2e-6
+    flags = (f"--workdir={member(swept, NAMES[3])}", "--format=peft", f"--to={tmp_path / 'peft'}")
+    assert running.run("export", *flags).code == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
+    full = running.run("generate", f"--base={base}", f"--adapter={member(swept, 'mode=full')}", "--prompt=Once")
+    assert full.code == 0 and full.out
+
+
+def test_a_member_goes_on_alone_as_the_run_alone_would(tiny, swept, tmp_path):
+    name = "rank=4,mode=lora,seed=1"
+    shutil.copytree(member(swept, name), tmp_path / "run")
+    own = ("--config.lora.rank=4", "--config.seed=1", "--config.data.seed=0", "--config.train.steps=8")
+    finished = running.run("train", tiny, f"--workdir={tmp_path / 'run'}", *own)
+    assert finished.code == 0 and "resumed from step 6" in finished.out, finished.err
+    assert running.run("train", tiny, f"--workdir={tmp_path / 'alone'}", *own).code == 0
+    for one, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
+        for key in one.keys() - {"train/grad_norm"}:
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+
+
+def test_the_tables_say_what_the_members_wrote(swept):
+    with open(swept / "sweep.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["name"] for row in rows} == set(NAMES)
+    losses = [float(row["eval/loss"]) for row in rows]
+    assert losses == sorted(losses)
+    for row in rows:
+        lines = [line for line in metrics(member(swept, row["name"])) if "eval/loss" in line]
+        assert float(row["eval/loss"]) == lines[-1]["eval/loss"] and row["steps"] == "6"
+        full = row["name"] == "mode=full"
+        assert row["lora.rank"] == ("" if full else row["name"].split(",")[0].removeprefix("rank="))
+        # By hand: rank times (in + out) of the seven projections (64-64, 64-32, 64-32, 64-64, 64-172, 64-172, 172-64), five layers.
+        per_rank = 5 * (128 + 96 + 96 + 128 + 236 + 236 + 236)
+        expected = 260_032 if full else int(row["lora.rank"]) * per_rank
+        assert (row["trainable_parameters"], row["adapter_bytes"]) == (str(expected), str(4 * expected))
+    text = (swept / "sweep.md").read_text()
+    assert text.startswith("# ranks\n") and rows[0]["name"] in text and "![" in text
+    assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_are_those_of_the_run_alone(tiny, tmp_path):
+    short = ("--config.train.steps=2", "--config.eval.answers=3", "--config.sample.every=0", "--config.lora.dropout=0")
+    assert sweep(tiny, tmp_path / "sweep", *short, "--config.sweep.lora.rank=(2,4)").code == 0
+    assert running.run("train", tiny, f"--workdir={tmp_path / 'alone'}", *short, "--config.lora.rank=2").code == 0
+    one, other = member(tmp_path / "sweep", "rank=2"), tmp_path / "alone"
+    assert [line.get("eval/exact_match") for line in metrics(one)] == [
+        line.get("eval/exact_match") for line in metrics(other)
+    ]
+    assert running.lines(one / "samples.jsonl") == running.lines(other / "samples.jsonl")
+    assert "eval/exact_match" in (tmp_path / "sweep" / "sweep.csv").read_text()
+
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tiny, tmp_path):
+    finished = running.run("sweep", tiny, "--dry_run", *GRID)
+    assert finished.code == 0, finished.err
+    assert "5 members over lora.rank, train.mode, seed, in 2 groups" in finished.out
+    assert "3 combinations are left out: in mode full neither the adapter nor the seed matters" in finished.out
+    assert "4 members, 1 part of 4 in one compiled step" in finished.out
+
+
+# ---- Divergence ------------------------------------------------------------------------------------------------------
+
+
+def test_a_member_that_diverges_is_frozen_and_marked_and_the_others_do_not_notice(tiny, tmp_path):
+    short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
+    finished = sweep(tiny, tmp_path / "run", *short, "--config.sweep.optim.learning_rate=(1e-3,1e30)")
+    assert finished.code == 0, finished.err
+    assert "learning_rate=1e+30: the" in finished.out and "the others go on" in finished.out
+    assert sweep(tiny, tmp_path / "alone", *short, "--config.sweep.optim.learning_rate=(1e-3,)").code == 0
+    name = "learning_rate=0.001"
+    fine, alone = member(tmp_path / "run", name), member(tmp_path / "alone", name)
+    assert metrics(fine) == metrics(alone)
+    with open(tmp_path / "run" / "sweep.csv", newline="") as stream:
+        good, bad = csv.DictReader(stream)
+    assert (good["name"], good["diverged_at"], good["steps"]) == (name, "", "6")
+    assert bad["eval/loss"] == "" and int(bad["diverged_at"]) == int(bad["steps"]) + 1 == 2
+    gone = member(tmp_path / "run", "learning_rate=1e+30")
+    assert max(line["step"] for line in metrics(gone)) < 2 and steps(gone) == [1]
+    assert all(np.isfinite(leaf).all() for leaf in arrays(gone, 1, "adapter").values())
+    assert "## Diverged" in (tmp_path / "run" / "sweep.md").read_text()
+
+
+def test_a_sweep_whose_members_all_diverge_ends_and_says_so(tiny, tmp_path):
+    short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
+    finished = sweep(tiny, tmp_path / "run", *short, "--config.sweep.optim.learning_rate=(1e25,1e30)")
+    assert finished.code == 0 and "step 6/6" not in finished.out, finished.err
+    assert "  1. diverged  learning_rate=" in finished.out and "  2. diverged  learning_rate=" in finished.out
+
+
+# ---- Going on --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Ends the process as it is, for all that the code could do about it."""
+
+
+@pytest.mark.parametrize("at", [(1, 2), (1, 5), (2, 4)])
+def test_a_killed_sweep_goes_on_to_the_bit_and_runs_no_finished_group_again(tiny, swept, tmp_path, spied, at):
+    """`at`: the group and the step that is never made."""
+    groups = []
+
+    def kill(step, state, frozen):
+        groups.append(step)
+        if groups.count(1) == at[0] and step == at[1]:
+            raise Killed
+
+    spied(kill)
+    with pytest.raises(Killed):
+        sweep(tiny, tmp_path / "run", *GRID)
+    spy = spied()
+    finished = sweep(tiny, tmp_path / "run", *GRID)
+    assert finished.code == 0, finished.err
+    saved = (at[1] - 1) // 2 * 2  # of the killed group; checkpoint.every is 2
+    assert spy.calls == (6 - saved) + (6 if at[0] == 1 else 0)
+    assert_same_sweep(tmp_path / "run", swept)
+    assert not list((tmp_path / "run" / "groups").glob("*/checkpoints"))
+    # And once more: nothing is left to do.
+    again = spied()
+    assert sweep(tiny, tmp_path / "run", *GRID).code == 0 and again.calls == 0
+    assert_same_sweep(tmp_path / "run", swept)
+
+
+def test_killed_while_members_are_written_it_goes_on(tiny, swept, tmp_path, monkeypatch):
+    written = []
+
+    def write(*arguments):
+        if len(written) == 2:
+            raise Killed
+        written.append(whole(*arguments))
+        return written[-1]
+
+    whole = part.write_member
+    monkeypatch.setattr(part, "write_member", write)
+    with pytest.raises(Killed):
+        sweep(tiny, tmp_path / "run", *GRID)
+    monkeypatch.setattr(part, "write_member", whole)
+    assert sweep(tiny, tmp_path / "run", *GRID).code == 0
+    assert_same_sweep(tmp_path / "run", swept)
+
+
+def test_tables_after_resuming_are_those_of_an_uninterrupted_sweep(tiny, tmp_path, spied):
+    """What JSON makes of a tuple is not what was swept: seeds of one setting fell apart."""
+    short = ("--config.sample.every=0", "--config.train.steps=2", "--config.sweep.group_size=1")
+    grid = (
+        "--config.sweep.lora.targets=(('q_proj','v_proj'),)",
+        "--config.sweep.lora.ranks=({'q_proj':2},)",
+        "--config.sweep.seed=0,1",
+    )
+    assert sweep(tiny, tmp_path / "run", *short, *grid).code == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    parts = []
+
+    def kill(step, state, frozen):
+        parts.append(step)
+        if parts.count(1) == 1:
+            raise Killed
+
+    shutil.rmtree(tmp_path / "run" / "groups" / "0.1")  # the second part is to be trained again
+    (tmp_path / "run" / "groups" / "0.0" / "checkpoints" / "1").mkdir(parents=True)  # killed before it was tidied up
+    spied(kill)
+    with pytest.raises(Killed):
+        sweep(tiny, tmp_path / "run", *short, *grid)
+    spied()
+    assert sweep(tiny, tmp_path / "run", *short, *grid).code == 0
+    for name in ("sweep.csv", "sweep.md"):
+        text, expected = ((tmp_path / run / name).read_text().split("\n", 1)[1] for run in ("run", "whole"))
+        assert text == expected
+    assert "(2 seeds)" in expected
+    assert not list((tmp_path / "run" / "groups").glob("*/checkpoints"))
+
+
+def test_a_finished_member_may_go_on_alone_and_the_sweep_goes_on_without_it(tiny, swept, tmp_path):
+    workdir, name = tmp_path / "run", "rank=4,mode=lora,seed=0"
+    shutil.copytree(swept, workdir)
+    shutil.rmtree(workdir / "groups" / "1.0")
+    own = ("--config.lora.rank=4", "--config.data.seed=0", "--config.checkpoint.keep=1")
+    alone = running.run("train", tiny, f"--workdir={member(workdir, name)}", *own, "--config.train.steps=9")
+    assert alone.code == 0, alone.err
+    finished = sweep(tiny, workdir, *GRID)
+    assert finished.code == 0, finished.err
+    assert (workdir / "sweep.csv").read_text() == (swept / "sweep.csv").read_text()
+
+
+def test_a_sweep_goes_on_over_more_devices(tiny, swept, tmp_path, spied):
+    spied(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+    assert sweep(tiny, tmp_path / "run", *GRID, "--config.sweep.at_once=2").code == 75
+    spied()
+    finished = sweep(tiny, tmp_path / "run", *GRID, "--config.sweep.at_once=2", devices=2)
+    assert finished.code == 0, finished.err
+    assert "mesh       member 2 x fsdp 1" in finished.out and "5 members" in finished.out
+    for name in NAMES:
+        for one, other in zip(metrics(member(tmp_path / "run", name)), metrics(member(swept, name)), strict=True):
+            for key in one.keys() & {"train/loss", "eval/loss"}:
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+
+
+def test_a_stop_in_the_last_step_of_a_group_begins_no_other(tiny, tmp_path, spied):
+    spy = spied(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    stopped = sweep(tiny, tmp_path / "run", *GRID)
+    assert stopped.code == 75 and spy.calls == 6, stopped.err
+
+
+def test_a_diverged_member_stays_diverged_after_resuming(tiny, tmp_path, spied):
+    short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
+    grid = "--config.sweep.optim.learning_rate=(1e-3,1e30)"
+    assert sweep(tiny, tmp_path / "whole", *short, grid).code == 0
+
+    def kill(step, state, frozen):
+        if step == 6:
+            raise Killed
+
+    spied(kill)
+    with pytest.raises(Killed):
+        sweep(tiny, tmp_path / "run", *short, grid)
+    spied()
+    assert sweep(tiny, tmp_path / "run", *short, grid).code == 0
+    assert (tmp_path / "run" / "sweep.csv").read_text() == (tmp_path / "whole" / "sweep.csv").read_text()
+    one, other = (arrays(member(tmp_path / run, "learning_rate=1e+30"), 1, "adapter") for run in ("run", "whole"))
+    assert all(one[key].tobytes() == other[key].tobytes() for key in other)
+
+
+def test_a_stop_signal_saves_and_ends_with_its_own_exit_code(tiny, swept, tmp_path, spied):
+    spied(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+    stopped = sweep(tiny, tmp_path / "run", *GRID)
+    assert stopped.code == 75, stopped.err
+    assert "stopped by SIGTERM after step 3, which is saved" in stopped.out
+    assert "run the same command again to go on" in stopped.out
+    spied()
+    assert sweep(tiny, tmp_path / "run", *GRID).code == 0
+    assert_same_sweep(tmp_path / "run", swept)
+
+
+@pytest.mark.slow
+def test_processes_stopped_by_sigkill_end_as_an_uninterrupted_one(tiny, tmp_path):
+    longer = (tiny, *GRID, "--config.train.steps=20", "--config.eval.every=5")
+    whole = running.start("sweep", *longer, f"--workdir={tmp_path / 'whole'}")
+    assert running.finish(whole, timeout=400).code == 0
+    workdir = tmp_path / "run"
+    for place, step in ((NAMES[0], 3), (NAMES[1], 11), ("mode=full", 7), ("mode=full", 20)):
+        process = running.start("sweep", *longer, f"--workdir={workdir}")
+        file = member(workdir, place) / "metrics.jsonl"
+        for _ in range(4000):
+            if process.poll() is not None or (file.exists() and f'"step": {step}, "train' in file.read_text()):
+                break
+            time.sleep(0.05)
+        process.kill()
+        assert running.finish(process).code == -signal.SIGKILL
+    last = running.finish(running.start("sweep", *longer, f"--workdir={workdir}"), timeout=400)
+    assert last.code == 0 and last.err == ""
+    assert_same_sweep(workdir, tmp_path / "whole", step=20)
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(finished) -> str:
+    assert finished.code == 1 and finished.err.startswith("error: "), finished
+    (line,) = finished.err.splitlines()
+    return line
+
+
+def test_a_sweep_of_another_grid_is_refused(tiny, swept, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(swept, workdir)
+    other = ("--config.sweep.lora.rank=(1,8)", *GRID[1:])
+    line = refused(sweep(tiny, workdir, *other))
+    assert (
+        f"workdir {workdir} holds another sweep: the grid no longer has rank=4,mode=lora,seed=0; rank=4,mode=lora,seed=1"
+        in line
+    )
+    assert "also has rank=8,mode=lora,seed=0; rank=8,mode=lora,seed=1" in line
+    line = refused(sweep(tiny, workdir, *GRID, "--config.sweep.group_size=2"))
+    assert "config.sweep.group_size was 0 and is 2" in line
+    line = refused(sweep(tiny, workdir, *GRID, "--config.optim.b1=0.5"))
+    assert "config.optim.b1 was 0.9 and is 0.5 (in rank=1,mode=lora,seed=0 and others)" in line
+    line = refused(sweep(tiny, workdir, *GRID, "--config.train.steps=8"))
+    assert "rank=1,mode=lora,seed=0 was trained for 6 steps, and the config asks for 8; choose another" in line
+
+
+def test_the_workdir_of_something_else_is_refused(tiny, trained, swept, tmp_path):
+    assert "is no sweep's (no sweep.json); choose another --workdir" in refused(sweep(tiny, trained, *GRID))
+    assert "is no run's (no config.json)" in refused(running.run("train", tiny, f"--workdir={swept}"))
+
+
+def test_a_damaged_checkpoint_of_a_finished_member_is_named(tiny, swept, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(swept, workdir)
+    folder = member(workdir, NAMES[0]) / "checkpoints" / "6"
+    for file in (folder / "adapter").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"\0" * 10)
+    line = refused(sweep(tiny, workdir, *GRID))
+    assert f"checkpoint {folder} of a finished member cannot be read; remove {workdir}/groups/0.0" in line
+    shutil.rmtree(workdir / "groups" / "0.0")
+    assert sweep(tiny, workdir, *GRID).code == 0
+    assert_same_sweep(workdir, swept)
+
+
+def test_a_damaged_checkpoint_of_a_group_is_named(tiny, tmp_path, spied):
+    def kill(step, state, frozen):
+        if step == 6:
+            raise Killed
+
+    spied(kill)
+    with pytest.raises(Killed):
+        sweep(tiny, tmp_path / "run", *GRID)
+    spied()
+    folder = tmp_path / "run" / "groups" / "0.0" / "checkpoints"
+    newest = max(folder.iterdir(), key=lambda path: int(path.name))
+    for file in (newest / "adapter").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"\0" * 10)
+    line = refused(sweep(tiny, tmp_path / "run", *GRID))
+    assert f"checkpoint {newest} cannot be read" in line and "remove that folder to go on from the one before" in line
+    shutil.rmtree(newest)
+    assert sweep(tiny, tmp_path / "run", *GRID).code == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--config.sweep.lora.rank=(4,128)",), "rank 128 above q_proj (64), k_proj (32), v_proj (32), o_proj (64), gate_proj (64), up_proj (64), down_proj (64): no update of these matrices can have it; use a smaller rank"),
+        (("--config.sweep.lora.rank=()",), "config.sweep.lora.rank is empty"),
+        (("--config.sweep.lora.rnk=(1,2)",), "config.sweep.lora.rnk is no config key; did you mean config.sweep.lora.rank?"),
+        (("--config.sweep.lora.rank=(4,4)",), "two members of the name rank=4"),
+        (("--config.sweep.seed=(0,1)", "--config.log.wandb=project"), "config.log.wandb=project: "),
+        (("--config.sweep.lora.targets=('q_proj','up_proj')", "--config.lora.rank=200"), "rank 200 above q_proj (64)"),
+        (("--config.sweep.lora.ranks=({'q_proj':100},{})",), "rank 100 above q_proj (64): no update of these matrices can have it"),
+        (("--config.sweep.seed=(0,1)", "--config.eval.every=0"), "config.eval.every=0: a sweep compares its members by what is held out"),
+        ((), "config.sweep is empty; name what to try"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_with_one_line(tiny, tmp_path, overrides, message):
+    assert message in refused(sweep(tiny, tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_workdir_and_a_sweep_for_train_are_answered_with_one_line(tiny, tmp_path):
+    assert "--workdir is missing" in refused(running.run("sweep", tiny, *GRID))
+    line = refused(running.run("train", tiny, f"--workdir={tmp_path / 'run'}", *GRID))
+    assert "config.sweep is set, but this command runs one member only; use python -m lowrank.sweep" in line
+
+
+def test_a_rank_that_some_matrices_cannot_use_is_told(tiny):
+    finished = running.run("sweep", tiny, "--dry_run", "--config.sweep.lora.rank=(4,64)")
+    assert finished.code == 0
+    assert "note       rank 64 above k_proj (32), v_proj (32): there the update cannot use all of it" in finished.out
