@@ -107,7 +107,7 @@ class Config:
     seed: int = 0
 
     @property
-    def adapted(self) -> LoraConfig | None:
+    def adapter(self) -> LoraConfig | None:
         """The adapter to put on the model: none in full fine-tuning."""
         return self.lora if self.train.mode == "lora" else None
 

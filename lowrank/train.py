@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int | None:
         batches = training_batches(config, prepared.train)
         first = distributed.from_first(checkpoints.latest) or 0
         # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
-        made = set(shapes) - ({"lora" if config.adapted else "params"} if first else set())
+        made = set(shapes) - ({"lora" if config.adapter else "params"} if first else set())
         variables = initial_variables(config, model, base, shapes, made)
         trainable, frozen = partition.split(variables, mask)
         layout, key = setup.state, jax.random.key(config.seed)
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int | None:
         writer = metrics.Metrics(workdir, config_lib.to_dict(config), config.log.tensorboard, config.log.wandb, first)
         console = Console(steps, first)
         rows, length = config.train.batch_size, config.data.max_length
-        flops = step_flops(architecture, config.adapted, rows, length, config.remat, config.train.mode)
+        flops = step_flops(architecture, config.adapter, rows, length, config.remat, config.train.mode)
         device = jax.local_devices()[0]
         # Several CPU devices share the machine's cores, so what one of them reaches alone says nothing of all.
         known = config.log.every and distributed.first() and (device.platform != "cpu" or mesh.devices.size == 1)

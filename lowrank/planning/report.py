@@ -20,7 +20,7 @@ def _heading(plan: Plan) -> str:
     a, c, mesh = plan.architecture, plan.config, plan.mesh
     data, fsdp, tensor = mesh.devices.shape
     rows = c.train.batch_size // c.train.microbatches
-    adapter = f"rank {c.lora.rank} on {', '.join(c.lora.targets)}" if c.adapted else "none: everything is trained"
+    adapter = f"rank {c.lora.rank} on {', '.join(c.lora.targets)}" if c.adapter else "none: everything is trained"
     return "\n".join(
         [
             f"model      {c.architecture or c.base}: {a.layers} layers, embed {a.embed}, mlp {a.mlp}, "
@@ -37,8 +37,8 @@ def _memory(plan: Plan) -> str:
     memory, available = plan.memory, plan.slice.memory
     chip = _device(plan)
     rows = [
-        ("base" if plan.config.adapted else "frozen", memory.base, ""),
-        ("adapter" if plan.config.adapted else "model", memory.adapter, "float32"),
+        ("base" if plan.config.adapter else "frozen", memory.base, ""),
+        ("adapter" if plan.config.adapter else "model", memory.adapter, "float32"),
         ("optimizer", memory.optimizer, ""),
         ("other", memory.other, "the batch, and what tiles add to all arrays"),
         ("activations", memory.temporaries, "and gathered kernels, gradients: the program's temporaries"),
@@ -74,8 +74,8 @@ def _collectives(plan: Plan) -> str:
 
 def _flops(plan: Plan) -> str:
     c = plan.config
-    flops = step_flops(plan.architecture, c.adapted, c.train.batch_size, c.data.max_length, c.remat, c.train.mode)
-    backward = "base, backward, without dW" if c.adapted else "base, backward, with dW"
+    flops = step_flops(plan.architecture, c.adapter, c.train.batch_size, c.data.max_length, c.remat, c.train.mode)
+    backward = "base, backward, without dW" if c.adapter else "base, backward, with dW"
     rows = [
         ("base, forward", flops.base_forward),
         (backward, flops.base_backward),

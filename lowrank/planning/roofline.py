@@ -105,7 +105,7 @@ class Share:
 def flops(share: Share) -> float:
     """Of one device in a step: the step's, evenly spread (what tensor parallelism does on every device alike is small)."""
     c = share.config
-    step = step_flops(share.architecture, c.adapted, c.train.batch_size, c.data.max_length, c.remat, c.train.mode)
+    step = step_flops(share.architecture, c.adapter, c.train.batch_size, c.data.max_length, c.remat, c.train.mode)
     return step.total / share.devices
 
 
@@ -139,7 +139,7 @@ def link_traffic(share: Share) -> float:
     # float32, with remat o_proj's again; backward, the gradients with respect to the inputs of the five others in bfloat16.
     sums = 2 * 2 + 2 * (share.passes == 3) + 5
     sums *= a.layers * share.tokens * a.embed * share.itemsize * 2 * (tensor - 1) / tensor
-    trained = _adapter(share) * share.itemsize if c.adapted else share.layer_kernels * a.layers * 4
+    trained = _adapter(share) * share.itemsize if c.adapter else share.layer_kernels * a.layers * 4
     gradients = trained * 2 * (shards - 1) / shards
     return c.train.microbatches * (gathers + sums + gradients)
 
@@ -148,7 +148,7 @@ def arguments(share: Share) -> float:
     """Bytes of base, adapter and optimizer on one device; what tiles add is not in it."""
     a = share.architecture
     held = share.layer_kernels * a.layers + share.table * (1 if a.tied_head else 2)
-    if not share.config.adapted:
+    if not share.config.adapter:
         return 12 * held / (share.fsdp * share.tensor)  # in float32, with two moments
     # The factors lie over fsdp or tensor on one side, over nothing on the other: as if over fsdp alone, to be safe.
     return held * share.held_itemsize / (share.fsdp * share.tensor) + 12 * _adapter(share) / share.fsdp

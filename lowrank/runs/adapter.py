@@ -57,7 +57,7 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
     step = _saved_step(folder, step)
     return Adapter(
         folder,
-        run.adapted,
+        run.adapter,
         run.data.format,
         run.tokenizer,
         trained_over,

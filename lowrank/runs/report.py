@@ -18,7 +18,7 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
     lines = [
         f"model      {a.layers} layers, embed {a.embed}, mlp {a.mlp}, heads {a.heads}/{a.kv_heads}, vocab {a.vocab}"
     ]
-    if config.adapted:
+    if config.adapter:
         lora = config.lora
         lines.append(
             f"adapter    {describe_ranks(lora, a.layers)} ({lora.scaling}), "
@@ -27,10 +27,10 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
     opt_state = jax.eval_shape(optimizer.init, trainable)
     groups = (
         ("base", frozen, "frozen"),
-        ("adapter" if config.adapted else "model", trainable, "trained"),
+        ("adapter" if config.adapter else "model", trainable, "trained"),
         ("optimizer", opt_state, "state"),
     )
-    zeros = padding(config.lora, a) if config.adapted else 0  # in memory, but nothing that is trained
+    zeros = padding(config.lora, a) if config.adapter else 0  # in memory, but nothing that is trained
     for name, tree, what in groups:
         size = human_bytes(partition.nbytes(tree))
         count = partition.count(tree) - (zeros if name == "adapter" else 0)
@@ -105,7 +105,7 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
     shown = [f"{name} {values[0]:.4f} -> {values[-1]:.4f}" for name, values in series.items() if values]
     folder = workdir / "checkpoints"
     size = sum(paths.sizes(folder).values())
-    what = "adapter" if config.adapted else "model"
+    what = "adapter" if config.adapter else "model"
     result = [
         *before_and_after(workdir),
         "",
@@ -130,7 +130,7 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
         "-m",
         "lowrank.export",
         f"--workdir={workdir}",
-        f"--format={'peft' if config.adapted else 'merged'}",
+        f"--format={'peft' if config.adapter else 'merged'}",
     ]
     to = workdir.name if paths.is_remote(workdir) else workdir  # a folder of this machine
     result.append(f"hand on    {shlex.join([*export, f'--to={to}-export'])}")

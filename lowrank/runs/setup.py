@@ -44,7 +44,7 @@ class Step:
 
 def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: int) -> Step:
     """What `lowrank.train` sets up before it loads anything, for a run of so many steps."""
-    model, shapes = model_of(config, architecture, config.adapted, mesh)
+    model, shapes = model_of(config, architecture, config.adapter, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
     trainable, frozen = partition.split(shapes, mask)
     schedule = learning_rate_schedule(config.optim, steps)

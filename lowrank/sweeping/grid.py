@@ -86,7 +86,7 @@ def groups(members: tuple[Member, ...]) -> list[list[Member]]:
 def shared_part(config: Config) -> Config:
     """The config without what the members of a group may differ in."""
     optim = dataclasses.replace(OptimConfig(), **{name: getattr(config.optim, name) for name in COMMON})
-    lora = LoraConfig(targets=tuple(sorted(config.lora.targets))) if config.adapted else LoraConfig()
+    lora = LoraConfig(targets=tuple(sorted(config.lora.targets))) if config.adapter else LoraConfig()
     return dataclasses.replace(config, lora=lora, optim=optim, seed=0)
 
 

@@ -75,7 +75,7 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     check_mesh(mesh, config, architecture)
     for member in members:
         adapters.refuse_other_layers(member.config.lora, architecture.layers)
-    lora = members_lib.widest([m.config.lora for m in members]) if config.adapted else None
+    lora = members_lib.widest([m.config.lora for m in members]) if config.adapter else None
     model, shapes = model_of(config, architecture, lora, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
     group = Group(tuple(members), prepared, mesh, model, shapes, mask, len(members), 1)
@@ -87,7 +87,7 @@ def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
     """-> members whose rank is above the size of every matrix it is for; those with a rank above the size of some."""
     sizes = {target: min(shape) for target, shape in group.prepared.architecture.projections().items()}
     above_all, above_some = [], []
-    for member in group.members if group.config.adapted else ():
+    for member in group.members if group.config.adapter else ():
         lora = member.config.lora
         above = [target for target in lora.targets if lora.width(target) > sizes[target]]
         if above:
@@ -202,7 +202,7 @@ def initial_trainables(group: Group, part: tuple[Member, ...]):
 
 def own_model(group: Group, member: Member) -> tuple[Decoder, dict]:
     """The model that the member would have alone, and its variables' shapes."""
-    return model_of(member.config, group.prepared.architecture, member.config.adapted, group.mesh)
+    return model_of(member.config, group.prepared.architecture, member.config.adapter, group.mesh)
 
 
 def keys_of(group: Group, programs: Programs, part: tuple[Member, ...]) -> jax.Array:

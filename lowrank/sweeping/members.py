@@ -57,7 +57,7 @@ def numbers_of(configs: list[Config], steps: int, layers: int) -> MemberHyperpar
             target: own._replace(undropped=jnp.full(layers, 1 - lora.dropout, jnp.float32))
             for target, own in table.items()
         }
-        for lora, table in ((config.lora, config.lora.of_layers(layers)) for config in configs if config.adapted)
+        for lora, table in ((config.lora, config.lora.of_layers(layers)) for config in configs if config.adapter)
     ]
     return MemberHyperparams(
         # Evaluated here and not in the step, so that schedules may differ in any way, their kind too.

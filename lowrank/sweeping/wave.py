@@ -299,7 +299,7 @@ def result_of(group: Group, member: Member, place: pathlib.Path, trainable: dict
     lines = lines_lib.read_lines(place / "metrics.jsonl")
     of = {name: [(line["step"], line[name]) for line in lines if name in line] for name in RECORDED}
     config = member.config
-    zeros = padding(config.lora, group.prepared.architecture) if config.adapted else 0
+    zeros = padding(config.lora, group.prepared.architecture) if config.adapter else 0
     parameters = partition.count(trainable) - zeros
     return Result(
         name=member.name,
