@@ -14,6 +14,7 @@ import typing
 
 from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
+from lowrank.files.nested import set_path
 from lowrank.model.decoder import REMAT
 from lowrank.model.kernels import AUTO, BACKENDS
 from lowrank.parallel.mesh import MeshConfig
@@ -231,6 +232,14 @@ def did_you_mean(key: str, root: str = "config.") -> str:
         by_leaf = {other.split(".")[-1]: other for other in keys}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1, cutoff=0.6)]
     return f"; did you mean {' or '.join(f'{root}{other}' for other in close)}?" if close else ""
+
+
+def set_key(values: dict, key: str, value: typing.Any):
+    """Set a key such as "lora.rank" in nested dicts of config values, not checked yet."""
+    try:
+        set_path(values, key.split("."), value)
+    except ValueError as error:
+        raise UserError(f"config.{key} is no key: config.{error}") from None
 
 
 def value(config: Config, key: str):

@@ -9,7 +9,7 @@ import pathlib
 
 import ml_collections
 
-from lowrank.config import Config, Text, checked
+from lowrank.config import Config, Text, checked, set_key
 from lowrank.errors import UserError
 
 
@@ -29,13 +29,7 @@ def read_values(path: str | None, overrides: list[str]) -> dict:
         raise UserError("--config is missing; say --config=configs/alpaca.py or a config file of your own")
     values = _call_get_config(path)
     for key, text in _override_pairs(overrides):
-        node = values
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"config.{key} is no key: config.{parent} holds a value, not keys")
-        node[leaf] = Text(text)
+        set_key(values, key, Text(text))
     return values
 
 

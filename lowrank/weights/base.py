@@ -21,6 +21,7 @@ from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import read_config
 from lowrank.families.tensor_names import layout
 from lowrank.files import bucket, paths
+from lowrank.files.nested import set_path
 from lowrank.weights import huggingface, meta, native
 from lowrank.weights.check import check
 from lowrank.weights.fingerprint import fingerprint
@@ -129,11 +130,7 @@ def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], layers: int, 
     for path, name in names.items():
         stacked = "{}" in name
         of_layers = tuple(tensors[name.format(i)] for i in range(layers if stacked else 1))
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = StoredLeaf(of_layers, stacked, transposed and last == "kernel")
+        set_path(tree, path.split("/"), StoredLeaf(of_layers, stacked, transposed and path.endswith("/kernel")))
     return tree
 
 
