@@ -1,7 +1,8 @@
-"""The typed config: frozen dataclasses that check every value, filled from nested dicts (config_file.py reads those).
+"""The typed config of a run: frozen dataclasses, with each field's check beside the field.
 
-A config file is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`; what it leaves out has
-the defaults below. `--config.lora.rank=16` overrides any key, whether the file spells it out or not.
+From Python: `check(Config(base=..., data=DataConfig(...)))`, or `from_values(get_config())` of a config file. A config
+file is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`; keys it leaves out have the
+defaults below. `--config.lora.rank=16` overrides any key, whether the file has it or not (cli/config_file.py).
 """
 
 import ast
@@ -11,8 +12,13 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import ml_collections
 
 from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.data.prompts import FORMATS
 from lowrank.errors import UserError
 from lowrank.files.nested import set_path
 from lowrank.model.decoder import REMAT
@@ -20,92 +26,164 @@ from lowrank.model.kernels import AUTO, BACKENDS
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.training.optimizer import SCHEDULES, OptimConfig
 
-FORMATS = ("alpaca", "chat", "completion", "text")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32")  # that the base can be held and computed in
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+Check = Callable[[Any], str | None]  # a value -> what it must be instead, or None where it is right
+
+
+def must_be(what: str, holds: Callable[[Any], bool]) -> Check:
+    """None, for "not given", passes every check: the field's type says whether it may be None."""
+    return lambda value: None if value is None or holds(value) else what
+
+
+def at_least(least: int, note: str = "") -> Check:
+    return must_be(f"at least {least}{note}", lambda value: value >= least)
+
+
+def one_of(choices: Sequence[str]) -> Check:
+    def check(value: str) -> str | None:
+        return None if value in choices else f"one of {', '.join(choices)}{_meant(value, choices)}"
+
+    return check
+
+
+def _meant(text: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(text, list(choices), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+POSITIVE = must_be("more than 0", lambda value: value > 0)
+NOT_NEGATIVE = must_be("0 or more", lambda value: value >= 0)
+OFF_OR_MORE = must_be("0 (off) or more", lambda value: value >= 0)
+FRACTION = must_be("from 0 up to, not including, 1", lambda value: 0 <= value < 1)
+SEED = must_be("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+DEVICES = must_be("-1 (the rest) or at least 1", lambda value: value == -1 or value >= 1)
+
+
+def _check_targets(targets: tuple[str, ...]) -> str | None:
+    if not targets:
+        return "at least one target"
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        return f"a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)"
+    return None if len(set(targets)) == len(targets) else "without repetition"
+
+
+def _check_ranks(table: tuple[tuple[str, tuple[int, ...]], ...]) -> str | None:
+    if not all(ranks and min(ranks) >= 0 for _, ranks in table):
+        return "made of ranks of 0 (no adapter there) or more"
+    idle = [target for target, ranks in table if not any(ranks)]
+    return f"more than 0 somewhere ({', '.join(idle)}: leave it out of lora.targets)" if idle else None
+
+
+# ---- The config ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is learnt from. `max_length` counts inputs; `eval_examples` are taken off the end of `train`."""
+    """The data. `max_length` counts inputs; `eval_examples` are taken off the end of `train`."""
 
     train: str | None = None
     eval: str | None = None
-    eval_examples: int = 0
-    format: str = "alpaca"
-    max_length: int = 512
+    eval_examples: Annotated[int, NOT_NEGATIVE] = 0
+    format: Annotated[str, one_of(FORMATS)] = "alpaca"
+    max_length: Annotated[int, at_least(2, " (a BOS and a token)")] = 512
     packing: bool = True
     shuffle: bool = True
-    seed: int | None = None
+    seed: Annotated[int | None, SEED] = None  # None: the config's own seed
     train_on_prompt: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long: `steps`, or `epochs` where no steps are given; `batch_size` is rows a step over all devices."""
+    """`steps`, or `epochs` where `steps` is None; `batch_size` is rows per step over all devices."""
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 16
-    microbatches: int = 1
-    mode: str = "lora"
+    steps: Annotated[int | None, at_least(1)] = None
+    epochs: Annotated[float | None, POSITIVE] = None
+    batch_size: Annotated[int, at_least(1)] = 16
+    microbatches: Annotated[int, at_least(1)] = 1
+    mode: Annotated[str, one_of(("lora", "full"))] = "lora"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`every` steps (and at the end); `answers`: so many evaluation examples are also answered, and counted if equal."""
+    """Evaluate `every` steps and at the end; the model also answers `answers` of the examples, and exact matches count."""
 
-    every: int = 0
-    answers: int = 0
+    every: Annotated[int, OFF_OR_MORE] = 0
+    answers: Annotated[int, OFF_OR_MORE] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Saved `every` steps and at the end; the `keep` newest stay, and the best by evaluation loss."""
+    """Save `every` steps and at the end; the `keep` newest checkpoints stay, and the best by evaluation loss."""
 
-    every: int = 0
-    keep: int = 3
+    every: Annotated[int, OFF_OR_MORE] = 0
+    keep: Annotated[int, at_least(1)] = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """A line of metrics `every` steps; `tensorboard` and `wandb` (a project's name) write them there too."""
+    """Write metrics `every` steps; also to `tensorboard`, and to `wandb` (a project's name)."""
 
-    every: int = 10
+    every: Annotated[int, OFF_OR_MORE] = 10
     tensorboard: bool = False
     wandb: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """What the model says to `prompts`, `every` steps (and before the first one and at the end)."""
+    """Generate from `prompts` `every` steps, before the first one and at the end."""
 
-    every: int = 0
+    every: Annotated[int, OFF_OR_MORE] = 0
     prompts: tuple[str, ...] = ()
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, at_least(1)] = 128
+
+
+LORA_CHECKS = {
+    "rank": at_least(1),
+    "alpha": POSITIVE,
+    "dropout": FRACTION,
+    "targets": _check_targets,
+    "scaling": one_of(("standard", "rslora")),
+    "ranks": _check_ranks,
+    "alphas": must_be("made of alphas above 0", lambda table: all(alphas and min(alphas) > 0 for _, alphas in table)),
+}
+OPTIM_CHECKS = {
+    "learning_rate": POSITIVE,
+    "schedule": one_of(SCHEDULES),
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": OFF_OR_MORE,
+    "b1": FRACTION,
+    "b2": FRACTION,
+    "eps": POSITIVE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `architecture` names the model that `base` must be; without a base, one to plan, or to train from scratch."""
+    """One run. `architecture` names the model that `base` must be; without a base, the one to plan or to pretrain."""
 
     base: str | None = None
     architecture: str | None = None
     tokenizer: str | None = None
     init_adapter: str | None = None
     data: DataConfig = DataConfig()
-    lora: LoraConfig = LoraConfig()
+    lora: Annotated[LoraConfig, LORA_CHECKS] = LoraConfig()
     train: TrainConfig = TrainConfig()
-    optim: OptimConfig = OptimConfig()
-    mesh: MeshConfig = MeshConfig()
+    optim: Annotated[OptimConfig, OPTIM_CHECKS] = OptimConfig()
+    mesh: Annotated[MeshConfig, {"data": DEVICES, "fsdp": DEVICES, "tensor": DEVICES}] = MeshConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
-    remat: str = "none"
-    attention: str = "auto"
-    seed: int = 0
+    dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"
+    param_dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"
+    remat: Annotated[str, one_of(REMAT)] = "none"
+    attention: Annotated[str, one_of((AUTO, *BACKENDS))] = "auto"
+    seed: Annotated[int, SEED] = 0
 
     @property
     def adapter(self) -> LoraConfig | None:
@@ -113,22 +191,82 @@ class Config:
         return self.lora if self.train.mode == "lora" else None
 
 
-def checked(values: dict) -> Config:
-    """Nested dicts -> the config, with defaults for what they leave out. Raises UserError with all offenders."""
+def from_values(values: Mapping | ml_collections.ConfigDict) -> Config:
+    """Nested values by key (a config file's ConfigDict, a workdir's JSON) -> the config. UserError lists all offenders."""
+    values = plain(values)
+    if values.pop("sweep", None):
+        raise UserError("config.sweep is set, but this is one run: use python -m lowrank.sweep, or remove it")
     errors: list[str] = []
     config = build(Config, values, "", errors)
-    errors = errors or _check(config)
+    errors = errors or [*wrong_values(config), *_contradictions(config)]
     if errors:
         raise UserError("; ".join(errors))
     return config
 
 
-class Text(str):
-    """A value from the command line: its type is still to be read from the key's."""
+def check(config: Config) -> Config:
+    """A config built in Python -> the same with every type and value checked. UserError lists all offenders."""
+    return from_values(to_dict(config))
 
 
-def build(cls, values: dict, prefix: str, errors: list[str]):
-    """A dataclass from a dict, its nested ones too; every unknown key and every value of the wrong type is listed."""
+def to_dict(config: Config) -> dict:
+    """Nested dicts of values that JSON can hold, for `config.json`; `from_values` is the inverse."""
+    return dataclasses.asdict(config)
+
+
+def plain(values: Mapping | ml_collections.ConfigDict) -> dict:
+    """Nested dicts, with tuples as they are (`ConfigDict.to_dict` makes lists of a sweep's)."""
+    nested = (Mapping, ml_collections.ConfigDict)
+    return {key: plain(values[key]) if isinstance(values[key], nested) else values[key] for key in values}
+
+
+def wrong_values(config: Any, prefix: str = "", checks: Mapping[str, Check] = types.MappingProxyType({})) -> list[str]:
+    """Every field that fails its check, the nested ones too; `checks` are those of a dataclass without its own."""
+    errors = []
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        own, (check, *_) = getattr(config, name), getattr(hint, "__metadata__", (checks.get(name),))
+        if dataclasses.is_dataclass(own):
+            errors += wrong_values(own, f"{prefix}{name}.", check or {})
+        elif check and (should := check(own)):
+            errors.append(f"config.{prefix}{name}={own!s} must be {should}")
+    return errors
+
+
+def _contradictions(c: Config) -> list[str]:
+    """Values that are right alone and not together. (What needs the base or the data is checked where those are read.)"""
+    errors = []
+    for key, table in (("lora.ranks", c.lora.ranks), ("lora.alphas", c.lora.alphas)):
+        stray = [target for target, _ in table if target not in c.lora.targets]
+        if stray:
+            meant = _meant(stray[0], c.lora.targets)
+            errors.append(
+                f"config.{key} names {', '.join(stray)}, which config.lora.targets does not{meant}; leave it out"
+            )
+    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
+        errors.append("only one of config.mesh.data, config.mesh.fsdp and config.mesh.tensor can be -1 (the rest)")
+    if c.train.steps is None and c.train.epochs is None:
+        errors.append("config.train.steps or config.train.epochs must be set")
+    rows, microbatches = c.train.batch_size, c.train.microbatches
+    if microbatches > 0 and rows % microbatches:
+        errors.append(f"config.train.batch_size={rows} must be divisible by microbatches={microbatches}")
+    if c.init_adapter and c.train.mode == "full":
+        errors.append(f"config.init_adapter={c.init_adapter} must be None where train.mode is 'full'")
+    if c.sample.every and not c.sample.prompts:
+        errors.append("config.sample.prompts=() must be at least one where sample.every is set")
+    if c.data.eval and c.data.eval_examples:
+        errors.append(f"config.data.eval_examples={c.data.eval_examples} must be 0 where config.data.eval names a file")
+    return errors
+
+
+# ---- Values to typed fields ------------------------------------------------------------------------------------------
+
+
+class Unparsed(str):
+    """A value from the command line, not yet parsed as its key's type."""
+
+
+def build(cls: Any, values: dict, prefix: str, errors: list[str]) -> Any:
+    """A dataclass and those nested in it from dicts; every unknown key and every value of a wrong type joins `errors`."""
     hints = typing.get_type_hints(cls)
     fields = {}
     for key, value in values.items():
@@ -149,10 +287,10 @@ def build(cls, values: dict, prefix: str, errors: list[str]):
     return cls(**fields)
 
 
-def _convert(value, hint, commas: bool):
-    """`value` as the annotated type, or a ValueError that says what it should be. `commas` part the strings of a tuple."""
+def _convert(value: Any, hint: Any, commas: bool) -> Any:
+    """`value` as the annotated type; ValueError says what it should be. `commas` separate the strings of a tuple."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if types.NoneType in options and (value is None or (isinstance(value, Text) and value in ("None", "none", ""))):
+    if types.NoneType in options and (value is None or (isinstance(value, Unparsed) and value in ("None", "none", ""))):
         return None
     (kind,) = [option for option in options if option is not types.NoneType]
     if kind is str:
@@ -160,16 +298,16 @@ def _convert(value, hint, commas: bool):
             return str(value)
         raise ValueError("a string")
     if kind in PER_TARGET:
-        return _per_target(literal(value) if isinstance(value, Text) else value, *PER_TARGET[kind])
+        return _per_target(literal(value) if isinstance(value, Unparsed) else value, *PER_TARGET[kind])
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, Text):
+        if isinstance(value, Unparsed):
             value = literal(value) if value.strip().startswith(("(", "[")) else value
         if isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part) if commas else (str(value),) * bool(value)
         if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise ValueError("a list of strings such as ('q_proj','v_proj')")
-    if isinstance(value, Text):
+    if isinstance(value, Unparsed):
         value = {"true": True, "false": False}.get(value.lower()) if kind is bool else literal(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
@@ -188,10 +326,10 @@ PER_TARGET = {
 }
 
 
-def _per_target(value, kind: type, wanted: str):
+def _per_target(value: Any, kind: type, wanted: str) -> tuple[tuple[str, tuple], ...]:
     """A table from targets to one value, or to one for each layer, as pairs of tuples in the order of TARGETS."""
     try:
-        table = {target: literal(one) if isinstance(one, Text) else one for target, one in dict(value).items()}
+        table = {target: literal(one) if isinstance(one, Unparsed) else one for target, one in dict(value).items()}
         table = {target: one if isinstance(one, (tuple, list)) else (one,) for target, one in table.items()}
         table = {target: tuple(_convert(one, kind, commas=False) for one in values) for target, values in table.items()}
     except (TypeError, ValueError):
@@ -202,21 +340,39 @@ def _per_target(value, kind: type, wanted: str):
     return tuple(sorted(table.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
-def literal(text: str):
+def literal(text: str) -> Any:
+    """The Python literal that the text is, or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
-def _leaf_keys(value, key: str) -> list[str]:
-    """The keys of what nested dicts hold; `key` itself is that of the whole."""
+# ---- Keys ------------------------------------------------------------------------------------------------------------
+
+
+def set_key(values: dict, key: str, value: Any) -> None:
+    """Set a key such as "lora.rank" in nested dicts of config values, not checked yet."""
+    try:
+        set_path(values, key.split("."), value)
+    except ValueError as error:
+        raise UserError(f"config.{key} is no key: config.{error}") from None
+
+
+def value(config: Config, key: str) -> Any:
+    """The value under a key such as "lora.rank"."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _leaf_keys(value: Any, key: str) -> list[str]:
+    """The keys of the values in nested dicts that stand under `key`."""
     if not isinstance(value, dict) or not value:
         return [key]
     return [leaf for name, part in value.items() for leaf in _leaf_keys(part, f"{key}.{name}")]
 
 
-def all_keys(cls=Config, prefix="") -> list[str]:
+def all_keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every key, in the order of the fields."""
     keys = []
     for name, hint in typing.get_type_hints(cls).items():
         keys += all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
@@ -232,107 +388,3 @@ def did_you_mean(key: str, root: str = "config.") -> str:
         by_leaf = {other.split(".")[-1]: other for other in keys}
         close = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1, cutoff=0.6)]
     return f"; did you mean {' or '.join(f'{root}{other}' for other in close)}?" if close else ""
-
-
-def set_key(values: dict, key: str, value: typing.Any):
-    """Set a key such as "lora.rank" in nested dicts of config values, not checked yet."""
-    try:
-        set_path(values, key.split("."), value)
-    except ValueError as error:
-        raise UserError(f"config.{key} is no key: config.{error}") from None
-
-
-def value(config: Config, key: str):
-    """The value under a key such as "lora.rank"."""
-    return functools.reduce(getattr, key.split("."), config)
-
-
-def _check(c: Config) -> list[str]:
-    """All that is wrong with the values themselves, as lines; what needs the base or the data is checked with them."""
-    errors = []
-    get = functools.partial(value, c)
-
-    def must(ok: bool, key: str, should: str):
-        if not ok:
-            errors.append(f"config.{key}={get(key)!s} must be {should}")
-
-    def one_of(key: str, choices):
-        close = difflib.get_close_matches(get(key), choices, n=1)
-        must(
-            get(key) in choices, key, f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
-        )
-
-    one_of("data.format", FORMATS)
-    one_of("lora.scaling", ("standard", "rslora"))
-    one_of("train.mode", ("lora", "full"))
-    one_of("optim.schedule", SCHEDULES)
-    one_of("dtype", DTYPES)
-    one_of("param_dtype", DTYPES)
-    one_of("remat", REMAT)
-    one_of("attention", (AUTO, *BACKENDS))
-    unknown = [target for target in c.lora.targets if target not in TARGETS]
-    must(not unknown, "lora.targets", f"a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)")
-    must(len(c.lora.targets) > 0, "lora.targets", "at least one target")
-    for key in ("lora.ranks", "lora.alphas"):
-        table = dict(get(key))
-        stray = [target for target in table if target not in c.lora.targets]
-        if stray:
-            close = difflib.get_close_matches(stray[0], c.lora.targets, n=1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            errors.append(
-                f"config.{key} names {', '.join(stray)}, which config.lora.targets does not{meant}; leave it out"
-            )
-        values = [one for several in table.values() for one in several or (-1,)]
-        if key == "lora.ranks":
-            must(all(one >= 0 for one in values), key, "made of ranks of 0 (no adapter there) or more")
-        else:
-            must(all(one > 0 for one in values), key, "made of alphas above 0")
-    idle = [target for target, values in c.lora.ranks if values and not any(values)]
-    must(not idle, "lora.ranks", f"more than 0 somewhere ({', '.join(idle)}: leave it out of lora.targets)")
-    must(len(set(c.lora.targets)) == len(c.lora.targets), "lora.targets", "without repetition")
-    for key in ("lora.rank", "train.batch_size", "train.microbatches", "checkpoint.keep", "sample.max_new_tokens"):
-        must(get(key) >= 1, key, "at least 1")
-    for key in ("data.eval_examples", "optim.warmup_steps", "optim.weight_decay"):
-        must(get(key) >= 0, key, "0 or more")
-    must(0 <= c.seed < 2**32, "seed", "from 0 to 4294967295")
-    must(c.data.seed is None or 0 <= c.data.seed < 2**32, "data.seed", "from 0 to 4294967295")
-    for key in ("eval.every", "eval.answers", "checkpoint.every", "log.every", "sample.every", "optim.clip_norm"):
-        must(get(key) >= 0, key, "0 (off) or more")
-    must(c.lora.alpha > 0, "lora.alpha", "more than 0")
-    must(0 <= c.lora.dropout < 1, "lora.dropout", "from 0 up to, not including, 1")
-    must(0 <= c.optim.b1 < 1, "optim.b1", "from 0 up to, not including, 1")
-    must(0 <= c.optim.b2 < 1, "optim.b2", "from 0 up to, not including, 1")
-    must(c.optim.eps > 0, "optim.eps", "more than 0")
-    must(c.data.max_length >= 2, "data.max_length", "at least 2 (a BOS and a token)")
-    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
-        must(get(key) == -1 or get(key) >= 1, key, "-1 (the rest) or at least 1")
-    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
-        errors.append("only one of config.mesh.data, config.mesh.fsdp and config.mesh.tensor can be -1 (the rest)")
-    must(c.train.steps is None or c.train.steps >= 1, "train.steps", "at least 1")
-    must(c.train.epochs is None or c.train.epochs > 0, "train.epochs", "more than 0")
-    if c.train.steps is None and c.train.epochs is None:
-        errors.append("config.train.steps or config.train.epochs must be set")
-    must(
-        c.train.batch_size % c.train.microbatches == 0,
-        "train.batch_size",
-        f"divisible by microbatches={c.train.microbatches}",
-    )
-    must(c.optim.learning_rate > 0, "optim.learning_rate", "more than 0")
-    must(not (c.init_adapter and c.train.mode == "full"), "init_adapter", "None where train.mode is 'full'")
-    must(not c.sample.every or c.sample.prompts, "sample.prompts", "at least one where sample.every is set")
-    must(not (c.data.eval and c.data.eval_examples), "data.eval_examples", "0 where config.data.eval names a file")
-    return errors
-
-
-def to_dict(config: Config) -> dict:
-    """As plain JSON-able values, for `config.json`."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(values: dict) -> Config:
-    """The inverse of `to_dict`, for a workdir's config."""
-    errors: list[str] = []
-    config = build(Config, values, "", errors)
-    if errors:
-        raise UserError("; ".join(errors))
-    return config

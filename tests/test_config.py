@@ -9,7 +9,7 @@ import pytest
 from lowrank import config as config_lib
 from lowrank.adapters.lora import TARGETS
 from lowrank.cli.config_file import read
-from lowrank.config import Config, from_dict, to_dict
+from lowrank.config import Config, from_values, to_dict
 from lowrank.errors import UserError
 from lowrank.sweeping import grid
 
@@ -119,7 +119,7 @@ def test_ranks_that_differ_are_a_table_of_targets(write, override):
         read(write(), ["--config.lora.ranks.q_proj=(8, 8, 4, 0)", "--config.lora.ranks.down_proj=32"]).lora.ranks
         == UNEVEN
     )
-    assert from_dict(json.loads(json.dumps(to_dict(in_file)))) == in_file
+    assert from_values(json.loads(json.dumps(to_dict(in_file)))) == in_file
 
 
 def test_an_override_goes_before_the_file_and_the_last_one_before_the_others(write):
@@ -141,7 +141,7 @@ def test_steps_win_over_epochs_where_both_are_set(write):
 
 def test_a_config_survives_its_way_through_the_workdir(write):
     c = read(write("c.lora = {'targets': ('q_proj', 'o_proj')}", "c.sample = {'prompts': ('a', 'b')}"), [])
-    assert from_dict(to_dict(c)) == c
+    assert from_values(to_dict(c)) == c
 
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))

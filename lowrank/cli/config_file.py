@@ -1,26 +1,22 @@
-"""A config's file and what the command line says instead: read, and handed to config.py to be checked.
+"""Read a config file and the command line's overrides of it.
 
-Overrides are read here and not by `ml_collections.config_flags`, which answers a mistyped key with a traceback, refuses
-keys that the file leaves out, and turns `--config.lora.targets=q_proj,v_proj` into one target of that name.
+`ml_collections.config_flags` is not used, because it answers a mistyped key with a traceback, refuses keys that the file
+leaves out, and takes `--config.lora.targets=q_proj,v_proj` for one target of that name.
 """
 
 import importlib.util
 import pathlib
+import traceback
 
 import ml_collections
 
-from lowrank.config import Config, Text, checked, set_key
+from lowrank.config import Config, Unparsed, from_values, plain, set_key
 from lowrank.errors import UserError
 
 
 def read(path: str | None, overrides: list[str]) -> Config:
     """`FILE[:ARG]` and the arguments left on the command line -> the checked config. Raises UserError with all offenders."""
-    values = read_values(path, overrides)
-    if values.pop("sweep", None):
-        raise UserError(
-            "config.sweep is set, but this command runs one member only; use python -m lowrank.sweep, or remove it"
-        )
-    return checked(values)
+    return from_values(read_values(path, overrides))
 
 
 def read_values(path: str | None, overrides: list[str]) -> dict:
@@ -29,11 +25,12 @@ def read_values(path: str | None, overrides: list[str]) -> dict:
         raise UserError("--config is missing; say --config=configs/alpaca.py or a config file of your own")
     values = _call_get_config(path)
     for key, text in _override_pairs(overrides):
-        set_key(values, key, Text(text))
+        set_key(values, key, Unparsed(text))
     return values
 
 
 def _call_get_config(path: str) -> dict:
+    """Nested dicts from the file's `get_config()`; UserError names the line of the file where it fails."""
     file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} is not there; --config takes FILE or FILE:ARGUMENT")
@@ -50,34 +47,19 @@ def _call_get_config(path: str) -> dict:
             raise UserError(
                 f"config file {file}: get_config() must return an ml_collections.ConfigDict, not {type(config)}"
             )
-        return _plain(config)
+        return plain(config)
     except UserError:
         raise
     except Exception as error:
-        lines = [frame.tb_lineno for frame in _frames(error.__traceback__) if frame.tb_frame.f_code.co_filename == file]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
-        where = f"config file {file}" + (f", line {lines[0]}" if lines else "")
+        where = f"config file {file}" + (f", line {lines[-1]}" if lines else "")
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).splitlines())}") from error
 
 
-def _frames(traceback):
-    """Innermost first."""
-    frames = []
-    while traceback is not None:
-        frames.append(traceback)
-        traceback = traceback.tb_next
-    return reversed(frames)
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict:
-    values = {key: config[key] for key in config}  # `to_dict` would turn tuples of a sweep into lists
-    return {
-        key: _plain(value) if isinstance(value, ml_collections.ConfigDict) else value for key, value in values.items()
-    }
-
-
 def _override_pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    """`--config.KEY=VALUE` or `--config.KEY VALUE` -> (KEY, VALUE); anything else is an unknown argument."""
     pairs, rest = [], list(arguments)
     unknown = []
     while rest:

@@ -1,4 +1,4 @@
-"""Nested dicts, addressed by a path of names: config values, parameter trees, what a checkpoint holds."""
+"""Nested dicts, addressed by paths of names: config values, parameter trees, the contents of a checkpoint."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -132,7 +132,7 @@ def resume_differences(before: dict, config: Config, identity: dict, free=FREE_O
         if known.get(name) != value:
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
     # Through the config and back, so that keys which are newer than the run have their defaults in it.
-    configs = (config_lib.to_dict(config_lib.from_dict(before["config"])), config_lib.to_dict(config))
+    configs = (config_lib.to_dict(config_lib.from_values(before["config"])), config_lib.to_dict(config))
     was, now = (dict(flat(json.loads(json.dumps(values)))) for values in configs)
     for key in sorted(was.keys() | now.keys()):
         if key not in free and was.get(key) != now.get(key):
@@ -211,4 +211,4 @@ def read_record(workdir: pathlib.Path) -> dict:
 
 def read_config(workdir: pathlib.Path) -> Config:
     """The config of the run whose workdir this is."""
-    return config_lib.from_dict(read_record(workdir)["config"])
+    return config_lib.from_values(read_record(workdir)["config"])

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank import config as config_lib
 from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.cli import config_file
-from lowrank.config import Config, Text
+from lowrank.config import Config, Unparsed
 from lowrank.errors import UserError
 from lowrank.families.config import ATTENTION, MLP
 from lowrank.training.optimizer import OptimConfig
@@ -102,11 +102,11 @@ def _axes(swept: dict, errors: list[str]) -> dict[str, list]:
         if key.startswith(NOT_SWEPT):
             errors.append(f"{name} cannot be swept: it has to be the same for all members; set config.{key}")
             continue
-        if isinstance(values, Text):
+        if isinstance(values, Unparsed):
             # A text in brackets or with commas is a tuple; one string, of a key that holds strings, is one value.
             literal = config_lib.literal(values)
             inner = values.strip().removeprefix("(").removesuffix(")")
-            values = [Text(part.strip()) for part in inner.split(",") if part] if literal == values else literal
+            values = [Unparsed(part.strip()) for part in inner.split(",") if part] if literal == values else literal
         values = list(values) if isinstance(values, (tuple, list, range)) else [values]
         values = [one.item() if isinstance(one, np.generic) else one for one in values]
         if not values:
@@ -139,7 +139,7 @@ def _members(values: dict, axes: dict[str, list]) -> tuple[tuple[Member, ...], i
                 node = node.setdefault(parent, {})
             node[leaf] = value
         try:
-            config = config_lib.checked(own)
+            config = config_lib.from_values(own)
         except UserError as error:
             errors |= dict.fromkeys(str(error).split("; "))
             continue

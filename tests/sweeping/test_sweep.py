@@ -539,7 +539,7 @@ def test_mistakes_are_answered_with_one_line(tiny, tmp_path, overrides, message)
 def test_a_missing_workdir_and_a_sweep_for_train_are_answered_with_one_line(tiny, tmp_path):
     assert "--workdir is missing" in refused(running.run("sweep", tiny, *GRID))
     line = refused(running.run("train", tiny, f"--workdir={tmp_path / 'run'}", *GRID))
-    assert "config.sweep is set, but this command runs one member only; use python -m lowrank.sweep" in line
+    assert "config.sweep is set, but this is one run: use python -m lowrank.sweep" in line
 
 
 def test_a_rank_that_some_matrices_cannot_use_is_told(tiny):
