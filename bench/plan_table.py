@@ -15,14 +15,19 @@ import sys
 
 from lowrank.planning.chips import CHIPS
 
-MODELS = ("llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b")
+CONFIGS = {
+    "llama2_7b": ["--config=configs/llama3.py:8b", "--config.architecture=llama2-7b"],
+    "llama3_8b": ["--config=configs/llama3.py:8b"],
+    "llama3_70b": ["--config=configs/llama3.py:70b"],
+    "llama3_405b": ["--config=configs/llama3.py:405b"],
+}
 KINDS = ("v5e", "v6e", "v5p")
 BEGIN, END = "<!-- made by bench/plan_table.py -->", "<!-- end -->"
 BUDGET = 100  # dollars: what a run was meant to cost
 
 
 def command(model: str, name: str) -> list[str]:
-    return ["--config=configs/" + model + ".py", "--topology=" + name, "--search", "--search_fits=1", "--search_most=4"]
+    return [*CONFIGS[model], "--topology=" + name, "--search", "--search_fits=1", "--search_most=4"]
 
 
 def smallest(model: str, kind: str, folder: pathlib.Path, run: bool) -> list[dict]:
@@ -119,7 +124,7 @@ def main():
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
     kinds = [] if arguments.write else arguments.kinds.split(",")
-    found = {(model, kind): smallest(model, kind, arguments.to, kind in kinds) for kind in KINDS for model in MODELS}
+    found = {(model, kind): smallest(model, kind, arguments.to, kind in kinds) for kind in KINDS for model in CONFIGS}
     page = tables(found) + "\n\n" + verdict(found)
     print(page)
     if arguments.write:

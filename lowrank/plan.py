@@ -1,7 +1,7 @@
 """What a training will need and cost, before a dollar is spent: its real step, compiled for a slice that is not here.
 
-    python -m lowrank.plan --config=configs/llama3_8b.py --topology=v5e:2x4
-    python -m lowrank.plan --config=configs/llama3_8b.py --topology=v5e:4x4 --search
+    python -m lowrank.plan --config=configs/llama3.py:8b --topology=v5e:2x4
+    python -m lowrank.plan --config=configs/llama3.py:8b --topology=v5e:4x4 --search
     python -m lowrank.plan --config=configs/demo.py --topology=local
 
 It needs no weights, no tokenizer and no data, only the `plan` extra (libtpu). Bytes and collectives are the compiler's; times

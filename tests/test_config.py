@@ -4,12 +4,13 @@ import ast
 import json
 import pathlib
 
+import ml_collections
 import pytest
 
 from lowrank import config as config_lib
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.cli.config_file import read
-from lowrank.config import Config, from_values, to_dict
+from lowrank.config import Config, DataConfig, TrainConfig, check, from_values, to_dict
 from lowrank.errors import UserError
 from lowrank.sweeping import grid
 
@@ -48,7 +49,7 @@ def get(config, key):
 
 def test_what_a_file_leaves_out_has_the_defaults_of_the_contract(write):
     c = read(write(), [])
-    assert c == Config(train=config_lib.TrainConfig(steps=10))
+    assert c == Config(train=TrainConfig(steps=10))
     assert (c.lora.rank, c.lora.alpha, c.lora.dropout, c.lora.targets, c.lora.scaling) == (
         16,
         32,
@@ -145,21 +146,60 @@ def test_a_config_survives_its_way_through_the_workdir(write):
 
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+ARGUMENTS = ["llama3.py:70b", "llama3.py:405b", "rank_ablation.py:targets", "rank_ablation.py:batch"]
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "rank_ablation.py:targets", "rank_ablation.py:batch"])
+@pytest.mark.parametrize("name", [*CONFIGS, *ARGUMENTS])
 def test_every_config_of_the_project_is_read_and_says_how_it_is_run(name):
     path = ROOT / "configs" / name.split(":")[0]
     sweeps = "config.sweep" in path.read_text()
-    configs = (
-        [member.config for member in grid.read(f"{path.parent / name}", []).members]
-        if sweeps
-        else [read(str(path), [])]
-    )
+    file = str(path.parent / name)
+    configs = [member.config for member in grid.read(file, []).members] if sweeps else [read(file, [])]
     assert configs and all(isinstance(config, Config) for config in configs)
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     # The command that runs it.
     assert f"python -m lowrank.{'sweep' if sweeps else 'train'} --config=configs/{path.name}" in docstring
+
+
+def test_the_sizes_of_llama3_have_their_own_values():
+    found = {size: read(f"{ROOT / 'configs' / 'llama3.py'}:{size}", []) for size in ("8b", "70b", "405b")}
+    assert [(c.architecture, c.train.epochs, c.train.microbatches, c.optim.learning_rate) for c in found.values()] == [
+        ("llama3-8b", 3.0, 2, 2e-4),
+        ("llama3-70b", 1.0, 1, 1e-4),
+        ("llama3.1-405b", 1.0, 1, 5e-5),
+    ]
+    assert "there is no size 7b; choose one of 8b, 70b, 405b" in refusal(f"{ROOT / 'configs' / 'llama3.py'}:7b")
+
+
+def test_a_config_built_in_python_is_checked_like_a_file():
+    built = Config(base="b", data=DataConfig(train="f"), train=TrainConfig(steps=10), lora=LoraConfig(alpha=8))
+    assert check(built) == built and isinstance(check(built).lora.alpha, float)
+    wrong = Config(lora=LoraConfig(rank=0), train=TrainConfig(batch_size=3, microbatches=2), dtype="float16")
+    with pytest.raises(UserError) as refused:
+        check(wrong)
+    for said in ("config.lora.rank=0 must", "config.train.batch_size=3 must", "config.dtype=float16", "epochs must"):
+        assert said in str(refused.value)
+    with pytest.raises(UserError, match=r"config.lora.rank=4.0 is not a whole number"):
+        check(Config(lora=LoraConfig(rank=4.0), train=TrainConfig(steps=1)))
+
+
+def test_a_configdict_becomes_a_config_in_python():
+    values = ml_collections.ConfigDict(
+        {"train": {"steps": 3}, "lora": {"targets": ("q_proj",), "ranks": {"q_proj": 2}}}
+    )
+    assert from_values(values).lora.ranks == (("q_proj", (2,)),)
+    values.sweep = ml_collections.ConfigDict({"seed": (0, 1)})
+    with pytest.raises(UserError, match=r"config.sweep is set, but this is one run"):
+        from_values(values)
+
+
+def test_a_key_is_set_in_nested_dicts_and_not_below_a_value():
+    values = {"lora": {"rank": 4}}
+    config_lib.set_key(values, "lora.alpha", 8.0)
+    config_lib.set_key(values, "optim.eps", 1e-6)
+    assert values == {"lora": {"rank": 4, "alpha": 8.0}, "optim": {"eps": 1e-6}}
+    with pytest.raises(UserError, match=r"config.lora.rank.deep is no key: config.lora.rank holds a value, not keys"):
+        config_lib.set_key(values, "lora.rank.deep", 1)
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_search_ranks_what_the_compiler_says_fits(plan):
 
 def test_arguments_that_do_not_fit_need_no_compiler(plan):
     pytest.importorskip("libtpu", reason="the devices of a slice need the plan extra")
-    finished, numbers = plan("--topology=v5e:2x2", config=str(running.ROOT / "configs" / "llama3_70b.py"))
+    finished, numbers = plan("--topology=v5e:2x2", config=f"{running.ROOT / 'configs' / 'llama3.py'}:70b")
     assert finished.code == 1 and not numbers["fits"] and not numbers["compiled"]
     assert "does NOT FIT: 20.2 GB more than the 16.9 GB that a program may have on one chip" in finished.out
 
