@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from lowrank.model.kernels import visible, xla
+from lowrank.model.kernels import causal_mask, xla
 
 flags.DEFINE_integer("rows", 4, "Rows of the batch.")
 flags.DEFINE_integer("length", 512, "Tokens of a row.")
@@ -41,7 +41,7 @@ def main(_):
     q = jax.random.normal(keys[0], (rows, length, FLAGS.heads, FLAGS.head_dim), dtype)
     k, v = (jax.random.normal(key, (rows, length, FLAGS.kv_heads, FLAGS.head_dim), dtype) for key in keys[1:])
     segments = jnp.broadcast_to(1 + jnp.arange(length) // 150, (rows, length))
-    mask = visible(jnp.arange(length), segments, segments)
+    mask = causal_mask(jnp.arange(length), segments, segments)
     candidates = {
         "textbook": textbook,
         "jax.nn": lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]),

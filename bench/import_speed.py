@@ -33,7 +33,7 @@ from absl import app, flags
 from lowrank import convert
 from lowrank.families.config_json import hf_config
 from lowrank.families.sizes import SIZES
-from lowrank.families.tensor_names import layout
+from lowrank.families.tensor_names import hf_tensors
 from lowrank.weights.base import read_base
 from lowrank.weights.load import load_params
 
@@ -60,7 +60,7 @@ def make_checkpoint(folder: pathlib.Path):
     # A block of a length that no row divides, over and over: no two rows are the same.
     block = (0.02 * np.random.default_rng(0).standard_normal(16_777_213)).astype(jnp.bfloat16).tobytes()
     shards, size = [{}], 0
-    for name, shape in layout(config).values():
+    for name, shape in hf_tensors(config).values():
         for layer in range(config.layers if "{}" in name else 1):
             nbytes = 2 * math.prod(shape)
             if size + nbytes > FILE_BYTES:

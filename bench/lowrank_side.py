@@ -47,7 +47,7 @@ class Lowrank:
         attention = attend.verify_backend(attention, attend.AUTO, dtype, c)
         self.model = Decoder(c, lora, dtype, jnp.dtype(param_dtype), work.remat, attention)
         shapes, axes = decoder.abstract(self.model)
-        shapes = mesh_lib.laid_out(self.mesh, axes, shapes)
+        shapes = mesh_lib.with_shardings(self.mesh, axes, shapes)
         variables = {"params": load_params(base, shapes["params"])}
         if lora:
             layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
@@ -79,7 +79,7 @@ class Lowrank:
         step = make_train_step(self.model, optimizer, schedule, microbatches, 1, layout)
         start = time.process_time()
         with jax.set_mesh(self.mesh):
-            self.compiled = compiling.compiled(step, self.state, self.frozen, self.batch)
+            self.compiled = compiling.compile_for(step, self.state, self.frozen, self.batch)
         temporaries = self.compiled.memory_analysis().temp_size_in_bytes
         return {"compiling": time.process_time() - start, "temporaries": temporaries}
 

@@ -102,7 +102,7 @@ def measure(folder: str, base: Base) -> Modules:
     for target in (target for target in TARGETS if target in adapter.lora.targets):
         block = next(block for block in lora if target in lora[block])
         kernels = functools.reduce(operator.getitem, ("layers", block, target, "kernel"), base.params)
-        ranks, scales = (of(target, base.config.layers) for of in (adapter.lora.ranks_of, adapter.lora.scales_of))
+        ranks, scales = (of(target, base.config.layers) for of in (adapter.lora.layer_ranks, adapter.lora.layer_scales))
         for layer, (rank, scale) in enumerate(zip(ranks, scales, strict=True)):
             if not rank:
                 continue

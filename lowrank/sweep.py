@@ -23,7 +23,7 @@ from lowrank.cli.run import STOPPED
 from lowrank.errors import UserError
 from lowrank.files import lines as lines_lib
 from lowrank.files import paths
-from lowrank.formatting import human_bytes
+from lowrank.formatting import format_bytes
 from lowrank.runs import report
 from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.inputs import identity
@@ -285,9 +285,9 @@ def describe(grid: Grid, groups: list[Group]) -> str:
             "",
             f"group {number}    {title(group)}: {len(group.members)} members, {len(group.parts)} part{'s' * (len(group.parts) > 1)} "
             f"of {group.size} in one compiled step, {group.at_once} at once in the model",
-            f"trained    {human_bytes(partition.nbytes(trainable))} a member"
+            f"trained    {format_bytes(partition.nbytes(trainable))} a member"
             + (
-                f", padded to the widest; base {human_bytes(partition.nbytes(frozen))}, once, held in {config.param_dtype}"
+                f", padded to the widest; base {format_bytes(partition.nbytes(frozen))}, once, held in {config.param_dtype}"
                 * adapted
             )
             + f"; computed in {config.dtype}",

@@ -11,7 +11,7 @@ import running
 from lowrank.cli import run as cli
 from lowrank.parallel import compiling
 
-compiling.quiet()
+compiling.silence_libtpu()
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the suite's time: programs that several tests (or two runs of the suite) share are compiled once.
 cli.use_compile_cache()

@@ -22,7 +22,7 @@ class LayerScalars(NamedTuple):
 
     scale: jax.Array  # float32
     rank: jax.Array  # int32
-    undropped: jax.Array | None = None  # float32, 1 - dropout; None: as the LoraConfig says
+    keep_prob: jax.Array | None = None  # float32, 1 - dropout; None: as the LoraConfig says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,33 +57,33 @@ class LoraConfig:
         """The rank axis of the target's factors."""
         return max(dict(self.ranks).get(target, (self.rank,)))
 
-    def ranks_of(self, target: str, layers: int) -> tuple[int, ...]:
+    def layer_ranks(self, target: str, layers: int) -> tuple[int, ...]:
         return _spread(dict(self.ranks).get(target, (self.rank,)), layers)
 
-    def alphas_of(self, target: str, layers: int) -> tuple[float, ...]:
+    def layer_alphas(self, target: str, layers: int) -> tuple[float, ...]:
         return _spread(dict(self.alphas).get(target, (self.alpha,)), layers)
 
-    def scales_of(self, target: str, layers: int) -> tuple[float, ...]:
-        ranks, alphas = self.ranks_of(target, layers), self.alphas_of(target, layers)
+    def layer_scales(self, target: str, layers: int) -> tuple[float, ...]:
+        ranks, alphas = self.layer_ranks(target, layers), self.layer_alphas(target, layers)
         return tuple(self._scale(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True))
 
-    def of_layers(self, layers: int) -> dict[str, LayerScalars]:
+    def layer_scalars(self, layers: int) -> dict[str, LayerScalars]:
         """Of every target, what its layers have for themselves."""
         return {
             target: LayerScalars(
-                jnp.asarray(self.scales_of(target, layers), jnp.float32),
-                jnp.asarray(self.ranks_of(target, layers), jnp.int32),
+                jnp.asarray(self.layer_scales(target, layers), jnp.float32),
+                jnp.asarray(self.layer_ranks(target, layers), jnp.int32),
             )
             for target in self.targets
         }
 
 
-def padding(lora: LoraConfig, config: ModelConfig) -> int:
+def padding_size(lora: LoraConfig, config: ModelConfig) -> int:
     """Elements of an uneven adapter's factors that are zero and stay zero."""
     total = 0
     for target in lora.targets:
         inputs, outputs = config.projections()[target]
-        total += sum(lora.width(target) - rank for rank in lora.ranks_of(target, config.layers)) * (inputs + outputs)
+        total += sum(lora.width(target) - rank for rank in lora.layer_ranks(target, config.layers)) * (inputs + outputs)
     return total
 
 

@@ -32,7 +32,7 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return _fail(f"{str(error).splitlines()[0]}; see --help")
 
     def guarded(argv):
-        compiling.quiet()
+        compiling.silence_libtpu()
         use_compile_cache()
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -91,7 +91,7 @@ def use_compile_cache():
 def _end_others(error: Exception):
     """An error that nobody foresaw, in one of several processes: if it is another's end that caused it, that is said;
     else the others end with this one's."""
-    if distributed.running():
+    if distributed.is_running():
         distributed.wait_for_reason()
         traceback.print_exc()
         distributed.fail(f"{type(error).__name__}: {distributed.first_line(error)}")

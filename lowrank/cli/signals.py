@@ -16,7 +16,7 @@ def stop_signals():
     Of several processes each asks it once in every step, with the step's number; all have the same answer at the same step.
     """
     received: list[str] = []
-    if distributed.running():
+    if distributed.is_running():
         with _stop_signals_of_all() as stop:
             yield stop
         return

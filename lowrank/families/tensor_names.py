@@ -5,7 +5,7 @@ import collections
 from lowrank.families.config import ATTENTION, ModelConfig
 
 
-def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Path in `params` -> (Hugging Face's name, its shape there); `{}` is the layer, over which our leaves stack."""
     c = config
     table = {"embed_tokens/embedding": ("model.embed_tokens.weight", (c.vocab, c.embed))}
@@ -31,12 +31,12 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     return table
 
 
-def ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
     """Old conversions of Llama carry the rotary frequencies, which follow from the config."""
     return name.endswith("rotary_emb.inv_freq")
 
 
-def grouped(names: list[str]) -> str:
+def group_layers(names: list[str]) -> str:
     """All the names, with the layers of a name drawn together: `model.layers.{0,1,2}.mlp.up_proj.weight`."""
     groups = collections.defaultdict(list)
     for name in names:

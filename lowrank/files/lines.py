@@ -24,7 +24,7 @@ def writing(file: pathlib.Path):
 
 def replace(file: paths.Path, text: str):
     """Give the file a new content: whole, or (after a power cut, too) still the old one."""
-    if not distributed.first():
+    if not distributed.is_first():
         return
     if paths.is_remote(file):
         bucket_lines.pop(file, None)
@@ -41,7 +41,7 @@ def replace(file: paths.Path, text: str):
 
 def append_line(file: paths.Path, record: dict):
     """Append one JSON object and have it on the disk before going on; in a bucket it is there after `flush_lines`."""
-    if not distributed.first():
+    if not distributed.is_first():
         return
     line = json.dumps(record, ensure_ascii=False) + "\n"
     if paths.is_remote(file):
@@ -102,6 +102,6 @@ def read_lines(file: paths.Path) -> list[dict]:
 
 def forget_after(file: paths.Path, step: int):
     """Drop the lines of steps after `step`, which a resumed run is about to write again. Atomic."""
-    if distributed.first() and file.exists():
+    if distributed.is_first() and file.exists():
         kept = [record for record in read_lines(file) if record["step"] <= step]
         replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

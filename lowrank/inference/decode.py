@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank.model.attention import empty_cache
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot, dot_tied
-from lowrank.parallel.compiling import jit_later
+from lowrank.parallel.compiling import lazy_jit
 
 ROUND = 64  # prompt slots and cache slots are multiples of this
 
@@ -64,7 +64,7 @@ def generate_ids(
             token, cache = _decode(model, whole, variables, token, slot, segments, pads, cache, draw_key, settings)
 
 
-@functools.partial(jit_later, static_argnums=(0, 1))
+@functools.partial(lazy_jit, static_argnums=(0, 1))
 def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, segments, pads, key, settings):
     rows, width = tokens.shape
     empty = empty_cache(model.config, rows, segments.shape[1], model.dtype)
@@ -73,7 +73,7 @@ def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, seg
     return _sample(_last_logits(model, hidden, head), key, settings, whole), cache
 
 
-@functools.partial(jit_later, static_argnums=(0, 1), donate_argnums=7)
+@functools.partial(lazy_jit, static_argnums=(0, 1), donate_argnums=7)
 def _decode(model: Decoder, whole: NamedSharding | None, variables, token, slot, segments, pads, cache, key, settings):
     positions = (slot - pads)[:, None]
     hidden, head, cache = model.apply(

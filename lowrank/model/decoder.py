@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lowrank.adapters.lora import LayerScalars, LoraConfig
 from lowrank.families.config import ModelConfig
 from lowrank.model.attention import Attention, Cache, RMSNorm, turns
-from lowrank.model.kernels import AttentionMask, suits, visible
+from lowrank.model.kernels import AttentionMask, causal_mask, suits
 from lowrank.model.products import KEPT, rows_of
 from lowrank.model.projection import project
 from lowrank.parallel.mesh import constrain
@@ -69,7 +69,7 @@ def own_of_layers(config: ModelConfig, lora: LoraConfig | None) -> dict:
     """What each layer has for itself alone, every leaf [layers]: its `window`, and under each target the adapter's Own.
     Empty where all layers are alike, which leaves no trace in the program."""
     own = {"window": jnp.asarray(config.windows, jnp.int32)} if config.windows else {}
-    return own | lora.of_layers(config.layers) if lora is not None and lora.uneven else own
+    return own | lora.layer_scalars(config.layers) if lora is not None and lora.uneven else own
 
 
 class Table(nn.Module):
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         key_segments = segment_ids if key_segment_ids is None else key_segment_ids
         attention = self.attention if cache is None and suits(self.attention, tokens.shape[1]) else "xla"
         slots = slot + jnp.arange(tokens.shape[1])
-        whole = None if attention.startswith("splash") else visible(slots, segment_ids, key_segments)
+        whole = None if attention.startswith("splash") else causal_mask(slots, segment_ids, key_segments)
         sees = AttentionMask(segment_ids, whole)
 
         block = Block

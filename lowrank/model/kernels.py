@@ -36,13 +36,13 @@ class AttentionMask(typing.NamedTuple):
     mask: jax.Array | None  # bool [B, T, S]
 
 
-def visible(query_slots: jax.Array, query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+def causal_mask(query_slots: jax.Array, query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
     """Slots [T], segments [B, T] and [B, S] -> bool [B, T, S]: which query sees which key."""
     causal = query_slots[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
     return causal & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
-def near(query_slots: jax.Array, key_slots: int, window: jax.Array) -> jax.Array:
+def window_mask(query_slots: jax.Array, key_slots: int, window: jax.Array) -> jax.Array:
     """Slots [T], number of key slots S -> bool [T, S]: which key is among the `window` last ones, the query's own
     included; all are where `window` is 0."""
     distance = query_slots[:, None] - jnp.arange(key_slots)[None, :]
@@ -60,7 +60,7 @@ def attend(
         return splash(q, k, v, sees.segments, window, windows, interpret=backend == INTERPRETED)
     mask = sees.mask
     if window is not None:
-        mask = mask & near(slot + jnp.arange(q.shape[1]), k.shape[2], window)
+        mask = mask & window_mask(slot + jnp.arange(q.shape[1]), k.shape[2], window)
     return cudnn(q, k, v, mask) if backend == "cudnn" else xla(q, k, v, mask)
 
 
@@ -272,7 +272,7 @@ def disagreement(backend: str, dtype: jnp.dtype, heads: int, kv_heads: int, head
     rng = np.random.default_rng(0)
     length, middle = 2 * LANES, LANES + 7
     segments = jnp.asarray(np.where(np.arange(length) < middle, 1, 2)[None].astype(np.int32))
-    sees = AttentionMask(segments, visible(jnp.arange(length), segments, segments))
+    sees = AttentionMask(segments, causal_mask(jnp.arange(length), segments, segments))
     draw = lambda axis, count: jnp.asarray(rng.normal(size=np.insert([1, length, head_dim], axis, count)), dtype)  # noqa: E731
     q, k, v = draw(2, heads) / math.sqrt(head_dim), draw(1, kv_heads), draw(1, kv_heads)
     by = draw(2, heads)

@@ -51,7 +51,7 @@ class Projection(nn.Module):
         lora_a = self.factor("lora_a", init_a, (x.shape[-1], width), (self.axes[0], "rank"))
         lora_b = self.factor("lora_b", nn.initializers.zeros, (width, self.features), ("rank", self.axes[1]))
         if self.lora.dropout > 0 and not deterministic:
-            share = 1 - self.lora.dropout if own is None or own.undropped is None else own.undropped
+            share = 1 - self.lora.dropout if own is None or own.keep_prob is None else own.keep_prob
             chosen = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
             x = jnp.where(chosen, x.astype(jnp.float32) / share, 0).astype(x.dtype)
         return dot(kept((scale * dot(x, lora_a)).astype(self.dtype)), lora_b)

@@ -21,7 +21,7 @@ def jit(function, platform: str | None = None, **arguments):
     return jax.jit(function, compiler_options=OPTIONS.get(platform or jax.default_backend()), **arguments)
 
 
-def jit_later(function, **arguments):
+def lazy_jit(function, **arguments):
     """As `jit`, which is asked for the devices at the first call: not when a module is imported."""
     made = functools.cache(lambda: jit(function, **arguments))
     return functools.wraps(function)(lambda *given: made()(*given))
@@ -33,7 +33,7 @@ def platform_of(tree) -> str | None:
     return next((next(iter(layout.device_set)).platform for layout in layouts if layout is not None), None)
 
 
-def ahead(function, then=lambda: None):
+def compile_once(function, then=lambda: None):
     """A jitted function -> the same, compiled at its first call and not again; `then` is called before it first runs.
 
     Arguments of another shape, dtype or layout are compiled for anew, and a warning says which: whoever waits for that
@@ -51,7 +51,7 @@ def ahead(function, then=lambda: None):
                     raise
                 changed = " ".join(str(error).split())
                 warnings.warn(f"{function.__name__} is compiled again: {changed}", stacklevel=2)
-        program, kinds = compiled(function, *arguments), _kinds(arguments)
+        program, kinds = compile_for(function, *arguments), _kinds(arguments)
         then()
         return program(*arguments)
 
@@ -64,7 +64,7 @@ def _kinds(arguments):
     return structure, [(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves]
 
 
-def compiled(function, *arguments) -> jax.stages.Compiled:
+def compile_for(function, *arguments) -> jax.stages.Compiled:
     """A jitted function, compiled for these arguments (or their shapes). The memory that compiling took and left in pieces
     goes back to the operating system, where that is Linux: 360 MB of a peak of 1,480 MB at 135M parameters."""
     program = function.lower(*arguments).compile()
@@ -79,7 +79,7 @@ QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_AC
 GOOGLE = "0x1ae0"  # as a vendor of PCI devices, which TPUs are
 
 
-def quiet():
+def silence_libtpu():
     """Keep libtpu from looking for TPUs on a machine that has none. Harmless without libtpu, and twice."""
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
     if not any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
@@ -88,7 +88,7 @@ def quiet():
 
 
 @contextlib.contextmanager
-def uncached():
+def without_compile_cache():
     before = jax.config.jax_enable_compilation_cache
 
     def use(on: bool):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from lowrank.errors import UserError
-from lowrank.parallel.compiling import ahead
+from lowrank.parallel.compiling import compile_once
 from lowrank.parallel.launchers import Start, decide, tpu_hosts
 
 BEAT = 1.0  # seconds between two signs of life
@@ -220,7 +220,7 @@ def _catch_aborts():
 _last_words = None
 
 
-def running() -> bool:
+def is_running() -> bool:
     """Whether this process is one of several."""
     return _processes is not None
 
@@ -252,7 +252,7 @@ def finish():
 # ---- Agreeing --------------------------------------------------------------------------------------------------------
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that writes logs, samples and pictures."""
     return _processes is None or _processes.index == 0
 
@@ -264,16 +264,16 @@ def barrier(name: str):
             _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", 7 * 24 * 3600 * 1000)
 
 
-def together(function):
+def compile_together(function):
     """A jitted function -> the same, compiled once (`compiling.ahead`); before it first runs, all processes have done so.
 
     gloo, which carries sums between CPU processes, waits 30 seconds for the others and no longer; two processes that trace
     and compile beside other work were seen to be further apart.
     """
-    return ahead(function, lambda: barrier("compiled"))
+    return compile_once(function, lambda: barrier("compiled"))
 
 
-def from_first(value: Callable[[], object]):
+def broadcast_from_first(value: Callable[[], object]):
     """What `value` gives in process 0, in all processes; as JSON."""
     if _processes is None:
         return value()

@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.errors import UserError
 
@@ -69,9 +69,9 @@ def put(value, sharding):
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts the rows of a batch are cut into; 1 for the empty mesh."""
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def members_mesh(mesh: Mesh) -> Mesh:
@@ -115,7 +115,7 @@ def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
     return tree
 
 
-def laid_out(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
+def with_shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
     """The tree of ShapeDtypeStructs, each with its sharding."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

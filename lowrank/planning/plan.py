@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
-from lowrank.formatting import human_bytes
+from lowrank.formatting import format_bytes
 from lowrank.model.decoder import REMAT
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
@@ -141,8 +141,8 @@ def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[
         )
     if not found:
         raise UserError(
-            f"{slice.name} is too small: a step needs about {human_bytes(least)} on a device, by hand, and there are "
-            f"{human_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
+            f"{slice.name} is too small: a step needs about {format_bytes(least)} on a device, by hand, and there are "
+            f"{format_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
         )
     return [(needed, one) for _, needed, one in sorted(found, key=lambda entry: entry[0])]
 

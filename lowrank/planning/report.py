@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lowrank.formatting import human_bytes
+from lowrank.formatting import format_bytes
 from lowrank.model.flops import step_flops
 from lowrank.planning import prices
 from lowrank.planning.collectives import totals
@@ -46,16 +46,18 @@ def _memory(plan: Plan) -> str:
     ]
     if not plan.program:
         rows = [row for row in rows if row[0] not in ("activations", "program")]
-    lines = [f"on each {chip}"] + [f"  {name:<12}{human_bytes(size):>10}  {what}".rstrip() for name, size, what in rows]
+    lines = [f"on each {chip}"] + [
+        f"  {name:<12}{format_bytes(size):>10}  {what}".rstrip() for name, size, what in rows
+    ]
     if plan.fits:
         lines.append(
-            f"  {'together':<12}{human_bytes(memory.total):>10}  of {human_bytes(available)}: fits, "
-            f"{human_bytes(-plan.excess)} to spare"
+            f"  {'together':<12}{format_bytes(memory.total):>10}  of {format_bytes(available)}: fits, "
+            f"{format_bytes(-plan.excess)} to spare"
         )
     else:
-        by = human_bytes(plan.excess)
+        by = format_bytes(plan.excess)
         lines.append(
-            f"  does NOT FIT: {by} more than the {human_bytes(available)} that a program may have on one {chip}"
+            f"  does NOT FIT: {by} more than the {format_bytes(available)} that a program may have on one {chip}"
         )
     return "\n".join(lines)
 
@@ -68,7 +70,7 @@ def _collectives(plan: Plan) -> str:
         return "collectives  none"
     lines = [f"collectives of a step{'times':>14}{'sent by each':>20}"]
     return "\n".join(
-        lines + [f"  {kind:<20}{times:>13,}{human_bytes(sent):>20}" for kind, (times, sent) in table.items()]
+        lines + [f"  {kind:<20}{times:>13,}{format_bytes(sent):>20}" for kind, (times, sent) in table.items()]
     )
 
 
@@ -134,7 +136,7 @@ def search_row(plan: Plan, rank: int | None) -> str:
     """A line of the ranked table; `rank` is None where it does not fit."""
     data, fsdp, tensor = plan.mesh.devices.shape
     head = "NOT FIT" if rank is None else f"{rank}."
-    memory = f"+{human_bytes(plan.excess)}" if rank is None else human_bytes(plan.memory.total)
+    memory = f"+{format_bytes(plan.excess)}" if rank is None else format_bytes(plan.memory.total)
     return (
         f"  {head:<9}{data:>5}{fsdp:>6}{tensor:>8}{plan.config.remat:>7}{plan.config.train.microbatches:>7}"
         f"{plan.roofline.seconds:>10.4g}{plan.roofline.bound:>14}{memory:>13}"

@@ -16,7 +16,7 @@ import jax
 from jax.experimental import topologies
 
 from lowrank.errors import UserError
-from lowrank.parallel.compiling import uncached
+from lowrank.parallel.compiling import without_compile_cache
 from lowrank.planning.chips import CHIPS, Chip
 
 
@@ -62,7 +62,7 @@ class Slice:
 
     def compiling(self) -> typing.ContextManager:
         """To compile in. Without the compile cache: what it holds cannot be loaded where there is no TPU."""
-        return uncached()
+        return without_compile_cache()
 
     @property
     def pair_bandwidth(self) -> float:

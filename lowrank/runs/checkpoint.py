@@ -71,7 +71,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, error, *_):
-        if error and distributed.running():
+        if error and distributed.is_running():
             return  # the others have no part in this error: they would be waited for, for ever
         try:
             self.wait()

@@ -5,7 +5,7 @@ import sys
 import rich.console
 import rich.progress
 
-from lowrank.formatting import show
+from lowrank.formatting import format_number
 
 SHARES = ("mfu", "waiting")
 
@@ -38,7 +38,9 @@ class Console:
         text = None
         if scalars is not None:
             named = {name.split("/")[1]: value for name, value in scalars.items()}
-            text = "  ".join(f"{name} {f'{x:.1%}' if name in SHARES else show(x)}" for name, x in named.items())
+            text = "  ".join(
+                f"{name} {f'{x:.1%}' if name in SHARES else format_number(x)}" for name, x in named.items()
+            )
         if self.bar:
             self.bar.update(self.task, completed=step, **({} if text is None else {"description": text}))
         elif text is not None:

@@ -4,11 +4,11 @@ import shlex
 
 import jax
 
-from lowrank.adapters.lora import LoraConfig, padding
+from lowrank.adapters.lora import LoraConfig, padding_size
 from lowrank.config import Config
 from lowrank.files import lines as lines_lib
 from lowrank.files import paths
-from lowrank.formatting import human_bytes
+from lowrank.formatting import format_bytes
 from lowrank.training import partition
 
 
@@ -30,9 +30,9 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
         ("adapter" if config.adapter else "model", trainable, "trained"),
         ("optimizer", opt_state, "state"),
     )
-    zeros = padding(config.lora, a) if config.adapter else 0  # in memory, but nothing that is trained
+    zeros = padding_size(config.lora, a) if config.adapter else 0  # in memory, but nothing that is trained
     for name, tree, what in groups:
-        size = human_bytes(partition.nbytes(tree))
+        size = format_bytes(partition.nbytes(tree))
         count = partition.count(tree) - (zeros if name == "adapter" else 0)
         lines.append(f"{name:<10} {count:>15,} {what:<8} {size:>10}")
     trained = partition.count(trainable) - zeros
@@ -54,7 +54,7 @@ def describe_ranks(lora: LoraConfig, layers: int) -> str:
     table = [
         (rank, scale)
         for target in lora.targets
-        for rank, scale in zip(lora.ranks_of(target, layers), lora.scales_of(target, layers), strict=True)
+        for rank, scale in zip(lora.layer_ranks(target, layers), lora.layer_scales(target, layers), strict=True)
     ]
     ranks, scales = ([value for value in column if value] for column in zip(*table, strict=True))
     without = f", none in {len(table) - len(ranks)} of {len(table)} places" if len(ranks) < len(table) else ""
@@ -111,7 +111,7 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
         "",
         f"done       {', '.join(shown)}",
         f"trained    {tokens:,} tokens in all; {steps:,} steps in {seconds:.0f} s here",
-        f"{what:<10} {folder} ({human_bytes(size)})",
+        f"{what:<10} {folder} ({format_bytes(size)})",
         f"curves     {workdir / 'curves.png'}",
     ]
     if config.base and config.sample.prompts:

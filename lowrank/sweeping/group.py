@@ -15,7 +15,7 @@ from lowrank.config import Config
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.parallel.compiling import ahead
+from lowrank.parallel.compiling import compile_once
 from lowrank.runs import adapter as adapters
 from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, with_steps
 from lowrank.runs.setup import model_of
@@ -164,7 +164,7 @@ class Programs:
         self.jitted_step = members_lib.make_members_step(
             group.model, config, group.mask, shards, self.layout, group.at_once
         )
-        self.step = ahead(self.jitted_step)
+        self.step = compile_once(self.jitted_step)
         self.eval_step = members_lib.make_members_eval_step(group.model, shards, group.at_once)
         self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=shardings_of(self.layout.opt_state))
 

@@ -8,7 +8,7 @@ import rich.live
 import rich.progress
 import rich.table
 
-from lowrank.formatting import show
+from lowrank.formatting import format_number
 
 SHOWN = 20  # members in the table, the best ones
 
@@ -63,14 +63,17 @@ class Progress:
         if self.live:
             self.bar.update(self.task, completed=step)
         elif logs and (losses := self._going_on(self.train_losses)):
-            print(f"step {step}/{self.steps}  train loss {show(min(losses))} to {show(max(losses))}", flush=True)
+            print(
+                f"step {step}/{self.steps}  train loss {format_number(min(losses))} to {format_number(max(losses))}",
+                flush=True,
+            )
 
     def show_evaluation(self, step: int):
         ranked = self.ranked()
         if not self.live and ranked:
             best, worst = ranked[0], ranked[-1]
-            text = f"step {step}/{self.steps}  eval loss {show(self.losses[best])} ({best})"
-            print(text + (f" to {show(self.losses[worst])} ({worst})" if worst != best else ""), flush=True)
+            text = f"step {step}/{self.steps}  eval loss {format_number(self.losses[best])} ({best})"
+            print(text + (f" to {format_number(self.losses[worst])} ({worst})" if worst != best else ""), flush=True)
 
     def ranked(self) -> list[str]:
         """Members that go on and have been evaluated, best first."""

@@ -8,7 +8,7 @@ import pathlib
 from lowrank import formatting
 from lowrank.families.config import ATTENTION, MLP
 from lowrank.files import lines as lines_lib
-from lowrank.formatting import human_bytes
+from lowrank.formatting import format_bytes
 from lowrank.sweeping.ranking import (
     MODE,
     RANK,
@@ -79,7 +79,7 @@ def show_mean(setting: Setting) -> str:
 def show_perplexity(loss: float | None) -> str:
     if loss is None:
         return NOTHING
-    return f"{perplexity(loss):.3f}" if loss < math.log(1000) else formatting.show(perplexity(loss))
+    return f"{perplexity(loss):.3f}" if loss < math.log(1000) else formatting.format_number(perplexity(loss))
 
 
 def _count(number: int, what: str) -> str:
@@ -303,7 +303,7 @@ def _numbers(results: list[Result], setting: Setting) -> list[str]:
         seeds,
         *[show_perplexity(setting.mean)] * held_out(results),
         f"{one.trainable:,}",
-        human_bytes(one.adapter_bytes),
+        format_bytes(one.adapter_bytes),
     ]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank import config as config_lib
-from lowrank.adapters.lora import padding
+from lowrank.adapters.lora import padding_size
 from lowrank.errors import UserError
 from lowrank.files import lines as lines_lib
 from lowrank.inference import answers as answers_lib
@@ -299,7 +299,7 @@ def result_of(group: Group, member: Member, place: pathlib.Path, trainable: dict
     lines = lines_lib.read_lines(place / "metrics.jsonl")
     of = {name: [(line["step"], line[name]) for line in lines if name in line] for name in RECORDED}
     config = member.config
-    zeros = padding(config.lora, group.prepared.architecture) if config.adapter else 0
+    zeros = padding_size(config.lora, group.prepared.architecture) if config.adapter else 0
     parameters = partition.count(trainable) - zeros
     return Result(
         name=member.name,

@@ -19,7 +19,7 @@ import numpy as np
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import read_config
-from lowrank.families.tensor_names import layout
+from lowrank.families.tensor_names import hf_tensors
 from lowrank.files import bucket, paths
 from lowrank.files.nested import set_path
 from lowrank.weights import huggingface, meta, native
@@ -120,7 +120,7 @@ class StoredLeaf:
 
 def stored_params(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict:
     """The `params` tree with a `StoredLeaf` at every leaf, from tensors by Hugging Face's names."""
-    names = {path: name for path, (name, _) in layout(config).items()}
+    names = {path: name for path, (name, _) in hf_tensors(config).items()}
     return _tree(tensors, names, config.layers, transposed=True)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
-from lowrank.families.tensor_names import grouped, ignored, layout
+from lowrank.families.tensor_names import group_layers, hf_tensors, is_ignored
 from lowrank.weights.tensor_file import Tensor
 
 
@@ -17,10 +17,10 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dic
     """The tensors that `layout` names, all there and in shape; anything missing, odd or left over is one error."""
     wanted = {
         name.format(layer): shape
-        for name, shape in layout(config).values()
+        for name, shape in hf_tensors(config).values()
         for layer in range(config.layers if "{}" in name else 1)
     }
-    rest = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+    rest = {name: tensor for name, tensor in tensors.items() if not is_ignored(name)}
     problems = []
     embedding, head = rest.get("model.embed_tokens.weight"), rest.get("lm_head.weight")
     if config.tied_head and embedding and head:
@@ -37,12 +37,12 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dic
             if "lm_head.weight" in missing
             else ""
         )
-        problems.append(f"missing: {grouped(missing)}{hint}")
+        problems.append(f"missing: {group_layers(missing)}{hint}")
     if unknown:
-        problems.append(f"unknown: {grouped(unknown)}")
+        problems.append(f"unknown: {group_layers(unknown)}")
     misshapen = sorted(name for name in wanted.keys() & rest.keys() if rest[name].shape != wanted[name])
     shapes = {name: f"{list(rest[name].shape)} instead of {list(wanted[name])}" for name in misshapen}
-    problems += [f"misshapen: {grouped(names)} is {shape}" for shape, names in _inverted(shapes).items()]
+    problems += [f"misshapen: {group_layers(names)} is {shape}" for shape, names in _inverted(shapes).items()]
     if problems:
         raise UserError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}; fetch the folder again")
     return rest

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lowrank.errors import UserError
-from lowrank.families.tensor_names import grouped, ignored
+from lowrank.families.tensor_names import group_layers, is_ignored
 from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Tensor, TensorFile
 from lowrank.weights.torch_file import open_torch_file
@@ -41,9 +41,11 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
         elif promised and promised.get(name) != files_with_it[0]:
             problems.append(f"{name} is in {files_with_it[0]}, the index says {promised.get(name)}")
     opened = {file for files_with_it in places.values() for file in files_with_it}
-    lost = sorted(name for name, file in promised.items() if name not in found and file in opened and not ignored(name))
+    lost = sorted(
+        name for name, file in promised.items() if name not in found and file in opened and not is_ignored(name)
+    )
     if lost:
-        problems.append(f"the index names what no file holds: {grouped(lost)}")
+        problems.append(f"the index names what no file holds: {group_layers(lost)}")
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}; fetch the folder again")
     return found
@@ -107,7 +109,7 @@ def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tens
         if entry["dtype"] in DTYPES:
             offset = 8 + length + entry["data_offsets"][0]
             tensors[name] = file.tensor(offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        elif not ignored(name):
+        elif not is_ignored(name):
             problems.append(f"{name} is held in {entry['dtype']}, supported are {', '.join(DTYPES)}")
     return tensors
 

@@ -23,7 +23,7 @@ from lowrank.adapters.lora import LoraConfig
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import hf_config
-from lowrank.families.tensor_names import layout
+from lowrank.families.tensor_names import hf_tensors
 from lowrank.files.new_folder import new_folder
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
@@ -54,7 +54,7 @@ def _merge(node: Any, lora: Any, config: LoraConfig, dtype: Any, path: str, prob
         layers, rows, columns = kernel.shape
         rank = lora_a.shape[-1]
         if lora_a.shape == (layers, rows, rank) and lora_b.shape == (layers, rank, columns):
-            scales = config.scales_of(path.rpartition("/")[2], layers)
+            scales = config.layer_scales(path.rpartition("/")[2], layers)
             return node | {"kernel": merged_kernel(kernel, lora_a, lora_b, scales, dtype or kernel.dtype)}
         problems.append(f"{path}: {list(lora_a.shape)} @ {list(lora_b.shape)} beside a kernel {list(kernel.shape)}")
         return node
@@ -86,7 +86,7 @@ def write_huggingface(
 
     `folder` must not exist, or be empty. The tokenizer is not this function's.
     """
-    if len(jax.tree.leaves(params)) != len(layout(config)):
+    if len(jax.tree.leaves(params)) != len(hf_tensors(config)):
         raise ValueError("params has more or fewer leaves than its config; they would be lost")
     config = dataclasses.replace(config, stored_dtype=dtype)
     with new_folder(folder) as partial:
@@ -111,7 +111,7 @@ def verify_huggingface(folder: str | os.PathLike, params: dict, config: ModelCon
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, int | None, str, tuple[int, ...]]]:
     """(path in params, layer or None, Hugging Face's name, shape there) of every tensor of a folder."""
-    for path, (name, shape) in layout(config).items():
+    for path, (name, shape) in hf_tensors(config).items():
         for layer in range(config.layers) if "{}" in name else (None,):
             yield path, layer, name.format(layer), shape
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig, RopeScaling
-from lowrank.families.tensor_names import ignored
+from lowrank.families.tensor_names import is_ignored
 from lowrank.weights.check import same
 from lowrank.weights.tensor_file import Index, Tensor
 from lowrank.weights.torch_file import open_torch_file
@@ -89,7 +89,7 @@ def _join(shards: list[dict[str, Tensor]], dim: int, problems: list[str]) -> dic
     """Tensors by Hugging Face's names, from the same tensors' parts in all shards."""
     joined = {}
     for name in sorted(set().union(*shards)):
-        if name == FREQUENCIES or ignored(name):  # they follow from the config
+        if name == FREQUENCIES or is_ignored(name):  # they follow from the config
             continue
         lacking = [f"{i:02}" for i, shard in enumerate(shards) if name not in shard]
         match = NAME.fullmatch(name)

@@ -25,7 +25,7 @@ import numpy as np
 
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
-from lowrank.families.tensor_names import grouped, layout
+from lowrank.families.tensor_names import group_layers, hf_tensors
 from lowrank.weights import huggingface
 from lowrank.weights.fingerprint import fingerprint
 from lowrank.weights.tensor_file import Tensor, cut, rows_within
@@ -38,14 +38,14 @@ CODES = {dtype: code for code, dtype in huggingface.DTYPES.items()}
 
 def names(config: ModelConfig) -> dict[str, str]:
     """Path in `params` -> the name of its tensors in the files, with `{}` for the layer."""
-    return {path: "params." + path.replace("layers/", "layers/{}/").replace("/", ".") for path in layout(config)}
+    return {path: "params." + path.replace("layers/", "layers/{}/").replace("/", ".") for path in hf_tensors(config)}
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name of every tensor in the files -> its shape, in the order in which they lie there."""
     return {
         name.format(layer): shape[::-1] if path.endswith("kernel") else shape
-        for (path, name), (_, shape) in zip(names(config).items(), layout(config).values(), strict=True)
+        for (path, name), (_, shape) in zip(names(config).items(), hf_tensors(config).values(), strict=True)
         for layer in range(config.layers if "{}" in name else 1)
     }
 
@@ -124,7 +124,7 @@ def _misfits(table: dict, found: dict[str, Tensor], wanted: dict[str, tuple[int,
             name for name in wanted.keys() & found.keys() if found[name].shape != wanted[name]
         },
     }
-    return [f"{problem}: {grouped(sorted(of))}" for problem, of in groups.items() if of]
+    return [f"{problem}: {group_layers(sorted(of))}" for problem, of in groups.items() if of]
 
 
 def _checked(tensor: Tensor, sums: list[str], where: str) -> Tensor:

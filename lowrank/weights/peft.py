@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
-from lowrank.families.tensor_names import grouped
+from lowrank.families.tensor_names import group_layers
 from lowrank.files import paths
 from lowrank.files.new_folder import new_folder
 from lowrank.weights.huggingface import open_file
@@ -152,9 +152,9 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
         form = KEY.format(module=module_name(target, "*"), factor="A")
         problems.append(f"no tensor has a name that target_modules stands for (such as {form})")
     elif missing:
-        problems.append(f"missing: {grouped(missing)}")
+        problems.append(f"missing: {group_layers(missing)}")
     if unknown:
-        problems.append(f"unknown: {grouped(unknown)}")
+        problems.append(f"unknown: {group_layers(unknown)}")
     factors: dict = {}
     odd, infinite = {}, []
     for (place, factor), key in wanted.items():
@@ -167,9 +167,9 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
             if not np.isfinite(array).all():
                 infinite.append(key)
             factors.setdefault(place, []).append(array)
-    problems += [f"{grouped(keys)} is {shape}" for shape, keys in odd.items()]
+    problems += [f"{group_layers(keys)} is {shape}" for shape, keys in odd.items()]
     if infinite:
-        problems.append(f"infinite or undefined values in {grouped(infinite)}")
+        problems.append(f"infinite or undefined values in {group_layers(infinite)}")
     if not problems:
         for target in {target for target, _ in factors}:
             sizes = {(a.shape[0], b.shape[1]) for (own, _), (a, b) in factors.items() if own == target}
@@ -295,7 +295,7 @@ def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, bas
     for target in config.targets:
         factors = lora["layers"][BLOCKS[target]][target]
         layers = len(factors["lora_a"])
-        table = zip(config.ranks_of(target, layers), config.alphas_of(target, layers), strict=True)
+        table = zip(config.layer_ranks(target, layers), config.layer_alphas(target, layers), strict=True)
         for layer, (rank, alpha) in enumerate(table):
             if not rank:
                 continue
@@ -307,7 +307,7 @@ def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, bas
                 tensors[KEY.format(module=name, factor=letter)] = np.ascontiguousarray(factor.T)
             rank_pattern |= {name: rank} if rank != config.rank else {}
             alpha_pattern |= {name: _number(alpha)} if alpha != config.alpha else {}
-    everywhere = all(0 not in config.ranks_of(target, layers) for target in config.targets)
+    everywhere = all(0 not in config.layer_ranks(target, layers) for target in config.targets)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -353,7 +353,7 @@ def verify_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig) -> No
 
 def _meaning(config: LoraConfig, layers: int) -> tuple:
     """What settings mean, in whatever words."""
-    table = {t: (config.ranks_of(t, layers), config.scales_of(t, layers)) for t in config.targets}
+    table = {t: (config.layer_ranks(t, layers), config.layer_scales(t, layers)) for t in config.targets}
     return config.dropout, table
 
 

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from lowrank.errors import UserError
-from lowrank.families.tensor_names import ignored
+from lowrank.families.tensor_names import is_ignored
 from lowrank.files.bucket import BucketPath
 from lowrank.files.paths import path as path_of
 from lowrank.weights.remote_file import RemoteFile, open_tensor_file
@@ -84,11 +84,11 @@ def open_torch_file(path: os.PathLike | BucketPath, problems: list[str]) -> dict
     tensors = {}
     for name, value in values.items():
         if not isinstance(value, View):
-            if not ignored(name):
+            if not is_ignored(name):
                 problems.append(f"{path.name}: {name} is {_kind(value)}, not a tensor")
         elif value.storage.dtype.name in SUPPORTED:
             tensors[name] = _tensor(value)
-        elif not ignored(name):
+        elif not is_ignored(name):
             problems.append(f"{name} is held in {value.storage.dtype.name}, supported are {', '.join(SUPPORTED)}")
     return tensors
 

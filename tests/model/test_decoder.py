@@ -14,7 +14,7 @@ from lowrank.families.config import ModelConfig, RopeScaling, parameter_count
 from lowrank.model import decoder
 from lowrank.model.attention import rotary_frequencies, turns
 from lowrank.model.decoder import Decoder, own_of_layers
-from lowrank.model.kernels import AttentionMask, visible
+from lowrank.model.kernels import AttentionMask, causal_mask
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition
 from lowrank.training.optimizer import OptimConfig, make_optimizer
@@ -139,7 +139,7 @@ def test_scanned_equals_unrolled(adapted):
     segments = jnp.ones_like(ids)
     params = variables["params"]
     x = params["embed_tokens"]["embedding"][ids]
-    sees = AttentionMask(segments, visible(jnp.arange(7), segments, segments))
+    sees = AttentionMask(segments, causal_mask(jnp.arange(7), segments, segments))
     block = decoder.Block(TINY, model.lora, model.dtype, model.param_dtype, True)
     for layer in range(TINY.layers):
         one = jax.tree.map(

@@ -8,7 +8,7 @@ import pytest
 
 from lowrank.families.config_json import hf_config, read_config
 from lowrank.inference.decode import Sampling, generate_ids
-from lowrank.model.kernels import near
+from lowrank.model.kernels import window_mask
 
 torch_families = pytest.importorskip("torch_families")
 transformers = pytest.importorskip("transformers")
@@ -74,9 +74,9 @@ def test_transformers_computes_the_same_from_the_config_that_is_written(case):
 
 
 def test_a_window_is_the_query_and_the_tokens_before_it():
-    assert near(jnp.arange(2, 5), 5, jnp.int32(2)).astype(int).tolist() == [
+    assert window_mask(jnp.arange(2, 5), 5, jnp.int32(2)).astype(int).tolist() == [
         [0, 1, 1, 1, 1],  # what comes later is for causality to hide
         [0, 0, 1, 1, 1],
         [0, 0, 0, 1, 1],
     ]
-    assert near(jnp.arange(3), 3, jnp.int32(0)).all()
+    assert window_mask(jnp.arange(3), 3, jnp.int32(0)).all()

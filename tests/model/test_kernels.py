@@ -13,12 +13,12 @@ from lowrank.model.kernels import (
     INTERPRETED,
     AttentionMask,
     attend,
+    causal_mask,
     choose_backend,
     disagreement,
-    near,
     suits,
     verify_backend,
-    visible,
+    window_mask,
 )
 
 ON_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
@@ -45,7 +45,7 @@ def drawn(rows: int, length: int, dtype):
 
 def sees(segments) -> AttentionMask:
     segments = jnp.asarray(segments, jnp.int32)
-    return AttentionMask(segments, visible(jnp.arange(segments.shape[1]), segments, segments))
+    return AttentionMask(segments, causal_mask(jnp.arange(segments.shape[1]), segments, segments))
 
 
 def with_gradients(attention, q, k, v, by):
@@ -59,7 +59,7 @@ def with_gradients(attention, q, k, v, by):
 
 def textbook(mask, window):
     def attention(q, k, v):
-        seen = mask if window is None else mask & near(jnp.arange(q.shape[1]), q.shape[1], jnp.int32(window))
+        seen = mask if window is None else mask & window_mask(jnp.arange(q.shape[1]), q.shape[1], jnp.int32(window))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=1.0)
 
@@ -123,7 +123,7 @@ def test_a_backend_is_tried_before_it_is_trusted(monkeypatch):
 
     def leaks(backend, q, k, v, own, *rest):
         everything = AttentionMask(
-            jnp.ones_like(own.segments), visible(jnp.arange(q.shape[1]), *[jnp.ones_like(own.segments)] * 2)
+            jnp.ones_like(own.segments), causal_mask(jnp.arange(q.shape[1]), *[jnp.ones_like(own.segments)] * 2)
         )
         return right("xla", q, k, v, everything if backend == "leaks" else own, *rest)
 

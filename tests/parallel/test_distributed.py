@@ -170,9 +170,9 @@ def test_too_little_or_wrong_flags(flags, said):
 
 
 def test_alone_there_is_nothing_to_agree_on():
-    assert not distributed.running()
-    assert distributed.first()
-    assert distributed.from_first(lambda: 7) == 7
+    assert not distributed.is_running()
+    assert distributed.is_first()
+    assert distributed.broadcast_from_first(lambda: 7) == 7
     distributed.barrier("alone")
     distributed.refuse_differences({"a": 1}, "never said")
     distributed.fail("never said")

@@ -75,7 +75,7 @@ class Run:
         self.mesh = mesh_lib.make_mesh(MeshConfig(*sizes), devices=jax.devices()[: math.prod(sizes)])
         model = Decoder(MODEL, LoraConfig(rank=RANK, alpha=8.0) if mode == "lora" else None)
         shapes, axes = decoder.abstract(model)
-        shapes = mesh_lib.laid_out(self.mesh, axes, shapes)
+        shapes = mesh_lib.with_shardings(self.mesh, axes, shapes)
         fresh = decoder.init(model, jax.random.key(0))
         variables = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, like.sharding), {name: fresh[name] for name in shapes}, shapes

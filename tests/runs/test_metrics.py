@@ -65,7 +65,7 @@ def test_a_writer_that_is_not_installed_is_named(tmp_path):
     ("x", "text"), [(3, "3"), (1234567, "1,234,567"), (0.0002, "0.0002"), (2.34567, "2.346"), (1234.5, "1,234")]
 )
 def test_numbers_for_people(x, text):
-    assert formatting.show(x) == text
+    assert formatting.format_number(x) == text
 
 
 def test_curves_are_drawn_from_whatever_is_there(tmp_path):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank.parallel.compiling import ahead
+from lowrank.parallel.compiling import compile_once
 from lowrank.runs import speed as speed_lib
 from lowrank.runs.speed import Speed
 
@@ -58,7 +58,7 @@ def test_a_program_is_compiled_once_and_for_other_arguments_again_with_a_warning
         return 2 * x
 
     waited = []
-    program = ahead(twice, lambda: waited.append(len(compiled)))
+    program = compile_once(twice, lambda: waited.append(len(compiled)))
     assert program(jnp.ones(3)).tolist() == [2, 2, 2]
     assert program(jnp.zeros(3)).tolist() == [0, 0, 0]
     assert compiled == [(3,)] and waited == [1]
@@ -68,7 +68,7 @@ def test_a_program_is_compiled_once_and_for_other_arguments_again_with_a_warning
 
 
 def test_a_mistake_is_no_reason_to_compile_again(recwarn):
-    program = ahead(jax.jit(lambda x: 2 * x, donate_argnums=0))
+    program = compile_once(jax.jit(lambda x: 2 * x, donate_argnums=0))
     x = jnp.ones(3)
     program(x)
     x.delete()

@@ -54,7 +54,7 @@ def batch_of(seed, rows=4, length=8):
 def model_of(lora, mesh):
     model = Decoder(TINY, lora, jnp.float32, jnp.float32)
     shapes, axes = decoder.abstract(model)
-    return model, mesh_lib.laid_out(mesh, axes, shapes)
+    return model, mesh_lib.with_shardings(mesh, axes, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_widest_has_room_for_every_member_and_a_scale_of_one():
     ]
     wide = members.widest(loras)
     assert (wide.width("q_proj"), wide.width("down_proj"), wide.dropout) == (4, 5, 0.1)
-    assert wide.scales_of("q_proj", 2) == wide.scales_of("down_proj", 2) == (1.0, 1.0)
+    assert wide.layer_scales("q_proj", 2) == wide.layer_scales("down_proj", 2) == (1.0, 1.0)
 
 
 def test_cut_takes_away_what_padded_put_behind():
@@ -221,7 +221,7 @@ def test_the_scale_folded_into_lora_b_is_the_member_in_the_wide_model(params):
     wide = members.padded(
         jax.device_get(trainable), partition.split(wide_shapes, partition.trainable_mask(wide_shapes, "lora"))[0]
     )
-    scales = {target: own.scale for target, own in config.lora.of_layers(TINY.layers).items()}
+    scales = {target: own.scale for target, own in config.lora.layer_scalars(TINY.layers).items()}
     _, frozen = partition.split({"params": params, "lora": shapes["lora"]}, mask)
     expected = loss_sum(model, trainable, frozen, batch_of(0), 1)
     np.testing.assert_allclose(
@@ -236,7 +236,7 @@ def test_rates_are_those_of_the_schedules_one_by_one():
         np.testing.assert_allclose(rates, [schedule(i) for i in range(STEPS)], rtol=1e-6)
     assert numbers.clip_norm.tolist() == [np.inf, 1.0, np.float32(0.1)]
     assert numbers.adapters["q_proj"].scale.tolist() == [[4.0] * 2, [np.float32(4 / 3**0.5)] * 2, [2.0] * 2]
-    assert numbers.adapters["q_proj"].undropped.tolist() == [[1.0] * 2, [np.float32(0.8)] * 2, [0.5] * 2]
+    assert numbers.adapters["q_proj"].keep_prob.tolist() == [[1.0] * 2, [np.float32(0.8)] * 2, [0.5] * 2]
 
 
 def test_residuals_are_what_the_backward_pass_keeps():

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from torch_llama import torch
 
 from lowrank.errors import UserError
-from lowrank.families.tensor_names import grouped
+from lowrank.families.tensor_names import group_layers
 from lowrank.weights.base import read_base
 
 
@@ -207,4 +207,4 @@ def test_other_dtypes_are_refused_by_name(tmp_path):
 
 def test_names_are_drawn_together():
     names = ["model.layers.0.a", "model.layers.10.a", "model.layers.2.a", "model.layers.2.b", "norm", "x.layers.y"]
-    assert grouped(names) == "model.layers.{0,2,10}.a, model.layers.2.b, norm, x.layers.y"
+    assert group_layers(names) == "model.layers.{0,2,10}.a, model.layers.2.b, norm, x.layers.y"

@@ -97,7 +97,7 @@ def test_modules_ranks_scales_and_factors_are_peft_s(adapter):
     count = 0
     for block, targets in lora["layers"].items():
         for target, factors in targets.items():
-            ranks, scales = config.ranks_of(target, LAYERS), config.scales_of(target, LAYERS)
+            ranks, scales = config.layer_ranks(target, LAYERS), config.layer_scales(target, LAYERS)
             for layer in range(LAYERS):
                 name = f"base_model.model.model.layers.{layer}.{block}.{target}"
                 rank, scale, module = found.get(name, (0, 0.0, None))
@@ -266,7 +266,7 @@ def test_overlapping_patterns_mean_what_peft_makes_of_the_file(tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(torch_llama.make(), tmp_path)
     assert again.get_submodule(name).scaling["default"] == 3 / 2
-    assert read_peft(tmp_path, LAYERS)[1].scales_of("q_proj", LAYERS) == (1.5, 1.5, 1.5)
+    assert read_peft(tmp_path, LAYERS)[1].layer_scales("q_proj", LAYERS) == (1.5, 1.5, 1.5)
 
 
 def test_an_adapter_of_another_base_is_refused_with_every_misfit(base, tmp_path):
@@ -343,7 +343,7 @@ def test_from_peft_through_training_and_back_to_peft(base, tmp_path):
     finished = running.run("export", f"--workdir={run}", "--format=peft", f"--to={tmp_path / 'out'}")
     assert finished.code == 0, finished.err
     config = read_peft(tmp_path / "out", LAYERS)[1]
-    assert config.ranks_of("up_proj", LAYERS) == (0, 2, 1) and config.alphas_of("q_proj", LAYERS)[1] == 3.0
+    assert config.layer_ranks("up_proj", LAYERS) == (0, 2, 1) and config.layer_alphas("q_proj", LAYERS)[1] == 3.0
     loaded = peft.PeftModel.from_pretrained(torch_llama.make(), tmp_path / "out").eval()
     expected, found = torch_llama.logits(loaded, IDS), np.asarray(lowrank.load(base, run).logits(IDS))
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

@@ -47,7 +47,7 @@ def shapes_of(base, dtype="float32", **mesh):
     """The shapes of its parameters, laid out over so many devices."""
     model = Decoder(base.config, None, np.dtype(dtype), np.dtype(dtype))
     shapes, axes = decoder.abstract(model)
-    return mesh_lib.laid_out(mesh_lib.make_mesh(mesh_lib.MeshConfig(**mesh)), axes, shapes)["params"]
+    return mesh_lib.with_shardings(mesh_lib.make_mesh(mesh_lib.MeshConfig(**mesh)), axes, shapes)["params"]
 
 
 def assert_bitwise(tree, reference):
