@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | bench | clean. Each makes .venv and installs what it needs; PYTHON=python3.12 chooses.
+# make demo | test | test-slow | lint | bench | clean. Each creates .venv and installs what it needs; PYTHON=python3.12 chooses.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	@echo "your data  $(BIN)/python -m lowrank.train --config=configs/alpaca.py --workdir=runs/mine \\"
 	@echo "             --config.base=FOLDER_OF_A_LLAMA --config.data.train=FILE.json"
 
-# Two processes, for two cores; the tests of a file stay together, because they share what its fixtures have made.
+# Two processes, for two cores. The tests of a file stay together, because they share its fixtures.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -26,13 +26,14 @@ test-slow: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-# Some three quarters of an hour on a quiet core; writes bench/RESULTS.md.
+# About 45 minutes on an idle core; writes bench/RESULTS.md.
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/results.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-second build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]}: lowrank needs 3.11, 3.12 or 3.13; say make PYTHON=python3.12")'

