@@ -1,26 +1,27 @@
-"""Let a base, with or without an adapter, go on from a prompt.
+"""Generate text with a base, with or without an adapter: from prompts, or in a chat.
 
     python -m lowrank.generate --base=DIR --adapter=runs/alpaca --prompt="Name three colours."
     python -m lowrank.generate --base=DIR --prompts=prompts.txt --max_new_tokens=64 > answers.txt
     python -m lowrank.generate --base=DIR --adapter=runs/chat --chat
 
-The text goes to stdout, everything else to stderr. A prompt is put into the format that the adapter was trained on
-(`--format=text` gives it to the model as it is, which is also what happens without an adapter).
+The text goes to stdout, everything else to stderr. Prompts are put into the format that the adapter was trained on;
+without an adapter, or with --format=text, the model gets them as they are.
 """
 
+import functools
 import json
 import sys
+from collections.abc import Callable, Iterator
 
 from absl import flags
 
 from lowrank.cli import run as cli
+from lowrank.config import DTYPES, FORMATS
 from lowrank.data.examples import encode_prompt
-from lowrank.data.prompts import FORMATS, format_chat
+from lowrank.data.prompts import format_chat
 from lowrank.errors import UserError
 from lowrank.files import paths
-from lowrank.inference import model as model_lib
-from lowrank.inference import text as text_lib
-from lowrank.runs.adapter import read_adapter
+from lowrank.inference import Model, load
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
 flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
@@ -38,8 +39,11 @@ flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of tokens that hold
 flags.DEFINE_integer("seed", 0, "Of the random draws.")
 flags.DEFINE_multi_string("stop", [], "A string that ends the text (and is left out); may be given several times.")
 flags.DEFINE_integer("batch_size", 16, "Prompts generated side by side.", lower_bound=1)
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Held and computed in; default: as the checkpoint says.")
+flags.DEFINE_enum("dtype", None, DTYPES, "Held and computed in; default: as the checkpoint says.")
 FLAGS = flags.FLAGS
+
+
+Stream = Callable[[list[list[int]]], Iterator[tuple[int, str]]]  # ids of prompts -> (row, piece of text)
 
 
 def main(arguments: list[str]):
@@ -52,78 +56,71 @@ def main(arguments: list[str]):
         raise UserError(f"--format={FLAGS.format} does not go with --chat, which uses the chat format; leave one out")
     if not 0 < FLAGS.top_p <= 1:
         raise UserError(f"--top_p={FLAGS.top_p} must be above 0 and at most 1")
-    asked = None if FLAGS.chat else read_prompts()
-    adapter = read_adapter(FLAGS.adapter) if FLAGS.adapter else None
-    model = model_lib.load(FLAGS.base, adapter, dtype=FLAGS.dtype)
-
-    known = adapter.format if adapter else None
+    prompts = [(prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
+    if FLAGS.prompts is not None:
+        prompts = read_prompts(FLAGS.prompts, FLAGS.input)
+    model = load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
+    stream = functools.partial(
+        model.stream,
+        max_new_tokens=FLAGS.max_new_tokens,
+        stop=FLAGS.stop,
+        temperature=FLAGS.temperature,
+        top_k=FLAGS.top_k,
+        top_p=FLAGS.top_p,
+        seed=FLAGS.seed,
+    )
     if FLAGS.chat:
-        if known not in (None, "chat"):
-            print(
-                f"the adapter was trained in the {known} format, not for chat: its answers may be poor", file=sys.stderr
-            )
-        return chat(model)
-    form = FLAGS.format or known or "text"
-    if known and not FLAGS.format:
-        print(f"prompts are put into the adapter's format: {form} (--format changes it)", file=sys.stderr)
-    rows = [text_lib.encode_prompt(prompt, given, form, model.tokenizer) for prompt, given in asked]
-    for start in range(0, len(rows), FLAGS.batch_size):
-        show(model, rows[start : start + FLAGS.batch_size], numbered=len(rows) > 1, first=start)
+        if model.format not in (None, "chat"):
+            print(f"the adapter was trained in the {model.format} format, not for chat", file=sys.stderr)
+        return chat(model, stream)
+    if model.format and not FLAGS.format:
+        print(f"prompts are put into the adapter's format: {model.format} (--format changes it)", file=sys.stderr)
+    format = FLAGS.format or model.format or "text"
+    rows = [model.encode(prompt, input, format) for prompt, input in prompts]
+    if len(rows) == 1:
+        for _, piece in stream(rows):
+            print(piece, end="", flush=True)
+        print()
+        return None
+    for start in range(
+        0, len(rows), FLAGS.batch_size
+    ):  # of several texts, those of a batch are printed when all are done
+        part = rows[start : start + FLAGS.batch_size]
+        texts = [""] * len(part)
+        for row, piece in stream(part):
+            texts[row] += piece
+        for number, text in enumerate(texts, start=start + 1):
+            print(f"=== {number}\n{text}", flush=True)
     return None
 
 
-def read_prompts() -> list[tuple[str, str]]:
-    """(prompt, input) pairs from the flags."""
-    if FLAGS.prompt is not None:
-        return [(prompt, FLAGS.input) for prompt in FLAGS.prompt]
-    file = paths.path(FLAGS.prompts)
+def read_prompts(file: str, input: str) -> list[tuple[str, str]]:
+    """The (prompt, input) pairs of a file; `input` goes with each prompt of a text file."""
+    path = paths.path(file)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={file} cannot be read ({error}); name a text file with a prompt a line") from error
-    asked = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            asked.append((line, FLAGS.input))
-            continue
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise UserError(f"--prompts={file} holds no prompt; write one a line")
+    if path.suffix != ".jsonl":
+        return [(line, input) for _, line in numbered]
+    pairs = []
+    for number, line in numbered:
         try:
             record = json.loads(line)
-            prompt, given = record.get("prompt", record.get("instruction")), record.get("input") or ""
+            pair = record.get("prompt", record.get("instruction")), record.get("input") or ""
         except (ValueError, AttributeError):
-            prompt = given = None
-        if not isinstance(prompt, str) or not isinstance(given, str):
+            pair = None, None
+        if not all(isinstance(text, str) for text in pair):
             raise UserError(f"{file}, line {number}: no JSON object with a `prompt` or an `instruction` that is text")
-        asked.append((prompt, given))
-    if not asked:
-        raise UserError(f"--prompts={file} holds no prompt; write one a line")
-    return asked
+        pairs.append(pair)
+    return pairs
 
 
-def stream(model: model_lib.Model, rows: list[list[int]]):
-    sampling = model_lib.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    return text_lib.stream_text(
-        model.model, model.variables, model.tokenizer, rows, FLAGS.max_new_tokens, FLAGS.stop, sampling
-    )
-
-
-def show(model: model_lib.Model, rows: list[list[int]], numbered: bool, first: int):
-    """Print one text as it comes; several texts, each under its number, when all of the batch are there."""
-    if not numbered:
-        for _, piece in stream(model, rows):
-            print(piece, end="", flush=True)
-        print()
-        return
-    texts = [""] * len(rows)
-    for row, piece in stream(model, rows):
-        texts[row] += piece
-    for number, text in enumerate(texts, start=first + 1):
-        print(f"=== {number}\n{text}", flush=True)
-
-
-def chat(model: model_lib.Model):
-    """A conversation in the terminal, each turn seeing all before it."""
+def chat(model: Model, stream: Stream) -> None:
+    """A conversation in the terminal; each turn sees all turns before it."""
     messages: list[dict] = []
     print("/reset begins anew, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
@@ -136,18 +133,15 @@ def chat(model: model_lib.Model):
             return
         if text == "/reset":
             messages.clear()
-            continue
-        if not text:
+        if text in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            for _, piece in stream(
-                model, [encode_prompt(format_chat(messages, model.tokenizer), "chat", model.tokenizer)]
-            ):
+            for _, piece in stream([encode_prompt(format_chat(messages, model.tokenizer), "chat", model.tokenizer)]):
                 print(piece, end="", flush=True)
                 answer += piece
-        except KeyboardInterrupt:  # one answer is cut short, the conversation goes on
+        except KeyboardInterrupt:  # ends the answer, not the conversation
             pass
         except UserError as error:  # the conversation is too long
             messages.pop()

@@ -1,17 +1,19 @@
-"""TODO inference.answers"""
+"""Held-out examples as questions: the prompt of each, the model's greedy answer, and the reference."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank.data import examples
+from lowrank.data.examples import Example
 from lowrank.data.tokenizer import Tokenizer
 from lowrank.inference.text import complete
 from lowrank.model.decoder import Decoder
 
 
-def question_and_answer(example: examples.Example) -> tuple[list[int], list[int]]:
-    """The ids of an example up to its last response, and of that response with what ends it.
+def question_and_answer(example: Example) -> tuple[list[int], list[int]]:
+    """The ids of an example up to its last response, and of that response with its end token.
 
-    That is the last run of trained tokens: a chat template may write something untrained behind it.
+    The response is the last run of trained tokens: a chat template may write something untrained after it.
     """
     trained = np.flatnonzero(example.loss_mask)
     end = trained[-1]
@@ -21,20 +23,20 @@ def question_and_answer(example: examples.Example) -> tuple[list[int], list[int]
 
 
 def answers(
-    model: Decoder, variables: dict, tokenizer: Tokenizer, asked_of: list[examples.Example], rows: int
+    model: Decoder, variables: dict, tokenizer: Tokenizer, examples: Sequence[Example], rows: int
 ) -> list[tuple[str, str, str]]:
     """(prompt, answer, reference) of each example, answered greedily, `rows` side by side.
 
-    A prompt that leaves the model no room to answer has the answer "".
+    The answer to a prompt that leaves the model no room is "".
     """
-    given = []
-    pairs = [question_and_answer(example) for example in asked_of]
+    results = []
+    pairs = [question_and_answer(example) for example in examples]
     for start in range(0, len(pairs), rows):
         part = pairs[start : start + rows]
-        asked = [prompt for prompt, _ in part if len(prompt) < model.config.max_length]
+        fitting = [prompt for prompt, _ in part if len(prompt) < model.config.max_length]
         longest = max(len(reference) for _, reference in part)  # a longer answer cannot be equal
-        texts = iter(complete(model, variables, tokenizer, asked, longest))
+        texts = iter(complete(model, variables, tokenizer, fitting, longest))
         for prompt, reference in part:
             text = next(texts) if len(prompt) < model.config.max_length else ""
-            given.append((tokenizer.decode(prompt), text.strip(), tokenizer.decode(reference).strip()))
-    return given
+            results.append((tokenizer.decode(prompt), text.strip(), tokenizer.decode(reference).strip()))
+    return results

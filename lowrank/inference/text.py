@@ -1,4 +1,4 @@
-"""TODO inference.text"""
+"""Text from a decoder: prompts are encoded, continued side by side and decoded as they grow."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,12 +9,14 @@ from lowrank.inference.decode import Sampling, generate_ids
 from lowrank.model.decoder import Decoder
 
 
-def encode_prompt(prompt: str, given: str, format: str, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(prompt: str, input: str, format: str, tokenizer: Tokenizer) -> list[int]:
     """A prompt (and, in the alpaca format, its `input`) -> the ids that generation starts from, as in training."""
-    return examples.encode_prompt(prompts.format_prompt(format, prompt, given, tokenizer), format, tokenizer)
+    return examples.encode_prompt(prompts.format_prompt(format, prompt, input, tokenizer), format, tokenizer)
 
 
-def complete(model: Decoder, variables: dict, tokenizer: Tokenizer, rows, max_new_tokens: int) -> list[str]:
+def complete(
+    model: Decoder, variables: dict, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
     """The greedy continuation of each row of ids."""
     texts = [""] * len(rows)
     for row, piece in stream_text(model, variables, tokenizer, rows, max_new_tokens, (), Sampling()):
@@ -40,43 +42,34 @@ def stream_text(
         raise UserError(f"a prompt of {longest} tokens leaves no room: the model reads {limit}; shorten it")
     if min(len(prompt) for prompt in rows) == 0:
         raise UserError("an empty prompt needs a tokenizer with a BOS token; this one has none: write some text")
-    ends = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
+    ends = {*model.config.eos_ids, tokenizer.eos_id}
     ids: list[list[int]] = [[] for _ in rows]
-    sent = [""] * len(rows)
-    running = set(range(len(rows)))
-
-    def decode(row: int) -> str:
-        return tokenizer.decode(ids[row], continues=len(rows[row]) > 1)  # after BOS alone a text begins
-
+    sent = [0] * len(rows)  # characters of each row's text that were yielded
+    running = list(range(len(rows)))
     max_new_tokens = min(max_new_tokens, limit - min(len(prompt) for prompt in rows))
-    for tokens in generate_ids(model, variables, rows, max_new_tokens, sampling):
-        for row in sorted(running):
+    for count, tokens in enumerate(generate_ids(model, variables, rows, max_new_tokens, sampling), start=1):
+        for row in list(running):
             token = int(tokens[row])
-            ended = token in ends
-            if not ended:
+            if token not in ends:
                 ids[row].append(token)
-                ended = len(rows[row]) + len(ids[row]) >= limit
-            text = decode(row)
+            ended = token in ends or len(rows[row]) + count >= limit
+            text = tokenizer.decode(ids[row], continues=len(rows[row]) > 1)  # after BOS alone a text begins
             met = [at for at in (text.find(string) for string in stop) if at >= 0]
             if met:
                 text, ended = text[: min(met)], True
-            if not ended:
+            if not ended and count < max_new_tokens:
                 text = text[: len(text) - _withheld(text, stop)]
-            if len(text) > len(sent[row]):
-                yield row, text[len(sent[row]) :]
-                sent[row] = text
+            if len(text) > sent[row]:
+                yield row, text[sent[row] :]
+                sent[row] = len(text)
             if ended:
                 running.remove(row)
         if not running:
             return
-    for row in sorted(running):  # out of tokens: what was withheld comes now
-        text = decode(row)
-        if len(text) > len(sent[row]):
-            yield row, text[len(sent[row]) :]
 
 
 def _withheld(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that may change yet: half of a character's bytes, or the beginning of a stop string."""
+    """Characters at the end that may still change: part of a character's bytes, or the beginning of a stop string."""
     broken = len(text) - len(text.rstrip("\ufffd"))
     starts = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
     return max([broken, *starts])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import running
 
+from lowrank import analysis
 from lowrank.adapters.lora import TARGETS
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
@@ -84,6 +85,21 @@ def test_an_adapter_shares_all_directions_with_itself(trained, tmp_path):
     assert {row["phi"] for row in same} == {"1"}
 
 
+def test_the_function_gives_the_numbers_that_the_command_writes(analysed, trained, larger):
+    result = analysis.analyze(larger, trained)
+    modules = [module for of in result.modules.values() for module in of]
+    for module, row in zip(modules, table(analysed / "analysis.csv"), strict=True):
+        assert (module.projection, str(module.layer), str(module.rank)) == (
+            row["projection"],
+            row["layer"],
+            row["rank"],
+        )
+        assert f"{module.norms.factor:.6g}" == row["amplification"]
+        assert f"{module.effective_rank:.6g}" == row["effective_rank"]
+    assert {phi.shape for maps in result.similarities.values() for phi in maps.values()} == {(6, 4)}
+    assert result.common_seed is None
+
+
 def test_pictures_and_the_page(analysed, larger):
     pictures = {"modules.png", "singular_values.png"}
     pictures |= {f"similarity_{t}_{of}.png" for t in ("q_proj", "v_proj", "down_proj") for of in ("lora_a", "update")}
@@ -122,7 +138,7 @@ def test_mistakes_get_one_line(trained, shared_data, tmp_path):
     to = f"--to={tmp_path / 'out'}"
     for arguments, said in (
         ((to,), "--adapter missing"),
-        ((f"--adapter={exported}", to), "--base is missing"),
+        ((f"--adapter={exported}", to), "base is missing"),
         ((f"--adapter={tmp_path}", to), "is neither a workdir"),
         ((f"--adapter={trained}", f"--to={exported}"), "exists and is not an empty folder"),
     ):

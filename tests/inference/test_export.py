@@ -1,5 +1,6 @@
 """The exporting command: what it writes computes, in other people's libraries, what was trained here."""
 
+import importlib
 import resource
 import shutil
 
@@ -9,6 +10,10 @@ import running
 
 import lowrank
 import lowrank.data.tokenizer
+from lowrank import inference
+from lowrank.errors import UserError
+from lowrank.weights.base import read_base
+from lowrank.weights.convert import convert
 
 IDS = np.random.default_rng(1).integers(3, 512, (2, 24))
 
@@ -70,6 +75,35 @@ def test_an_exported_merged_model_computes_the_same_in_transformers(trained, ada
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("Once upon a time").input_ids
     assert ids == lowrank.load(tmp_path / "out").encode("Once upon a time")
     assert_close(np.asarray(lowrank.load(tmp_path / "out").logits(IDS)), adapted)
+
+
+def test_the_function_exports_what_the_command_does(base, trained, tmp_path):
+    made = inference.export(trained, tmp_path / "function", "peft")
+    assert (made.folder, made.dtype, made.difference) == (tmp_path / "function", "float32", 0.0)
+    assert export(trained, "peft", tmp_path / "command").code == 0
+    contents = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("function", "command")]
+    assert contents[0] == contents[1]
+
+
+def test_a_base_is_opened_once(trained, tmp_path, monkeypatch):
+    opened = []
+
+    def count_and_read(folder):
+        opened.append(folder)
+        return read_base(folder)
+
+    for name in ("export", "model"):
+        monkeypatch.setattr(importlib.import_module(f"lowrank.inference.{name}"), "read_base", count_and_read)
+    inference.export(trained, tmp_path / "out", "peft")
+    assert len(opened) == 1
+
+
+def test_the_name_of_a_native_base_is_asked_for(base, trained, tmp_path):
+    convert(base, tmp_path / "native")
+    finished = export(trained, "peft", tmp_path / "unnamed", f"--base={tmp_path / 'native'}")
+    assert finished.code == 0 and "is a native base, which others cannot load; base_name says" in finished.err
+    finished = export(trained, "peft", tmp_path / "named", f"--base={tmp_path / 'native'}", "--base_name=org/name")
+    assert finished.code == 0 and finished.err == ""
 
 
 def test_the_card_of_an_adapter_says_what_it_is_and_its_code_loads_it(base, trained, adapted, tmp_path, monkeypatch):
@@ -175,7 +209,7 @@ def test_the_current_folder_can_be_the_target(trained, tmp_path, monkeypatch):
 
 def test_a_dtype_for_an_adapter_is_refused(trained, tmp_path):
     finished = export(trained, "peft", tmp_path / "out", "--dtype=bfloat16")
-    assert finished.code == 1 and "--dtype=bfloat16 is for --format=merged" in finished.err
+    assert finished.code == 1 and "dtype=bfloat16 is for format=merged" in finished.err
 
 
 def test_an_earlier_step_is_exported(trained, tmp_path):
@@ -196,7 +230,7 @@ def test_a_full_fine_tuning_is_exported_whole(base, full, tmp_path):
 
 def test_a_full_fine_tuning_has_no_adapter_to_export(full, tmp_path):
     finished = export(full, "peft", tmp_path / "out")
-    assert finished.code == 1 and "is a full fine-tuning: there is no adapter; use --format=merged" in finished.err
+    assert finished.code == 1 and "is a full fine-tuning: there is no adapter; use format=merged" in finished.err
 
 
 def test_another_base_is_refused_and_the_same_one_may_lie_elsewhere(base, trained, tmp_path):
@@ -238,13 +272,9 @@ def test_a_missing_step_lists_the_steps_there_are(trained, tmp_path):
     assert finished.code == 1 and "has no checkpoint of step 5; it has those of steps 3, 4, 6" in finished.err
 
 
-def test_an_export_that_computes_something_else_is_removed(trained, tmp_path):
-    finished = running.run(
-        "export",
-        f"--workdir={trained}",
-        "--format=peft",
-        f"--to={tmp_path / 'out'}",
-        changes={"fixed_logits": lambda *_: np.array([np.nan])},
-    )
-    assert finished.code == 1 and "did not compute what was trained and is removed" in finished.err
+def test_an_export_that_computes_something_else_is_removed(trained, tmp_path, monkeypatch):
+    module = importlib.import_module("lowrank.inference.export")
+    monkeypatch.setattr(module, "fixed_logits", lambda *_: np.array([np.nan]))
+    with pytest.raises(UserError, match="did not compute what was trained and is removed"):
+        module.export(trained, tmp_path / "out", "peft")
     assert list(tmp_path.iterdir()) == []

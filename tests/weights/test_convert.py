@@ -11,7 +11,9 @@ from safetensors.numpy import load_file, save_file
 from test_train import largest_file
 
 import lowrank
+from lowrank.weights import native as native_files
 from lowrank.weights.base import read_base
+from lowrank.weights.convert import convert as convert_base
 
 
 def convert(source, to, *arguments, **options):
@@ -39,6 +41,13 @@ def test_what_was_made_is_said_in_one_line(base, tmp_path):
         r"bca83376f29f5c2c7a73b7986301a6db; \d+\.\d s, \d+ MB/s; read back, every bit equal\n",
         finished.out,
     )
+
+
+def test_the_function_says_what_was_made(base, tmp_path):
+    made = convert_base(base, tmp_path / "native")
+    assert (made.parameters, made.dtypes, made.files) == (260_032, ("float32",), 1)
+    assert made.fingerprint == read_base(tmp_path / "native").fingerprint == "bca83376f29f5c2c7a73b7986301a6db"
+    assert made.nbytes == (made.folder / "params-00001-of-00001.safetensors").stat().st_size
 
 
 def test_the_published_text_comes_out_of_the_native_base(shared_data, native):
@@ -167,8 +176,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(base, tmp_path):
 
 def test_what_reads_back_otherwise_is_named_and_leaves_nothing(base, tmp_path):
     """A disk that loses a bit: after the check sums are made, and before anybody reads."""
-    module = running.load("convert")
-    write = module.native.write
+    write = native_files.write
 
     def lossy(folder, *arguments):
         write(folder, *arguments)
@@ -178,15 +186,14 @@ def test_what_reads_back_otherwise_is_named_and_leaves_nothing(base, tmp_path):
         path.write_bytes(raw)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.native, "write", lossy)
+        patch.setattr(native_files, "write", lossy)
         refused(convert(base, tmp_path / "out"), "holds other weights than its lowrank.json says")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_errs_is_found_out(base, tmp_path):
     """Wrong values under right check sums: the comparison with the source sees what the check sums cannot."""
-    module = running.load("convert")
-    write = module.native.write
+    write = native_files.write
 
     def wrong(folder, config, dtypes, pieces, identity):
         def changed():
@@ -196,6 +203,6 @@ def test_a_writer_that_errs_is_found_out(base, tmp_path):
         write(folder, config, dtypes, changed(), identity)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.native, "write", wrong)
+        patch.setattr(native_files, "write", wrong)
         refused(convert(base, tmp_path / "out"), "reads back other than it was written: params.layers.1.")
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import running
 import torch_llama
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,6 +16,7 @@ from torch_llama import torch
 from lowrank.errors import UserError
 from lowrank.weights import native
 from lowrank.weights.base import read_base
+from lowrank.weights.convert import convert as convert_base
 from lowrank.weights.fingerprint import fingerprint
 from lowrank.weights.load import load_params
 
@@ -24,7 +24,7 @@ FILE = "params-00001-of-00001.safetensors"
 
 
 def convert(source, to, dtype=None):
-    running.load("convert").convert(read_base(source), to, dtype)
+    convert_base(source, to, dtype)
     return to
 
 

@@ -1,0 +1,119 @@
+"""The updates of an adapter, measured against their kernels, and the directions that it shares with a second adapter.
+
+The questions of section 7 of the LoRA paper (Hu et al., 2021); the linear algebra is in `subspaces.py`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lowrank.adapters.lora import TARGETS
+from lowrank.analysis import subspaces
+from lowrank.errors import UserError
+from lowrank.files import paths
+from lowrank.model import decoder
+from lowrank.model.decoder import Decoder
+from lowrank.runs import workdir
+from lowrank.runs.adapter import read_adapter
+from lowrank.weights.base import Base, read_base
+
+
+class Module(NamedTuple):
+    """The adapter of one projection in one layer. ΔW [in, out] is its update, W its kernel."""
+
+    layer: int
+    projection: str
+    rank: int
+    lora_a: np.ndarray  # [in, rank]
+    update: subspaces.Update  # ΔW, decomposed
+    norms: subspaces.Amplification  # of ΔW and W
+
+    @property
+    def effective_rank(self) -> float:
+        return subspaces.effective_rank(self.update.values)
+
+    @property
+    def relative_norm(self) -> float:
+        """‖ΔW‖ / ‖W‖."""
+        return self.norms.update / self.norms.base
+
+
+Modules = dict[str, list[Module]]  # by projection, in the order of layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    adapter: paths.Path
+    other: paths.Path | None
+    modules: Modules  # of `adapter`
+    # (projection, "lora_a" or "update") -> layer -> φ(i, j), float64 [rank, the other's rank]: directions shared with `other`
+    similarities: dict[tuple[str, str], dict[int, np.ndarray]]
+    common_seed: int | None  # of both runs: where their ranks are equal, they began with the same lora_a
+
+
+def analyze(adapter, other=None, base=None) -> Analysis:
+    """Measure an adapter (a workdir or a PEFT folder), and compare its directions with those of `other` over the same base.
+
+    `base`: None is the one that the adapter's run names. Raises UserError.
+    """
+    folders = [paths.path(folder) for folder in (adapter, other) if folder]
+    if not base:
+        opened = read_adapter(folders[0])
+        if opened.step is None:
+            raise UserError(f"base is missing: {folders[0]} is not the workdir of a run, which would name its base")
+        base = workdir.read_config(folders[0]).base
+    source = base if isinstance(base, Base) else read_base(base)
+    modules, *others = [measure(folder, source) for folder in folders]
+    similarities = compare(modules, others[0]) if others else {}
+    if others and not similarities:
+        raise UserError(f"{adapter} and {other} have no projection of any layer in common: nothing to compare")
+    seeds = [workdir.read_config(folder).seed for folder in folders if (folder / "config.json").is_file()]
+    common = seeds[0] if len(seeds) == 2 and seeds[0] == seeds[1] else None
+    return Analysis(folders[0], folders[1] if others else None, modules, similarities, common)
+
+
+def measure(folder: paths.Path, base: Base) -> Modules:
+    """Every projection of every layer that carries an adapter."""
+    adapter, layers = read_adapter(folder, layers=base.config.layers), base.config.layers
+    if adapter.lora is None:
+        raise UserError(f"{folder} is a full fine-tuning: there are no factors to analyse; give an adapter")
+    if adapter.base not in (None, base.fingerprint):
+        raise UserError(
+            f"{folder} was trained over other weights than those in {base.folder}; give its own base, and to compare two "
+            "adapters both of the same one"
+        )
+    shapes, _ = decoder.abstract(Decoder(base.config, adapter.lora))
+    lora = jax.device_get(adapter.restore({"lora": shapes["lora"]})["lora"])["layers"]
+    modules: Modules = {}
+    for target in (target for target in TARGETS if target in adapter.lora.targets):
+        block = next(block for block in lora if target in lora[block])
+        factors, kernels = lora[block][target], base.params["layers"][block][target]["kernel"]
+        table = zip(adapter.lora.layer_ranks(target, layers), adapter.lora.layer_scales(target, layers), strict=True)
+        for layer, (rank, scale) in enumerate(table):
+            if rank:
+                lora_a, lora_b = factors["lora_a"][layer][:, :rank], factors["lora_b"][layer][:rank]  # without padding
+                update = subspaces.decompose(lora_a, lora_b, scale)
+                norms = subspaces.amplification(np.asarray(kernels[layer], np.float32), update, rank)
+                modules.setdefault(target, []).append(Module(layer, target, rank, lora_a, update, norms))
+    zero = [f"{m.projection} in layer {m.layer}" for of in modules.values() for m in of if not m.norms.update]
+    if zero:
+        raise UserError(f"{folder}: the update of {', '.join(zero)} is zero: it was not trained yet; train it first")
+    return modules
+
+
+def compare(modules: Modules, others: Modules) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """`Analysis.similarities`: of the input directions of lora_a, and of those of the whole update."""
+    similarities = {}
+    for target in (target for target in modules if target in others):
+        by_layer = {other.layer: other for other in others[target]}
+        pairs = [(one, by_layer[one.layer]) for one in modules[target] if one.layer in by_layer]
+        for name, directions in (
+            ("lora_a", lambda module: subspaces.input_directions(module.lora_a)),
+            ("update", lambda module: module.update.left),
+        ):
+            maps = {one.layer: subspaces.similarity(directions(one), directions(other)) for one, other in pairs}
+            if maps:
+                similarities[target, name] = maps
+    return similarities

@@ -1,0 +1,171 @@
+"""The loss of a base, with or without an adapter, on every example of a file, and confidence intervals for its mean.
+
+The loss is the mean over predicted tokens, as in training. Intervals treat examples, not tokens, as independent draws. Two
+adapters are compared example by example, which resolves far smaller differences than their two intervals.
+"""
+
+import dataclasses
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lowrank.config import Config, DataConfig
+from lowrank.data import loader
+from lowrank.data.batch import to_devices
+from lowrank.data.examples import Examples, encode_examples
+from lowrank.data.records import read_records
+from lowrank.errors import UserError
+from lowrank.files import lines, paths
+from lowrank.inference.model import Model, load
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.runs import workdir
+from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.training.step import make_losses_step
+from lowrank.weights.base import read_base
+
+Z = 1.959964  # the normal distribution's 97.5 % quantile: two-sided intervals of 95 %
+
+
+class Estimate(NamedTuple):
+    """A loss in nats per token; `mean` ± `margin` is its 95 % confidence interval, which one example does not have."""
+
+    mean: float
+    margin: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The loss of each example under one model, or under two that are compared."""
+
+    settings: DataConfig  # how the examples were made
+    examples: Examples
+    tokens: np.ndarray  # float64 [examples], predicted tokens
+    losses: np.ndarray  # float64 [models, examples], in nats, summed over the example's predicted tokens
+
+    @property
+    def loss(self) -> Estimate:
+        return estimate_mean(self.losses[0], self.tokens)
+
+    @property
+    def other_loss(self) -> Estimate:
+        return estimate_mean(self.losses[1], self.tokens)
+
+    @property
+    def difference(self) -> Estimate:
+        """The first model's loss minus the second's, paired by example."""
+        return estimate_mean(self.losses[0] - self.losses[1], self.tokens)
+
+
+def evaluate(
+    base,
+    data,
+    adapter=None,
+    other=None,
+    *,
+    config: Config | None = None,
+    format: str | None = None,
+    max_length: int | None = None,
+    train_on_prompt: bool | None = None,
+    packing: bool = True,
+    batch_size: int = 16,
+    dtype: str | None = None,
+) -> Evaluation:
+    """Evaluate a base with `adapter` (None: alone) on the file `data`; with `other`, a second adapter on the same examples.
+
+    Examples are made as `format`, `max_length` and `train_on_prompt` say, else as `config` does, else as the adapters' runs
+    did. `config` also gives the mesh. `packing` and `batch_size` (rows computed at once) change the speed only. `base`,
+    the adapters and `dtype` are those of `lowrank.load`. Raises UserError.
+    """
+    mesh = mesh_lib.make_mesh(config.mesh if config else mesh_lib.MeshConfig())
+    source = read_base(base)
+    names = (adapter, other) if other else (adapter,)
+    adapters = [read_adapter(name, layers=source.config.layers) if name else None for name in names]
+    given = {"format": format, "max_length": max_length, "train_on_prompt": train_on_prompt}
+    settings = _choose_settings(config, adapters, {name: value for name, value in given.items() if value is not None})
+    losses, fingerprints = [], set()
+    for opened in adapters:
+        model = load(source, opened, dtype=dtype, mesh=mesh)
+        examples = _read_examples(data, settings, model)
+        fingerprints.add(loader.fingerprint(examples))
+        if len(fingerprints) > 1:
+            raise UserError("the two adapters have different tokenizers, so their losses cannot be compared")
+        losses.append(_example_losses(model, examples, data, settings.max_length, packing, batch_size, mesh))
+        del model  # one at a time
+    tokens = np.array([example.loss_mask.sum() for example in examples.examples], np.float64)
+    return Evaluation(settings, examples, tokens, np.stack(losses))
+
+
+def _choose_settings(config: Config | None, adapters: list[Adapter | None], given: dict) -> DataConfig:
+    """`given` over those of the config, else over those of the adapters' runs, which have to agree."""
+    if config:
+        return dataclasses.replace(config.data, **given)
+    runs = [workdir.read_config(adapter.folder).data for adapter in adapters if adapter and adapter.step is not None]
+    found = [dataclasses.replace(settings, **given) for settings in runs or [DataConfig()]]
+    differing = [
+        f"{name} is {' and '.join(str(getattr(settings, name)) for settings in found)}"
+        for name in ("format", "max_length", "train_on_prompt")
+        if getattr(found[0], name) != getattr(found[-1], name)
+    ]
+    if differing:
+        raise UserError(f"the two runs made examples in different ways: {', '.join(differing)}; give these settings")
+    return found[0]
+
+
+def _read_examples(data, settings: DataConfig, model: Model) -> Examples:
+    limit = model.model.config.max_length
+    if settings.max_length > limit:
+        raise UserError(
+            f"max_length={settings.max_length} is more than the model reads ({limit}); give {limit} or less"
+        )
+    records = read_records(data, settings.format)
+    return encode_examples(
+        records, settings.format, model.tokenizer, settings.max_length, settings.train_on_prompt, path=data
+    )
+
+
+def _example_losses(
+    model: Model, examples: Examples, data, max_length: int, packing: bool, batch_size: int, mesh: Mesh
+) -> np.ndarray:
+    """float64 [examples]: the summed loss of each example's predicted tokens."""
+    shards = mesh_lib.batch_shards(mesh)
+    rows = -(-batch_size // shards) * shards  # every device gets as many
+    step = make_losses_step(model.model)
+    place = {example.index: i for i, example in enumerate(examples.examples)}
+    sums = np.zeros(len(place))
+    for batch, indices in loader.evaluation_batches(examples, batch_size=rows, max_length=max_length, packing=packing):
+        with jax.set_mesh(mesh):
+            losses = np.asarray(step(model.variables, to_devices(batch, mesh)), np.float64)
+        np.add.at(sums, [place[index] for index in indices[batch.loss_mask]], losses[batch.loss_mask])
+    wrong = [example.index for example in examples.examples if not math.isfinite(sums[place[example.index]])]
+    if wrong:
+        raise UserError(f"the loss of examples {', '.join(map(str, wrong))} of {data} is not finite; look at them")
+    return sums
+
+
+def estimate_mean(sums: np.ndarray, tokens: np.ndarray) -> Estimate:
+    """Loss sums and token counts of examples, float64 [examples] -> the mean over tokens and its 95 % margin.
+
+    The mean is a ratio of two sums over examples; its variance is that of the ratio's linear part (Cochran, Sampling
+    Techniques, 1977, section 6.3).
+    """
+    mean = sums.sum() / tokens.sum()
+    count = len(sums)
+    if count < 2:
+        return Estimate(float(mean), None)
+    deviation = sums - mean * tokens
+    variance = count / (count - 1) * np.sum(deviation**2) / tokens.sum() ** 2
+    return Estimate(float(mean), Z * math.sqrt(variance))
+
+
+def write_losses(file: paths.Path, evaluation: Evaluation) -> None:
+    """Write a JSON line for each example: its index in the data, its predicted tokens, its mean loss under each model."""
+    means = evaluation.losses / evaluation.tokens
+    records = []
+    for i, example in enumerate(evaluation.examples.examples):
+        record = {"example": example.index, "tokens": int(evaluation.tokens[i])}
+        records.append(record | dict(zip(("loss", "other_loss"), means[:, i].tolist(), strict=False)))
+    lines.replace(file, "".join(json.dumps(record) + "\n" for record in records))
