@@ -21,6 +21,7 @@ import transformers
 from absl import app, flags
 
 from lowrank.adapters.lora import TARGETS
+from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import hf_config
 from lowrank.model import decoder
@@ -73,14 +74,14 @@ def of_lowrank(folder: str, tokens, dtype: str) -> list[np.ndarray]:
     variables = {"params": load_params(base, shapes["params"]), "lora": jax.tree.map(jnp.asarray, factors)}
     trainable, frozen = partition.split(variables, partition.trainable_mask(variables, "lora"))
     inputs = tokens[:, :-1].astype(np.int32)
-    batch = {
-        "inputs": inputs,
-        "targets": tokens[:, 1:].astype(np.int32),
-        "positions": np.tile(np.arange(inputs.shape[1], dtype=np.int32), (ROWS, 1)),
-        "segment_ids": np.ones_like(inputs),
-        "loss_mask": np.ones(inputs.shape, bool),
-    }
-    found = jax.jit(jax.grad(lambda trainable, batch: loss_sum(model, trainable, frozen, batch, 1)))(trainable, batch)
+    batch = Batch(
+        inputs=inputs,
+        targets=tokens[:, 1:].astype(np.int32),
+        positions=np.tile(np.arange(inputs.shape[1], dtype=np.int32), (ROWS, 1)),
+        segment_ids=np.ones_like(inputs),
+        loss_mask=np.ones(inputs.shape, bool),
+    )
+    found = jax.jit(jax.grad(lambda trainable, batch: loss_sum(model, trainable, frozen, batch)))(trainable, batch)
     return [layer for leaf in jax.tree.leaves(found) for layer in np.asarray(leaf) / inputs.size]
 
 

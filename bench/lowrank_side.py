@@ -14,6 +14,7 @@ import measure
 import numpy as np
 from worker import Work, batch
 
+from lowrank.data.batch import Batch
 from lowrank.inference.decode import Sampling, generate_ids
 from lowrank.model import decoder
 from lowrank.model import kernels as attend
@@ -67,16 +68,16 @@ class Lowrank:
         self.variables = None  # the step donates its state
         data = batch(work, self.model.config.vocab)
         learnt = np.roll(data["learnt"], -1, axis=1)
-        arrays = {
-            "inputs": data["tokens"],
-            "targets": np.roll(data["tokens"], -1, axis=1),
-            "positions": data["positions"],
-            "segment_ids": data["segment_ids"],
-            "loss_mask": learnt,
-        }
+        arrays = Batch(
+            inputs=data["tokens"],
+            targets=np.roll(data["tokens"], -1, axis=1),
+            positions=data["positions"],
+            segment_ids=data["segment_ids"],
+            loss_mask=learnt,
+        )
         rows = mesh_lib.spec(("batch", "length"))
         self.batch = jax.device_put(arrays, jax.sharding.NamedSharding(self.mesh, rows))
-        step = make_train_step(self.model, optimizer, schedule, microbatches, 1, layout)
+        step = make_train_step(self.model, optimizer, schedule, microbatches, layout)
         start = time.process_time()
         with jax.set_mesh(self.mesh):
             self.compiled = compiling.compile_for(step, self.state, self.frozen, self.batch)
@@ -86,7 +87,7 @@ class Lowrank:
     def step(self) -> dict:
         start = self.clock()
         self.state, metrics = jax.block_until_ready(self.compiled(self.state, self.frozen, self.batch))
-        return {"seconds": self.clock() - start, "loss": float(metrics["loss"])}
+        return {"seconds": self.clock() - start, "loss": float(metrics.loss)}
 
     def generate(self) -> dict:
         """-> seconds until the first token, seconds for all others, tokens of each row."""

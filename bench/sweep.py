@@ -35,12 +35,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank.adapters.lora import LoraConfig
 from lowrank.config import DTYPES, Config, DataConfig, TrainConfig
+from lowrank.data.batch import Batch, to_devices
 from lowrank.model.decoder import REMAT
 from lowrank.parallel import compiling as compiling_lib
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
-from lowrank.runs.inputs import RunInputs, initial_variables, on_devices
+from lowrank.runs.inputs import RunInputs, initial_variables
 from lowrank.sweeping import group as group_lib
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member, SweepConfig
@@ -122,7 +123,7 @@ def ranks() -> list[int]:
 
 def random_batch(group: Group) -> dict:
     """Rows of several segments each, all tokens trained."""
-    vocab, rng = group.prepared.architecture.vocab, np.random.default_rng(0)
+    vocab, rng = group.inputs.architecture.vocab, np.random.default_rng(0)
     rows, length = group.config.train.batch_size, group.config.data.max_length
     segment_ids, positions = np.ones((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row in range(rows):
@@ -130,14 +131,14 @@ def random_batch(group: Group) -> dict:
         for start in starts:
             segment_ids[row, start:] += 1
         positions[row] = np.arange(length) - np.concatenate([[0], starts])[segment_ids[row] - 1]
-    batch = {
-        "inputs": rng.integers(0, vocab, (rows, length), dtype=np.int32),
-        "targets": rng.integers(0, vocab, (rows, length), dtype=np.int32),
-        "positions": positions,
-        "segment_ids": segment_ids,
-        "loss_mask": np.ones((rows, length), bool),
-    }
-    return on_devices(batch, group.mesh)
+    batch = Batch(
+        inputs=rng.integers(0, vocab, (rows, length), dtype=np.int32),
+        targets=rng.integers(0, vocab, (rows, length), dtype=np.int32),
+        positions=positions,
+        segment_ids=segment_ids,
+        loss_mask=np.ones((rows, length), bool),
+    )
+    return to_devices(batch, group.mesh)
 
 
 def random_base(group: Group) -> dict:
@@ -163,7 +164,7 @@ def members_state(group: Group, programs: Programs) -> State:
 
 def members_numbers(group: Group) -> members_lib.MemberHyperparams:
     configs = [member.config for member in group.members]
-    numbers = members_lib.numbers_of(configs, group.prepared.steps, group.prepared.architecture.layers)
+    numbers = members_lib.hyperparams_of(configs, group.inputs.steps, group.inputs.architecture.layers)
     return jax.device_put(numbers, NamedSharding(group.mesh, PartitionSpec("member")))
 
 
@@ -175,11 +176,10 @@ class Single:
         self.model, self.shapes = group_lib.own_model(group, member)
         self.mask = group.mask
         trainable, _ = partition.split(self.shapes, group.mask)
-        schedule = learning_rate_schedule(member.config.optim, group.prepared.steps)
+        schedule = learning_rate_schedule(member.config.optim, group.inputs.steps)
         self.optimizer = make_optimizer(member.config.optim, schedule, group.mask)
         self.layout = abstract_state(self.optimizer, trainable, group.mesh)
-        shards = mesh_lib.batch_shards(group.mesh)
-        self.step = make_train_step(self.model, self.optimizer, schedule, 1, shards, self.layout)
+        self.step = make_train_step(self.model, self.optimizer, schedule, 1, self.layout)
 
     def first_state(self) -> State:
         made = initial_variables(self.config, self.model, None, self.shapes, {"lora"})
@@ -212,7 +212,7 @@ def measure_steps(group: Group) -> dict:
         losses = []
         for i, single in enumerate(singles):
             alone[i], metrics = after_each(single.step(alone[i], frozen, batch))
-            losses.append(metrics["loss"])
+            losses.append(metrics.loss)
         jax.block_until_ready(alone)
         return losses
 
@@ -220,7 +220,7 @@ def measure_steps(group: Group) -> dict:
         nonlocal together
         together, metrics = programs.step(together, numbers, frozen, batch, np.int32(number))
         jax.block_until_ready(together)
-        return metrics["loss"]
+        return metrics.loss
 
     difference = 0.0
     for number in range(COMPARED):
@@ -240,7 +240,7 @@ def measure_steps(group: Group) -> dict:
     return seconds | {
         "system": system,
         "difference": difference,
-        "shape": next(name for name, shape in SHAPES.items() if shape == group.prepared.architecture),
+        "shape": next(name for name, shape in SHAPES.items() if shape == group.inputs.architecture),
         "rows": group.config.train.batch_size,
         "length": group.config.data.max_length,
         "at_once": group.at_once,
@@ -271,7 +271,7 @@ def measure_process(group: Group) -> dict:
     before = peak_bytes()
     for arguments in rest:
         state, metrics = jax.block_until_ready(compiled(state, *arguments))
-    assert np.all(np.isfinite(metrics["loss"]))
+    assert np.all(np.isfinite(metrics.loss))
     program = compiled.memory_analysis()
     return {
         "compiling": compiling,

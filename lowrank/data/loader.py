@@ -9,16 +9,25 @@ Left out: data that does not fit into memory.
 
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from lowrank.data.batch import Batch
 from lowrank.data.examples import Examples
 from lowrank.data.packing import PADDING, arrays, pack
 from lowrank.errors import UserError
 
-# inputs, targets, positions, segment_ids and examples (int32) and loss_mask (bool), each [batch, length]
-Batch = dict[str, np.ndarray]
+
+class LoadedBatch(NamedTuple):
+    """A batch and where its tokens come from."""
+
+    batch: Batch
+    examples: np.ndarray  # int32 [B, T], the index of each token's example in its file; -1 for padding
+
+
+Row = dict[str, np.ndarray]  # Grain's names -> [length]
 
 
 class TrainLoader:
@@ -33,7 +42,7 @@ class TrainLoader:
     def __iter__(self) -> "TrainLoader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> LoadedBatch:
         return _stack([self._next_row() for _ in range(self._made_from["batch_size"])])
 
     def get_state(self) -> dict:
@@ -55,7 +64,7 @@ class TrainLoader:
         elements = self._elements[epoch * self._epoch_length : (epoch + 1) * self._epoch_length]
         self._rows = iter(pack(elements, self._made_from["max_length"], self._made_from["packing"]))
 
-    def _next_row(self) -> Batch:
+    def _next_row(self) -> Row:
         try:
             return next(self._rows)
         except StopIteration:
@@ -80,7 +89,7 @@ def train_loader(
     return TrainLoader(elements, len(examples.examples), made_from)
 
 
-def evaluation_batches(examples: Examples, *, batch_size: int, max_length: int, packing: bool) -> Iterator[Batch]:
+def evaluation_batches(examples: Examples, *, batch_size: int, max_length: int, packing: bool) -> Iterator[LoadedBatch]:
     """Batches that hold every example once, in file order; empty rows (segment id 0, nothing trained) fill the last."""
     rows = pack(grain.MapDataset.source(examples.examples).map(arrays), max_length, packing)
     batch = []
@@ -103,7 +112,9 @@ def fingerprint(examples: Examples) -> str:
     return digest.hexdigest()[:16]
 
 
-def _stack(rows: list[Batch]) -> Batch:
-    """Rows [length] to a batch [batch, length], with the contract's names in place of Grain's."""
-    names = {"inputs_positions": "positions", "inputs_segment_ids": "segment_ids"}
-    return {names.get(name, name): np.stack([row[name] for row in rows]) for name in rows[0]}
+def _stack(rows: list[Row]) -> LoadedBatch:
+    inputs, targets, positions, segment_ids, loss_mask, examples = (
+        np.stack([row[name] for row in rows])
+        for name in ("inputs", "targets", "inputs_positions", "inputs_segment_ids", "loss_mask", "examples")
+    )
+    return LoadedBatch(Batch(inputs, targets, positions, segment_ids, loss_mask), examples)

@@ -92,48 +92,53 @@ def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
 # ---- A run that starts from an adapter --------------------------------------------------------------------------------
 
 
-def open_adapter(config: Config, base: Base) -> Adapter:
-    """The adapter to start from; refused if it means something else under this config's settings."""
-    folder, lora, layers = config.init_adapter, config.lora, base.config.layers
-    adapter = read_adapter(folder, layers=layers)
+def read_init_adapter(config: Config, base: Base) -> Adapter:
+    """Open `config.init_adapter`; UserError if it holds no adapter or was trained over another base."""
+    adapter = read_adapter(config.init_adapter, layers=base.config.layers)
     if adapter.lora is None:
-        raise UserError(f"config.init_adapter={folder} is a full fine-tuning: it holds no adapter; name another run")
+        raise UserError(
+            f"config.init_adapter={config.init_adapter} is a full fine-tuning: it holds no adapter; name another run"
+        )
     if adapter.base not in (None, base.fingerprint):
         raise UserError(
-            f"config.init_adapter={folder} was trained over other weights than those in {base.folder}; give its own base"
+            f"config.init_adapter={config.init_adapter} was trained over other weights than those in {base.folder}; "
+            "give its own base"
         )
-    differing = [
-        f"lora.{name} is {getattr(adapter.lora, name)} there and {getattr(lora, name)} here"
-        for name in ("rank", "alpha", "scaling")
-        if getattr(adapter.lora, name) != getattr(lora, name)
-    ]
-    if set(adapter.lora.targets) != set(lora.targets):
-        differing.append(f"lora.targets is {adapter.lora.targets} there and {lora.targets} here")
-    elif lora.uneven:
-        for name, of in (("ranks", LoraConfig.ranks_of), ("alphas", _alphas_in_use)):
-            there, here = ({t: of(own, t, layers) for t in lora.targets} for own in (adapter.lora, lora))
-            if there != here:
-                differing.append(f"lora.{name} is {there} there and {here} here")
-    if differing:
-        own = {"rank": adapter.lora.rank, "alpha": adapter.lora.alpha, "scaling": adapter.lora.scaling}
-        own |= {"targets": ",".join(adapter.lora.targets)}
-        flags = " ".join(f"--config.lora.{name}={value}" for name, value in own.items())
-        raise UserError(f"config.init_adapter={folder} does not fit this config: {'; '.join(differing)}; say {flags}")
     return adapter
 
 
+def check_init_adapter(adapter: Adapter, config: Config, layers: int) -> None:
+    """Refuse an adapter to start from that means something else under the config's settings."""
+    lora, there = config.lora, adapter.lora
+    differing = [
+        f"lora.{name} is {getattr(there, name)} there and {getattr(lora, name)} here"
+        for name in ("rank", "alpha", "scaling")
+        if getattr(there, name) != getattr(lora, name)
+    ]
+    if set(there.targets) != set(lora.targets):
+        differing.append(f"lora.targets is {there.targets} there and {lora.targets} here")
+    elif lora.uneven:
+        for name, values_of in (("ranks", LoraConfig.layer_ranks), ("alphas", _alphas_in_use)):
+            theirs, ours = ({t: values_of(own, t, layers) for t in lora.targets} for own in (there, lora))
+            if theirs != ours:
+                differing.append(f"lora.{name} is {theirs} there and {ours} here")
+    if differing:
+        settings = {"rank": there.rank, "alpha": there.alpha, "scaling": there.scaling}
+        settings |= {"targets": ",".join(there.targets)}
+        flags = " ".join(f"--config.lora.{name}={value}" for name, value in settings.items())
+        raise UserError(
+            f"config.init_adapter={config.init_adapter} does not fit this config: {'; '.join(differing)}; say {flags}"
+        )
+
+
 def _alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | None, ...]:
-    """None where the rank is 0: there PEFT's files do not hold an alpha, so nothing can differ."""
-    pairs = zip(lora.ranks_of(target, layers), lora.alphas_of(target, layers), strict=False)
+    """None where the rank is 0: PEFT's files hold no alpha there, so nothing can differ."""
+    pairs = zip(lora.layer_ranks(target, layers), lora.layer_alphas(target, layers), strict=False)
     return tuple(alpha if rank else None for rank, alpha in pairs)
 
 
-def with_ranks_of_start(config: Config, base: Base, begun: pathlib.Path | None) -> Config:
-    """The config with the ranks and alphas of the adapter that the run starts from, where these are uneven.
-
-    Once begun, a run no longer needs that adapter: its own config.json knows them.
-    """
-    lora = workdir.read_config(begun).lora if begun else open_adapter(config, base).lora
+def with_ranks_of(config: Config, lora: LoraConfig) -> Config:
+    """The config with the ranks and alphas of the adapter that the run starts from, unless it names its own."""
     if config.lora.uneven:
         return config
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, ranks=lora.ranks, alphas=lora.alphas))

@@ -7,10 +7,11 @@ nothing can be renamed, it gets the object `commit_success.txt` then, and is not
 """
 
 import contextlib
+import dataclasses
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,6 +26,14 @@ from lowrank.training.step import State
 EVAL_LOSS = "eval/loss"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 DISK_SIGNS = tuple(map(os.strerror, DISK_ERRORS))  # libraries in C++ pass on the text only
+
+
+@dataclasses.dataclass
+class _KeepSteps(ocp.checkpoint_managers.PreservationPolicy):
+    steps: Callable[[], Collection[int]]
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step in self.steps() for checkpoint in checkpoints]
 
 
 def nested(tree) -> dict:
@@ -42,7 +51,14 @@ def nested(tree) -> dict:
 class Checkpoints:
     """The checkpoints of one workdir. A context manager: leaving it waits for the last save to be on disk."""
 
-    def __init__(self, workdir: paths.Path, keep: int = 1, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: paths.Path,
+        keep: int = 1,
+        read_only: bool = False,
+        also_keep: Callable[[], Collection[int]] = tuple,
+    ):
+        """Keeps the `keep` latest checkpoints, the best by evaluation loss, and the steps that `also_keep` gives at a save."""
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[EVAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -57,7 +73,9 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), best, _KeepSteps(also_keep)]
+                ),
                 save_decision_policy=policies.FixedIntervalPolicy(1),  # when to save is the loop's decision
                 # What a killed run left half written goes; but a reader must not take a running save for that.
                 cleanup_tmp_directories=not read_only,
@@ -160,7 +178,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            if reason := bucket.said_of(error.__cause__ or error):
+            if reason := bucket.explain(error.__cause__ or error):
                 raise UserError(f"checkpoint {self.folder}/{step} cannot be read: {reason}") from error
             if not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
                 raise
@@ -176,7 +194,7 @@ class Checkpoints:
             yield
         except Exception as error:
             text = f"{error} {error.__cause__ or ''}"
-            if reason := bucket.said_of(error):
+            if reason := bucket.explain(error):
                 raise UserError(f"checkpoint in {self.folder} could not be written: {reason}") from error
             signs = [sign for sign in DISK_SIGNS if sign in text]
             if signs or getattr(error, "errno", None) in DISK_ERRORS:

@@ -8,14 +8,14 @@ import functools
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from lowrank import config as config_lib
 from lowrank.adapters.lora import LoraConfig
 from lowrank.config import Config
 from lowrank.data import examples as examples_lib
 from lowrank.data import loader, packing
-from lowrank.data.batch import BATCH_KEYS
+from lowrank.data.batch import Batch
 from lowrank.data.examples import Examples
 from lowrank.data.records import read_records
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -25,8 +25,8 @@ from lowrank.families.sizes import SIZES
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.runs import adapter as adapters
 from lowrank.runs import workdir as workdir_lib
+from lowrank.runs.adapter import Adapter, refuse_other_layers
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.load import load_params
 
@@ -49,7 +49,7 @@ def prepare(config: Config) -> RunInputs:
     base, architecture, tokenizer = find_model(config)
     train, held_out = read_data(config, tokenizer)
     rows, fill = packing.packed_rows(train, **row_shape(config))
-    adapters.refuse_other_layers(config.lora, architecture.layers)
+    refuse_other_layers(config.lora, architecture.layers)
     return with_steps(RunInputs(base, architecture, tokenizer, train, held_out, rows, fill, 0), config)
 
 
@@ -171,20 +171,21 @@ def training_batches(config: Config, examples: Examples) -> loader.TrainLoader:
     )
 
 
-def evaluation_batches(config: Config, held_out: Examples | None) -> list[loader.Batch]:
+def evaluation_batches(config: Config, held_out: Examples | None) -> list[Batch]:
     """Of as many rows as a micro-batch has; none where nothing is held out."""
     rows = config.train.batch_size // config.train.microbatches
-    return list(loader.evaluation_batches(held_out, batch_size=rows, **row_shape(config))) if held_out else []
+    if not held_out:
+        return []
+    return [loaded.batch for loaded in loader.evaluation_batches(held_out, batch_size=rows, **row_shape(config))]
 
 
-def on_devices(batch: loader.Batch, mesh: Mesh) -> dict:
-    """What a step takes of a batch, its rows spread over the mesh."""
-    layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
-    return {name: mesh_lib.put(batch[name], layout) for name in BATCH_KEYS}
+def initial_variables(
+    config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str], start: Adapter | None = None
+) -> dict:
+    """The variables before step 1, laid out as `shapes`; collections that are not in `made` stay shapes.
 
-
-def initial_variables(config: Config, model: Decoder, base: Base | None, shapes: dict, made: set[str]) -> dict:
-    """The variables before step 1, each laid out as `shapes` says; the collections that are not in `made` stay shapes."""
+    `start`: the adapter of `config.init_adapter`.
+    """
     key = jax.random.key(config.seed)
     variables = dict(shapes)
     if "params" in made and base:
@@ -192,8 +193,8 @@ def initial_variables(config: Config, model: Decoder, base: Base | None, shapes:
     elif "params" in made:
         layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["params"])
         variables["params"] = jax.jit(lambda key: decoder.init(model, key)["params"], out_shardings=layout)(key)
-    if "lora" in made and config.init_adapter:
-        variables["lora"] = adapters.open_adapter(config, base).restore({"lora": shapes["lora"]})["lora"]
+    if "lora" in made and start:
+        variables["lora"] = start.restore({"lora": shapes["lora"]})["lora"]
     elif "lora" in made:
         # What an adapter starts from depends on its ranks alone: members of a sweep with the same share the program.
         ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)

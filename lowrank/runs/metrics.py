@@ -4,35 +4,58 @@ The step's scalars stay on the device; the loop hands them over one step late, s
 next step from being dispatched. Of several processes the first one writes; in the others the same calls write nothing.
 """
 
+import math
 import uuid
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lowrank import config as config_lib
+from lowrank.config import Config
+from lowrank.data.batch import Batch, to_devices
 from lowrank.errors import UserError
 from lowrank.files import paths
-from lowrank.files.lines import append_line, bucket_lines, flush_lines, replace
+from lowrank.files.lines import append_line, bucket_lines, flush_lines, read_lines, replace
 from lowrank.parallel import distributed
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """At every multiple of `every` and at the last step; 0 is off."""
-    return every > 0 and (step == last or step % every == 0)
+def evaluation_sums(eval_step, batches: list[Batch], mesh: Mesh, *variables) -> tuple[np.ndarray, int]:
+    """-> (float64 sum of the losses, of each member in a wave; trained tokens) over all evaluation batches."""
+    total, count = np.float64(0), 0
+    for batch in batches:
+        with jax.set_mesh(mesh):
+            loss, trained = eval_step(*variables, to_devices(batch, mesh))
+        total, count = total + np.asarray(loss, np.float64), count + int(trained)
+    return total, count
+
+
+def evaluation_scalars(loss: float) -> dict[str, float]:
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
+
+
+def best_evaluation(workdir: paths.Path) -> tuple[float, int]:
+    """-> (loss, step) of the best evaluation in `metrics.jsonl`; (infinity, 0) before the first one."""
+    lines = [line for line in read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
+    return min(((line["eval/loss"], line["step"]) for line in lines), default=(math.inf, 0))
 
 
 class Metrics:
     """Writes the scalars of a step to every place that was asked for."""
 
-    def __init__(self, workdir: paths.Path, config: dict, tensorboard: bool, wandb: str | None, step: int):
-        """`step`: what was written after it is about to come again."""
+    def __init__(self, workdir: paths.Path, config: Config, step: int):
+        """`step`: lines after it are about to be written again."""
         self.file = workdir / "metrics.jsonl"
         self.tensorboard = self.wandb = None
-        if not distributed.first():
+        if not distributed.is_first():
             return
-        if tensorboard:
+        if config.log.tensorboard:
             try:
                 import tensorboardX
             except ImportError:
                 raise UserError("config.log.tensorboard needs tensorboardX; pip install 'lowrank[logging]'") from None
             self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        if wandb:
+        if config.log.wandb:
             try:
                 import wandb as wandb_library
             except ImportError:
@@ -42,7 +65,9 @@ class Metrics:
                 replace(id_file, uuid.uuid4().hex)
             run_id = id_file.read_text()
             place = None if paths.is_remote(workdir) else str(workdir)
-            self.wandb = wandb_library.init(project=wandb, id=run_id, resume="allow", config=config, dir=place)
+            self.wandb = wandb_library.init(
+                project=config.log.wandb, id=run_id, resume="allow", config=config_lib.to_dict(config), dir=place
+            )
 
     def write(self, step: int, scalars: dict[str, float]):
         append_line(self.file, {"step": step, **scalars})

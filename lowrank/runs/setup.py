@@ -10,11 +10,11 @@ import typing
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from lowrank.adapters.lora import LoraConfig
 from lowrank.config import Config
-from lowrank.data.batch import BATCH_KEYS
+from lowrank.data.batch import Batch, abstract_batch
 from lowrank.families.config import ModelConfig
 from lowrank.model import decoder
 from lowrank.model import kernels as attend
@@ -38,7 +38,7 @@ class Step:
     optimizer: optax.GradientTransformation
     state: State
     frozen: dict
-    batch: dict
+    batch: Batch
     function: typing.Callable  # jitted (state, frozen, batch) -> (state, metrics)
 
 
@@ -50,14 +50,8 @@ def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: 
     schedule = learning_rate_schedule(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule, mask)
     state = abstract_state(optimizer, trainable, mesh)
-    shards = mesh_lib.batch_shards(mesh)
-    function = make_train_step(model, optimizer, schedule, config.train.microbatches, shards, state)
-    layout = NamedSharding(mesh, mesh_lib.spec(("batch", "length")))
-    rows = (config.train.batch_size, config.data.max_length)
-    batch = {
-        key: jax.ShapeDtypeStruct(rows, jnp.bool_ if key == "loss_mask" else jnp.int32, sharding=layout)
-        for key in BATCH_KEYS
-    }
+    function = make_train_step(model, optimizer, schedule, config.train.microbatches, state)
+    batch = abstract_batch(config.train.batch_size, config.data.max_length, mesh)
     return Step(mesh, model, shapes, mask, schedule, optimizer, state, frozen, batch, function)
 
 
@@ -73,10 +67,10 @@ def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None,
         attention = attend.verify_backend(attention, config.attention, dtype, architecture)
     model = Decoder(architecture, lora, dtype, param_dtype, config.remat, attention)
     shapes, axes = decoder.abstract(model)
-    return model, mesh_lib.laid_out(mesh, axes, shapes)
+    return model, mesh_lib.with_shardings(mesh, axes, shapes)
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:
     """May raise jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the program does not fit."""
     with jax.set_mesh(step.mesh):
-        return compiling.compiled(step.function, step.state, step.frozen, step.batch)
+        return compiling.compile_for(step.function, step.state, step.frozen, step.batch)

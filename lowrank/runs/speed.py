@@ -6,6 +6,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lowrank.adapters.lora import LoraConfig
+from lowrank.config import Config
+from lowrank.families.config import ModelConfig
+from lowrank.model.flops import step_flops
+from lowrank.parallel import distributed
 
 
 class Speed:
@@ -44,15 +51,29 @@ class Speed:
         self.began += self.at_work - began
 
     def rates(self) -> dict[str, float]:
-        """-> tokens_per_second; mfu, the share of the ceiling; waiting, the share of the time. Counts anew from now."""
+        """-> train/tokens_per_second; train/mfu, the share of the ceiling; train/waiting, the share of the time. Counts anew
+        from now."""
         at_work, seconds = self.at_work, max(time.monotonic() - self.began, 1e-9)
-        found = {"tokens_per_second": self.tokens / seconds}
+        found = {"train/tokens_per_second": self.tokens / seconds}
         if self.ceiling:
-            found["mfu"] = self.flops / seconds / self.ceiling
-        found["waiting"] = self.waited / seconds
+            found["train/mfu"] = self.flops / seconds / self.ceiling
+        found["train/waiting"] = self.waited / seconds
         self.start()
         self.at_work = at_work
         return found
+
+
+def make_speed(
+    mesh: Mesh, dtype: jnp.dtype, config: Config, models: list[tuple[ModelConfig, LoraConfig | None]]
+) -> Speed:
+    """The speed of training these models (the members of a wave, or one) side by side; MFU where a ceiling is known."""
+    rows, length = config.train.batch_size, config.data.max_length
+    flops = [step_flops(model, lora, rows, length, config.remat, config.train.mode) for model, lora in models]
+    device = jax.local_devices()[0]
+    # Several CPU devices share the machine's cores, so what one of them reaches alone says nothing about all.
+    known = config.log.every and distributed.is_first() and (device.platform != "cpu" or mesh.devices.size == 1)
+    ceiling = mesh.devices.size * product_flops(device, dtype) if known else None
+    return Speed(lambda trained: sum(each.needed(trained / (rows * length)) for each in flops), ceiling)
 
 
 SIZES = {"cpu": 1024}  # of the matrices whose product is timed; elsewhere ELSE

@@ -9,10 +9,9 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import shlex
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -21,7 +20,7 @@ from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.files import bucket_lock, paths
-from lowrank.files import lines as lines_lib
+from lowrank.files.lines import replace
 from lowrank.parallel import distributed
 
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
@@ -43,14 +42,14 @@ DEFAULTS = {
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, arguments: list[str], command: str):
+def open_workdir(workdir: paths.Path, config: Config, identity: dict, overrides: Sequence[str], command: str):
     """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
     file = workdir / "config.json"
-    if not distributed.first():
-        refuse_other_folder(workdir, distributed.from_first(lambda: None))
+    if not distributed.is_first():
+        refuse_other_folder(workdir, distributed.broadcast_from_first(lambda: None))
         yield
         return
-    with locked(workdir, file, "run"):
+    with lock_workdir(workdir, file, "run"):
         if file.exists():
             differences = resume_differences(read_record(workdir), config, identity)
             if differences:
@@ -59,12 +58,12 @@ def open_workdir(workdir: pathlib.Path, config: Config, identity: dict, argument
                     "choose another --workdir, or give the run what it began with"
                 )
         record = {
-            **origin(command, arguments),
+            **origin(command, overrides),
             "config": config_lib.to_dict(config),
             "identity": identity,
         }
-        lines_lib.replace(file, json.dumps(record, indent=1) + "\n")
-        distributed.from_first(lambda: record["at"])
+        replace(file, json.dumps(record, indent=1) + "\n")
+        distributed.broadcast_from_first(lambda: record["at"])
         yield
 
 
@@ -81,12 +80,12 @@ def refuse_other_folder(workdir: pathlib.Path, at: float):
     )
 
 
-def origin(command: str, arguments: list[str]) -> dict:
-    """Where a record comes from: how the command was called, and on what it runs."""
+def origin(command: str, overrides: Sequence[str]) -> dict:
+    """Where a record comes from: what was called with which overrides, and on what it runs."""
     return {
         "at": time.time(),
-        "command": shlex.join(["python", "-m", f"lowrank.{command}", *sys.argv[1:]]),
-        "overrides": arguments,
+        "command": command,
+        "overrides": list(overrides),
         "versions": versions(),
         "git_revision": git_revision(),
         "device_kind": jax.devices()[0].device_kind,
@@ -95,7 +94,7 @@ def origin(command: str, arguments: list[str]) -> dict:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path, file: pathlib.Path, whose: str):
+def lock_workdir(workdir: pathlib.Path, file: pathlib.Path, whose: str):
     """Make the folder if it is not there; refuse one that holds other things than `file`'s; keep others out."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)

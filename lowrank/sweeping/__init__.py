@@ -1,1 +1,6 @@
-"""TODO sweeping"""
+"""Many adapters over one base in one compiled step. `sweep(grid, workdir)` is the way in from Python."""
+
+from lowrank.sweeping.grid import Grid
+from lowrank.sweeping.sweep import SweepResult, describe, plan_groups, sweep
+
+__all__ = ["Grid", "SweepResult", "describe", "plan_groups", "sweep"]

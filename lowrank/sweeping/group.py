@@ -1,7 +1,6 @@
 """A sweep's group: members that share one compiled step. How many train at once, their programs, their first state.
 
-A group is trained in one go, or in parts of `sweep.group_size` members that share the compiled programs, one after the
-other (part.py).
+A group trains in one or more waves of `sweep.group_size` members (wave.py), one after the other, with the same programs.
 """
 
 import dataclasses
@@ -12,11 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowrank.config import Config
+from lowrank.data.batch import Batch
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import compile_once
-from lowrank.runs import adapter as adapters
+from lowrank.runs.adapter import (
+    Adapter,
+    check_init_adapter,
+    read_init_adapter,
+    refuse_other_layers,
+    with_ranks_of,
+)
 from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, with_steps
 from lowrank.runs.setup import model_of
 from lowrank.sweeping import members as members_lib
@@ -33,17 +39,18 @@ class Group:
     """What is known of a group before anything is computed."""
 
     members: tuple[Member, ...]
-    prepared: RunInputs
+    inputs: RunInputs
     mesh: Mesh
     model: Decoder  # as wide as the widest member
     shapes: dict  # of one member's variables in that model
     mask: dict
     size: int  # members in one compiled step
     at_once: int  # of these, in the model at one time on each device
+    init_adapter: Adapter | None  # that all members start from
 
     @property
     def config(self) -> Config:
-        """Of any member, for what all have in common."""
+        """Of the first member, for what all have in common."""
         return self.members[0].config
 
     @property
@@ -53,7 +60,7 @@ class Group:
         return -(-self.size // together) * together
 
     @property
-    def parts(self) -> list[tuple[Member, ...]]:
+    def waves(self) -> list[tuple[Member, ...]]:
         return [self.members[i : i + self.size] for i in range(0, len(self.members), self.size)]
 
 
@@ -65,27 +72,29 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     config = members[0].config
     key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, config.train.mode)
     key = key if config.architecture else key[:-1]  # from scratch is for mode full only, which `prepare` looks at
-    known[key] = prepared = with_steps(known[key], config) if key in known else prepare(config)
-    if members[0].config.init_adapter:
-        members = [
-            dataclasses.replace(m, config=adapters.with_ranks_of_start(m.config, prepared.base, None)) for m in members
-        ]
-    config, architecture = members[0].config, prepared.architecture
+    known[key] = inputs = with_steps(known[key], config) if key in known else prepare(config)
+    start = None
+    if config.init_adapter:
+        start = read_init_adapter(config, inputs.base)
+        for member in members:
+            check_init_adapter(start, member.config, inputs.architecture.layers)
+        members = [dataclasses.replace(m, config=with_ranks_of(m.config, start.lora)) for m in members]
+    config, architecture = members[0].config, inputs.architecture
     mesh = mesh_lib.members_mesh(mesh_lib.make_mesh(config.mesh))
     check_mesh(mesh, config, architecture)
     for member in members:
-        adapters.refuse_other_layers(member.config.lora, architecture.layers)
+        refuse_other_layers(member.config.lora, architecture.layers)
     lora = members_lib.widest([m.config.lora for m in members]) if config.adapter else None
     model, shapes = model_of(config, architecture, lora, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
-    group = Group(tuple(members), prepared, mesh, model, shapes, mask, len(members), 1)
+    group = Group(tuple(members), inputs, mesh, model, shapes, mask, len(members), 1, start)
     size, at_once = chosen_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
     return dataclasses.replace(group, size=size, at_once=at_once)
 
 
 def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
     """-> members whose rank is above the size of every matrix it is for; those with a rank above the size of some."""
-    sizes = {target: min(shape) for target, shape in group.prepared.architecture.projections().items()}
+    sizes = {target: min(shape) for target, shape in group.inputs.architecture.projections().items()}
     above_all, above_some = [], []
     for member in group.members if group.config.adapter else ():
         lora = member.config.lora
@@ -135,17 +144,16 @@ def activation_bytes(group: Group) -> int:
 
         def loss(trainable):
             weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), frozen)
-            batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), jnp.zeros(shape, jnp.int32))
-            batch["loss_mask"] = jnp.zeros(shape, jnp.bool_)
-            return loss_sum(model, trainable, weights, batch, shards)
+            batch = Batch(*[jnp.zeros(shape, jnp.int32)] * 4, loss_mask=jnp.zeros(shape, jnp.bool_))
+            return loss_sum(model, trainable, weights, batch)
 
         return memory.residual_bytes(loss, trainable)
 
     # The differences: weights are kept, too, but once for all members, whatever the rows.
-    layer = (kept(2 * rows, "none") - kept(rows, "none")) // group.prepared.architecture.layers
+    layer = (kept(2 * rows, "none") - kept(rows, "none")) // group.inputs.architecture.layers
     whole = kept(2 * rows, config.remat) - kept(rows, config.remat)
     tokens = min(CHUNK_TOKENS, rows // shards * config.data.max_length)
-    return (whole + layer) // shards + 2 * tokens * group.prepared.architecture.vocab * 4
+    return (whole + layer) // shards + 2 * tokens * group.inputs.architecture.vocab * 4
 
 
 # ---- Programs and states -----------------------------------------------------------------------------------------------
@@ -157,15 +165,12 @@ class Programs:
     def __init__(self, group: Group):
         config, mesh = group.config, group.mesh
         trainable, _ = partition.split(group.shapes, group.mask)
-        schedule = learning_rate_schedule(config.optim, group.prepared.steps)
+        schedule = learning_rate_schedule(config.optim, group.inputs.steps)
         self.optimizer = make_optimizer(config.optim, schedule, group.mask)
         self.layout = members_lib.stacked_shapes(abstract_state(self.optimizer, trainable, mesh), group.count, mesh)
-        shards = mesh_lib.batch_shards(mesh)
-        self.jitted_step = members_lib.make_members_step(
-            group.model, config, group.mask, shards, self.layout, group.at_once
-        )
+        self.jitted_step = members_lib.make_members_step(group.model, config, group.mask, self.layout, group.at_once)
         self.step = compile_once(self.jitted_step)
-        self.eval_step = members_lib.make_members_eval_step(group.model, shards, group.at_once)
+        self.eval_step = members_lib.make_members_eval_step(group.model, group.at_once)
         self.init = jax.jit(jax.vmap(self.optimizer.init), out_shardings=shardings_of(self.layout.opt_state))
 
 
@@ -173,28 +178,28 @@ def shardings_of(shapes):
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-def initial_state(group: Group, programs: Programs, part: tuple[Member, ...]) -> State:
+def initial_state(group: Group, programs: Programs, wave: tuple[Member, ...]) -> State:
     """The members' states before step 1, each what the same run alone begins with."""
     layout = programs.layout
-    trainable = jax.device_put(filled_up(initial_trainables(group, part), group.count), shardings_of(layout.trainable))
+    trainable = jax.device_put(filled_up(initial_trainables(group, wave), group.count), shardings_of(layout.trainable))
     step = jax.device_put(jnp.zeros(group.count, jnp.int32), layout.step.sharding)
-    return State(step, trainable, programs.init(trainable), keys_of(group, programs, part))
+    return State(step, trainable, programs.init(trainable), keys_of(group, programs, wave))
 
 
-def initial_trainables(group: Group, part: tuple[Member, ...]):
-    """What the members train, stacked [members of the part, …]."""
-    config, base = group.config, group.prepared.base
+def initial_trainables(group: Group, wave: tuple[Member, ...]):
+    """What the members train, stacked [members of the wave, …]."""
+    config, base = group.config, group.inputs.base
     wide, _ = partition.split(group.shapes, group.mask)
     if config.train.mode == "full" and base:  # all begin with the base
         params = load_params(base, group.shapes["params"])
         return partition.split(
-            {"params": jax.tree.map(lambda leaf: jnp.stack([leaf] * len(part)), params)}, group.mask
+            {"params": jax.tree.map(lambda leaf: jnp.stack([leaf] * len(wave)), params)}, group.mask
         )[0]
     collection = "params" if config.train.mode == "full" else "lora"
     begun = []
-    for member in part:
+    for member in wave:
         model, shapes = own_model(group, member)
-        made = initial_variables(member.config, model, base, shapes, {collection})
+        made = initial_variables(member.config, model, base, shapes, {collection}, group.init_adapter)
         own, _ = partition.split(made, group.mask)
         begun.append(members_lib.padded(jax.device_get(own), wide))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *begun)
@@ -202,12 +207,12 @@ def initial_trainables(group: Group, part: tuple[Member, ...]):
 
 def own_model(group: Group, member: Member) -> tuple[Decoder, dict]:
     """The model that the member would have alone, and its variables' shapes."""
-    return model_of(member.config, group.prepared.architecture, member.config.adapter, group.mesh)
+    return model_of(member.config, group.inputs.architecture, member.config.adapter, group.mesh)
 
 
-def keys_of(group: Group, programs: Programs, part: tuple[Member, ...]) -> jax.Array:
-    seeds = [member.config.seed for member in part]
-    keys = jax.vmap(jax.random.key)(np.uint32(seeds + seeds[:1] * (group.count - len(part))))
+def keys_of(group: Group, programs: Programs, wave: tuple[Member, ...]) -> jax.Array:
+    seeds = [member.config.seed for member in wave]
+    keys = jax.vmap(jax.random.key)(np.uint32(seeds + seeds[:1] * (group.count - len(wave))))
     return jax.device_put(keys, programs.layout.key.sharding)
 
 

@@ -48,16 +48,16 @@ def widest(loras: list[LoraConfig]) -> LoraConfig:
     )
 
 
-def numbers_of(configs: list[Config], steps: int, layers: int) -> MemberHyperparams:
-    """The members' own numbers, as arrays on the host."""
+def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHyperparams:
+    """The members' own hyperparams, as arrays on the host."""
     step = jnp.arange(steps)
     schedules = [learning_rate_schedule(config.optim, steps) for config in configs]
     of_layers = [
         {
-            target: own._replace(undropped=jnp.full(layers, 1 - lora.dropout, jnp.float32))
+            target: own._replace(keep_prob=jnp.full(layers, 1 - lora.dropout, jnp.float32))
             for target, own in table.items()
         }
-        for lora, table in ((config.lora, config.lora.of_layers(layers)) for config in configs if config.adapter)
+        for lora, table in ((config.lora, config.lora.layer_scalars(layers)) for config in configs if config.adapter)
     ]
     return MemberHyperparams(
         # Evaluated here and not in the step, so that schedules may differ in any way, their kind too.
@@ -108,42 +108,44 @@ def scaled(trainable: dict, scales: dict[str, jax.Array]) -> dict:
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
-def make_members_step(model: Decoder, config: Config, mask: dict, shards: int, layout: State, at_once: int):
-    """-> jitted (state, numbers, frozen, batch, step) -> (state, metrics), each leaf of which leads with `members`.
+def make_members_step(model: Decoder, config: Config, mask: dict, layout: State, at_once: int):
+    """-> jitted (state, hyperparams, frozen, batch, step) -> (state, metrics), each leaf of which leads with `members`.
 
     `step`: updates made so far. A member whose loss or gradient is not finite stays what it was, at that step and at all
     that follow: its own `state.step` then lags behind. `state` is donated.
     """
 
-    def one(state: State, numbers: MemberHyperparams, frozen: dict, batch: dict, step):
-        schedule = lambda count: numbers.rates[count]  # noqa: E731
+    def one(state: State, hyperparams: MemberHyperparams, frozen: dict, batch: dict, step):
+        schedule = lambda count: hyperparams.rates[count]  # noqa: E731
         optimizer = make_optimizer(
-            config.optim, schedule, mask, clip_norm=numbers.clip_norm, weight_decay=numbers.weight_decay
+            config.optim, schedule, mask, clip_norm=hyperparams.clip_norm, weight_decay=hyperparams.weight_decay
         )
-        update = make_update(model, optimizer, schedule, config.train.microbatches, shards, numbers.adapters)
+        update = make_update(model, optimizer, schedule, config.train.microbatches, hyperparams.adapters)
         updated, metrics = update(state, frozen, batch)
-        goes_on = (state.step == step) & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        goes_on = (state.step == step) & jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         kept = jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), updated[:3], state[:3])
         return State(*kept, key=state.key), metrics
 
-    def members_step(state, numbers, frozen, batch, step):
-        return _mapped(lambda state, numbers: one(state, numbers, frozen, batch, step), at_once, state, numbers)
+    def members_step(state, hyperparams, frozen, batch, step):
+        return _mapped(
+            lambda state, hyperparams: one(state, hyperparams, frozen, batch, step), at_once, state, hyperparams
+        )
 
     platform, layout = platform_of(layout), jax.tree.map(lambda leaf: leaf.sharding, layout)
     return jit(members_step, platform, donate_argnums=0, out_shardings=(layout, None))
 
 
-def make_members_eval_step(model: Decoder, shards: int, at_once: int):
-    """-> jitted (trainable, numbers, frozen, batch) -> (summed losses [members], trained tokens of the batch)."""
+def make_members_eval_step(model: Decoder, at_once: int):
+    """-> jitted (trainable, hyperparams, frozen, batch) -> (summed losses [members], trained tokens of the batch)."""
 
-    def members_eval_step(trainable, numbers, frozen, batch):
+    def members_eval_step(trainable, hyperparams, frozen, batch):
         losses = _mapped(
-            lambda trainable, adapters: loss_sum(model, trainable, frozen, batch, shards, adapters=adapters),
+            lambda trainable, adapters: loss_sum(model, trainable, frozen, batch, adapters=adapters),
             at_once,
             trainable,
-            numbers.adapters,
+            hyperparams.adapters,
         )
-        return losses, jnp.sum(batch["loss_mask"], dtype=jnp.int32)
+        return losses, jnp.sum(batch.loss_mask, dtype=jnp.int32)
 
     return jit(members_eval_step)
 

@@ -1,15 +1,14 @@
-"""One part of a sweep's group, trained from its beginning or its last checkpoint to its end.
+"""One wave of a sweep's group: members that train together, from their beginning or last checkpoint to their end.
 
 The members are stacked into one state with one batch stream. While they train there is one checkpoint for all of them, in the
-part's own folder; at the end every member is written out as an ordinary workdir, with what the same run alone would have
-saved last.
+wave's own folder; at the end every member is written out as an ordinary workdir with its last checkpoint and its best one.
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -18,14 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank import config as config_lib
 from lowrank.adapters.lora import padding_size
 from lowrank.errors import UserError
-from lowrank.files import lines as lines_lib
-from lowrank.inference import answers as answers_lib
-from lowrank.inference import text as text_lib
-from lowrank.runs import metrics
+from lowrank.files.lines import forget_after, read_lines
 from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.checkpoint import Checkpoints
-from lowrank.runs.inputs import evaluation_batches, identity, on_devices, training_batches
-from lowrank.runs.metrics import due
+from lowrank.runs.inputs import evaluation_batches, identity, training_batches
+from lowrank.runs.loop import due, run_steps
+from lowrank.runs.metrics import Metrics, best_evaluation, evaluation_scalars, evaluation_sums
+from lowrank.runs.profiling import Profile
+from lowrank.runs.samples import write_answers, write_samples
+from lowrank.runs.speed import make_speed
+from lowrank.runs.train import NOT_WRITTEN, training_scalars
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member
 from lowrank.sweeping.group import Group, Programs, filled_up, initial_state, keys_of, own_model, shardings_of
@@ -37,225 +38,220 @@ from lowrank.training.step import State, abstract_state
 
 
 class Stopped(Exception):
-    """A signal asked to stop; all is saved."""
+    """The signal of this name asked to stop; everything is saved."""
 
 
-def train_part(
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How the sweep was called, for the members' `config.json`."""
+
+    overrides: Sequence[str]
+    command: str
+
+
+def train_wave(
     group: Group,
     programs: Programs,
-    part: tuple[Member, ...],
+    wave: tuple[Member, ...],
     frozen: dict,
     workdir: pathlib.Path,
     folder: pathlib.Path,
-    arguments: list[str],
-    stop: Callable[[], str | None],
+    origin: Origin,
+    stop: Callable[[int], str | None],
+    profile: Profile,
 ) -> list[Result]:
-    """Train the members of one part to their end; `folder` holds its checkpoints until then. Raises Stopped."""
-    config, prepared, mesh, steps = group.config, group.prepared, group.mesh, group.prepared.steps
-    names = [member.name for member in part]
+    """Train the members of one wave to their end; `folder` holds its checkpoints until then. Raises Stopped."""
+    config, inputs, mesh, steps = group.config, group.inputs, group.mesh, group.inputs.steps
+    names = [member.name for member in wave]
+    places = {name: workdir / "members" / name for name in names}
+    diverged: dict[
+        str, dict
+    ] = {}  # frozen members: the step that was not finite, the data's position and tokens before it
+    best: dict[str, tuple[float, int]] = {}  # each member's best evaluation: (loss, step)
     with contextlib.ExitStack() as stack:
-        for member in part:
-            place = workdir / "members" / member.name
-            own_identity = identity(member.config, prepared)
-            stack.enter_context(workdir_lib.open_workdir(place, member.config, own_identity, arguments, "sweep"))
-        checkpoints = stack.enter_context(Checkpoints(folder, keep=2))
+        for member in wave:
+            own_identity = identity(member.config, inputs)
+            opened = workdir_lib.open_workdir(
+                places[member.name], member.config, own_identity, origin.overrides, origin.command
+            )
+            stack.enter_context(opened)
+        in_use = lambda: {step for _, step in best.values()}  # noqa: E731
+        checkpoints = stack.enter_context(Checkpoints(folder, keep=2, also_keep=in_use))
 
-        # ---- State: from the part's last checkpoint, else from the beginning.
-        batches = training_batches(config, prepared.train)
-        first = checkpoints.latest() or 0
-        tokens, diverged = 0, {}  # of members that were frozen: the step that was not finite, and where the data was
+        # ---- State: from the wave's last checkpoint, else from the beginning.
+        batches = training_batches(config, inputs.train)
+        first, tokens = checkpoints.latest() or 0, 0
         if first:
             meta = checkpoints.meta(first)
             if meta["members"] != names:
                 raise UserError(f"{folder} holds a checkpoint of other members; remove it to train this group anew")
             tokens, diverged = meta["tokens"], meta["diverged"]
-            state, position = restored(checkpoints, first, group, programs, part)
-            at = [-1 if name in diverged else first for name in names] + [-1] * (group.count - len(part))
+            state, position = restore_wave(checkpoints, first, group, programs, wave)
+            at = [-1 if name in diverged else first for name in names] + [-1] * (group.count - len(wave))
             state = state._replace(step=jax.device_put(np.int32(at), state.step.sharding))
             batches.set_state(position)
         else:
-            state = initial_state(group, programs, part)
-        own_numbers = members_lib.numbers_of([m.config for m in part], steps, prepared.architecture.layers)
+            state = initial_state(group, programs, wave)
+        own_hyperparams = members_lib.hyperparams_of([m.config for m in wave], steps, inputs.architecture.layers)
         by_member = NamedSharding(mesh, PartitionSpec("member"))
-        numbers = jax.device_put(filled_up(own_numbers, group.count), by_member)
-
+        hyperparams = jax.device_put(filled_up(own_hyperparams, group.count), by_member)
         writers = {}
-        for member in part:
-            place = workdir / "members" / member.name
+        for member in wave:
             for file in ("metrics.jsonl", "samples.jsonl"):
-                lines_lib.forget_after(place / file, first if first else -1)
-            log = config.log
-            writers[member.name] = metrics.Metrics(
-                place, config_lib.to_dict(member.config), log.tensorboard, None, first
-            )
+                forget_after(places[member.name] / file, first if first else -1)
+            best[member.name] = best_evaluation(places[member.name])
+            writers[member.name] = Metrics(places[member.name], member.config, first)
             stack.callback(writers[member.name].close)
-        board = stack.enter_context(Progress(names, steps, first))
+        progress = stack.enter_context(Progress(names, steps, first))
         for name, found in diverged.items():
-            board.diverged(name, found["step"])
-        eval_batches = evaluation_batches(config, prepared.held_out)
-        eval_rows = config.train.batch_size // config.train.microbatches
+            progress.diverged(name, found["step"])
+        if left_out := profile.resumed(first):
+            progress.say(left_out)
+        eval_batches = evaluation_batches(config, inputs.held_out)
+        speed = make_speed(mesh, group.model.dtype, config, [(inputs.architecture, m.config.adapter) for m in wave])
 
-        # ---- Evaluation and samples, of every member that goes on.
-        def freeze(name: str, step: int, data: dict, seen: int, why: str):
-            diverged[name] = {"step": step, "data": data, "tokens": seen}
-            board.diverged(name, step)
-            board.say(f"step {step}/{steps}  {name}: {why}; it is frozen at step {step - 1}, the others go on")
+        def freeze(name: str, step: int, position: dict, seen: int, why: str):
+            diverged[name] = {"step": step, "data": position, "tokens": seen}
+            progress.diverged(name, step)
+            progress.say(f"step {step}/{steps}  {name}: {why}; it is frozen at step {step - 1}, the others go on")
 
-        def evaluate(step: int):
-            nonlocal state
-            losses, count = np.zeros(group.count), 0
+        def going_on() -> list[tuple[int, str]]:
+            return [(i, name) for i, name in enumerate(names) if name not in diverged]
+
+        def variables_of(trainables: dict, i: int) -> dict:
+            """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b.
+
+            From leaves on the host: slicing one member out of an array that is spread over devices moves it through all of them.
+            """
+            trainable = jax.tree.map(lambda leaf: leaf[i], trainables)
+            scales = {target: scalars.scale[i] for target, scalars in (own_hyperparams.adapters or {}).items()}
+            return partition.merge(members_lib.scaled(trainable, scales), frozen)
+
+        def evaluate(step: int, state: State) -> tuple[State, bool]:
+            """Evaluate every member -> (the state, where a loss that is not finite freezes its member; whether one improved)."""
+            total, count = evaluation_sums(programs.eval_step, eval_batches, mesh, state.trainable, hyperparams, frozen)
             trainables = jax.device_get(state.trainable) if config.eval.answers else None
-            for batch in eval_batches:
-                with jax.set_mesh(mesh):
-                    summed, trained = programs.eval_step(state.trainable, numbers, frozen, on_devices(batch, mesh))
-                losses, count = losses + np.asarray(summed, np.float64), count + int(trained)
-            for i, name in enumerate(names):
-                loss = float(losses[i] / count)
-                if name in diverged:
-                    continue
+            improved = False
+            for i, name in going_on():
+                loss = float(total[i] / count)
                 if not math.isfinite(loss):
                     freeze(name, step + 1, batches.get_state(), tokens, f"the evaluation loss is {loss}")
                     at = np.array(state.step)
-                    at[i] = -1  # behind for ever
+                    at[i] = -1  # a member whose step lags behind is not updated
                     state = state._replace(step=jax.device_put(at, programs.layout.step.sharding))
                     continue
-                scalars = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
-                if config.eval.answers:
-                    scalars["eval/exact_match"] = answer(step, alone(trainables, i), name)
+                scalars = evaluation_scalars(loss)
+                if trainables is not None:
+                    scalars["eval/exact_match"] = write_answers(
+                        places[name] / "samples.jsonl", step, group.model, variables_of(trainables, i),
+                        inputs.tokenizer, inputs.held_out.examples, config,
+                    )  # fmt: skip
                 writers[name].write(step, scalars)
-                board.evaluated(name, loss)
-            board.show_evaluation(step)
+                progress.evaluated(name, loss)
+                if loss < best[name][0]:
+                    best[name], improved = (loss, step), True
+            progress.show_evaluation(step)
+            return state, improved
 
-        def answer(step: int, variables: dict, name: str) -> float:
-            asked = prepared.held_out.examples[: config.eval.answers]
-            given = answers_lib.answers(group.model, variables, prepared.tokenizer, asked, eval_rows)
-            for prompt, text, reference in given[:10]:
-                record = {"step": step, "prompt": prompt, "text": text, "reference": reference}
-                lines_lib.append_line(workdir / "members" / name / "samples.jsonl", record)
-            return sum(text == reference for _, text, reference in given) / len(given)
-
-        def sample(step: int):
-            asked, tokenizer, trainables = config.sample.prompts, prepared.tokenizer, jax.device_get(state.trainable)
-            rows = [text_lib.encode_prompt(prompt, "", config.data.format, tokenizer) for prompt in asked]
-            for i, name in enumerate(names):
-                if name in diverged:
-                    continue
-                variables = alone(trainables, i)
-                texts = text_lib.complete(group.model, variables, tokenizer, rows, config.sample.max_new_tokens)
-                for prompt, text in zip(asked, texts, strict=True):
-                    record = {"step": step, "prompt": prompt, "text": text}
-                    lines_lib.append_line(workdir / "members" / name / "samples.jsonl", record)
-
-        def alone(trainables: dict, i: int) -> dict:
-            """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b.
-
-            Of leaves on the host: taking one member out of an array that lies over devices would move it through all of them.
-            """
-            trainable = jax.tree.map(lambda leaf: leaf[i], trainables)
-            scales = {target: own.scale[i] for target, own in (own_numbers.adapters or {}).items()}
-            return partition.merge(members_lib.scaled(trainable, scales), frozen)
-
-        # ---- The loop: step, read the step before, evaluate, sample, save, as in train.
-        pending = None
-        places = {first: batches.get_state()}  # where the data was after each of the last steps
-        clock, clock_tokens = time.monotonic(), tokens
-
-        def read_pending():
-            nonlocal pending, tokens, clock, clock_tokens
-            if pending is None:
-                return
-            step, scalars = pending
-            pending = None
-            scalars = jax.device_get(scalars)
-            finite = np.isfinite(scalars["loss"]) & np.isfinite(scalars["grad_norm"])
-            before = tokens
-            tokens += int(scalars["tokens"][0])
-            for i, name in enumerate(names):
-                if name not in diverged and not finite[i]:
-                    why = f"the loss is {scalars['loss'][i]} and the gradient's norm {scalars['grad_norm'][i]}"
-                    freeze(name, step, places[step - 1], before, why)
-            logs = (config.log.every and step == 1) or due(step, config.log.every, steps)
-            if logs:
-                now = time.monotonic()
-                rate = (tokens - clock_tokens) / max(now - clock, 1e-9)
-                for i, name in enumerate(names):
-                    if name not in diverged:
-                        line = {
-                            f"train/{key}": float(scalars[key][i]) for key in ("loss", "grad_norm", "learning_rate")
-                        }
-                        line |= {"train/tokens": tokens, "train/tokens_per_second": rate}
-                        writers[name].write(step, line)
-                        board.trained(name, line["train/loss"])
-                clock, clock_tokens = now, tokens
-            board.step(step, logs)
-
-        if first == 0:
-            if eval_batches and config.eval.every:
-                evaluate(0)
-            if config.sample.every:
-                sample(0)
-        clock = time.monotonic()
-        for step in range(first + 1, steps + 1):
-            batch = next(batches)
-            with jax.set_mesh(mesh):
-                state, scalars = programs.step(state, numbers, frozen, on_devices(batch, mesh), np.int32(step - 1))
-            read_pending()
-            pending = (step, scalars)
-            places = {step - 1: places[step - 1], step: batches.get_state()}
-
-            evaluates = bool(eval_batches) and due(step, config.eval.every, steps)
-            samples = due(step, config.sample.every, steps)
-            saves = step == steps or due(step, config.checkpoint.every, steps)
-            if evaluates or samples or saves or stop():
-                read_pending()
-                paused = time.monotonic()
-                if evaluates:
-                    evaluate(step)
-                if samples:
-                    sample(step)
-                stopped_by = stop()
-                if saves or stopped_by:
-                    meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
-                    meta |= {"versions": workdir_lib.versions()}
-                    checkpoints.save(step, _members_only(state, len(part)), batches.get_state(), meta)
-                clock += time.monotonic() - paused
-                if stopped_by and step < steps:
-                    checkpoints.wait()
-                    board.say(f"stopped by {stopped_by} after step {step}, which is saved")
-                    raise Stopped
-            if len(diverged) == len(part):
+        # ---- The loop: log, evaluate, sample, save, as a run alone does.
+        step = first
+        for tick in run_steps(
+            lambda state, batch, step: programs.step(state, hyperparams, frozen, batch, np.int32(step - 1)),
+            state, batches, mesh, config, first, steps, stop, speed, profile,
+        ):  # fmt: skip
+            step = tick.step
+            if 0 < step == profile.stop:
+                progress.say(profile.written)
+            for result in tick.results:
+                finite = np.isfinite(result.metrics.loss) & np.isfinite(result.metrics.grad_norm)
+                for i, name in going_on():
+                    if not finite[i]:
+                        loss, grad_norm = result.metrics.loss[i], result.metrics.grad_norm[i]
+                        why = f"the loss is {loss} and the gradient's norm {grad_norm}"
+                        freeze(name, result.step, result.position, tokens, why)
+                tokens += int(result.metrics.tokens[0])
+                rates = None
+                if (config.log.every and result.step == 1) or due(result.step, config.log.every, steps):
+                    rates = speed.rates()
+                    written = {name: rate for name, rate in rates.items() if name not in NOT_WRITTEN}
+                    for i, name in going_on():
+                        line = training_scalars(result, tokens, i) | written
+                        writers[name].write(result.step, line)
+                        progress.trained(name, line["train/loss"])
+                progress.step(result.step, rates)
+            if tick.pauses:
+                with speed.paused():
+                    improved = False
+                    if tick.evaluates and eval_batches:
+                        tick.state, improved = evaluate(step, tick.state)
+                    if tick.samples:
+                        trainables = jax.device_get(tick.state.trainable)
+                        for i, name in going_on():
+                            file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
+                            write_samples(file, step, group.model, variables, inputs.tokenizer, config)
+                    if tick.saves or (improved and step > 0) or tick.stopped_by:
+                        meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
+                        meta |= {"versions": workdir_lib.versions()}
+                        checkpoints.save(step, _members_only(tick.state, len(wave)), batches.get_state(), meta)
+            state = tick.state
+            if tick.stopped_by and step < steps:
+                checkpoints.wait()
+                progress.say(f"stopped by {tick.stopped_by} after step {step}, which is saved")
+                raise Stopped(tick.stopped_by)
+            if len(diverged) == len(wave):
                 break
         checkpoints.wait()
 
         # ---- Every member becomes an ordinary workdir.
-        results, state = [], jax.device_get(state._replace(key=None))
-        for i, member in enumerate(part):
-            found = diverged.get(member.name)
-            own = {"step": steps, "tokens": tokens, "data": batches.get_state()}
-            if found:
-                own = {"step": found["step"] - 1, "tokens": found["tokens"], "data": found["data"]}
-            place = workdir / "members" / member.name
-            evaluated = [line for line in lines_lib.read_lines(place / "metrics.jsonl") if "eval/loss" in line]
-            at_end = [line["eval/loss"] for line in evaluated if line["step"] == own["step"]]
-            own["eval_loss"] = at_end[-1] if at_end else None
-            own_state = write_member(group, member, place, jax.tree.map(lambda leaf, i=i: leaf[i], state), own)
-            results.append(result_of(group, member, place, own_state, own["step"], found and found["step"]))
+        results, host_state = [], jax.device_get(state._replace(key=None))
+        earlier = {at for name, (_, at) in best.items() if 0 < at < _last_step(diverged.get(name), steps)}
+        saved = {at: _host_checkpoint(checkpoints, at, group, programs, wave) for at in sorted(earlier)}
+        for i, member in enumerate(wave):
+            name, found = member.name, diverged.get(member.name)
+            last = _last_step(found, steps)
+            at = {"step": last, "tokens": found["tokens"] if found else tokens}
+            at |= {"data": found["data"] if found else batches.get_state()}
+            evaluated = [line for line in read_lines(places[name] / "metrics.jsonl") if "eval/loss" in line]
+            at_end = [line["eval/loss"] for line in evaluated if line["step"] == last]
+            written = [(host_state, at | {"eval_loss": at_end[-1] if at_end else None})]
+            loss, best_step = best[name]
+            if best_step in saved and best_step < last:
+                best_state, best_at = saved[best_step]
+                written.insert(0, (best_state, best_at | {"step": best_step, "eval_loss": loss}))
+            own = [(jax.tree.map(lambda leaf, i=i: leaf[i], states), place) for states, place in written]
+            trainable = write_member(group, member, places[name], own)
+            results.append(result_of(group, member, places[name], trainable, last, found and found["step"]))
         return results
 
 
-def restored(checkpoints: Checkpoints, step: int, group: Group, programs: Programs, part) -> tuple[State, dict]:
-    """The part's state at `step` (its own steps still to be set), and the data's position."""
+def _last_step(found: dict | None, steps: int) -> int:
+    """The last step of a member; `found` says where it diverged."""
+    return found["step"] - 1 if found else steps
+
+
+def _host_checkpoint(checkpoints: Checkpoints, step: int, group: Group, programs: Programs, wave) -> tuple[State, dict]:
+    """-> the wave's state at `step`, on the host; its tokens and the data's position."""
+    state, position = restore_wave(checkpoints, step, group, programs, wave)
+    at = np.full(group.count, step, np.int32)
+    host = jax.device_get(state._replace(step=None, key=None))._replace(step=at)
+    return host, {"tokens": checkpoints.meta(step)["tokens"], "data": position}
+
+
+def restore_wave(
+    checkpoints: Checkpoints, step: int, group: Group, programs: Programs, wave: tuple[Member, ...]
+) -> tuple[State, dict]:
+    """-> the wave's state at `step`, whose `step` is still a shape; the data's position."""
     saved = programs.layout
-    if group.count != len(part):  # what fills it up is not saved
+    if group.count != len(wave):  # what fills it up is not saved
         whole = NamedSharding(group.mesh, PartitionSpec())
         saved = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((len(part), *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
+            lambda leaf: jax.ShapeDtypeStruct((len(wave), *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
         )
     state, position = checkpoints.restore(step, saved)
     filled = filled_up((state.trainable, state.opt_state), group.count)
     layout = programs.layout
     trainable, opt_state = jax.device_put(filled, shardings_of((layout.trainable, layout.opt_state)))
-    return State(layout.step, trainable, opt_state, keys_of(group, programs, part)), position
+    return State(layout.step, trainable, opt_state, keys_of(group, programs, wave)), position
 
 
 def _members_only(state: State, count: int) -> State:
@@ -265,21 +261,25 @@ def _members_only(state: State, count: int) -> State:
     return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))
 
 
-def write_member(group: Group, member: Member, place: pathlib.Path, state: State, at: dict) -> dict:
-    """Write the member's own checkpoint, as the same run alone would have; -> what it trained, without padding."""
+def write_member(group: Group, member: Member, place: pathlib.Path, states: list[tuple[State, dict]]) -> dict:
+    """Write the member's own checkpoints, as the same run alone would have -> what it trained, without padding.
+
+    `states`: in the order of their steps, each with its step, tokens, data and eval_loss.
+    """
     _, shapes = own_model(group, member)
     trainable, _ = partition.split(shapes, group.mask)
     config = member.config
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, group.prepared.steps), group.mask)
+    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, group.inputs.steps), group.mask)
     wanted = abstract_state(optimizer, trainable, group.mesh)
-    own = State(*members_lib.cut(state[:3], wanted[:3]), key=None)
-    if at["step"] > 0:
-        meta = {"step": at["step"], "tokens": at["tokens"], "config": config_lib.to_dict(config)}
-        meta |= {"identity": identity(config, group.prepared), "versions": workdir_lib.versions()}
-        with Checkpoints(place) as checkpoints:
-            checkpoints.forget()  # of a sweep that was killed amid this, or of a group that is trained again
-            checkpoints.save(at["step"], own, at["data"], meta, at["eval_loss"])
-    return own.trainable
+    owns = [(State(*members_lib.cut(state[:3], wanted[:3]), key=None), at) for state, at in states]
+    with Checkpoints(place) as checkpoints:
+        checkpoints.forget()  # of a sweep that was killed here, or of a group that is trained again
+        for own, at in owns:
+            if at["step"] > 0:
+                meta = {"step": at["step"], "tokens": at["tokens"], "config": config_lib.to_dict(config)}
+                meta |= {"identity": identity(config, group.inputs), "versions": workdir_lib.versions()}
+                checkpoints.save(at["step"], own, at["data"], meta, at["eval_loss"])
+    return owns[-1][0].trainable
 
 
 def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: int) -> bool:
@@ -296,10 +296,10 @@ def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: in
 
 
 def result_of(group: Group, member: Member, place: pathlib.Path, trainable: dict, step: int, diverged: int | None):
-    lines = lines_lib.read_lines(place / "metrics.jsonl")
+    lines = read_lines(place / "metrics.jsonl")
     of = {name: [(line["step"], line[name]) for line in lines if name in line] for name in RECORDED}
     config = member.config
-    zeros = padding_size(config.lora, group.prepared.architecture) if config.adapter else 0
+    zeros = padding_size(config.lora, group.inputs.architecture) if config.adapter else 0
     parameters = partition.count(trainable) - zeros
     return Result(
         name=member.name,

@@ -26,6 +26,11 @@ def make(count=30, seed=0):
     )
 
 
+def named(loaded) -> dict:
+    """The arrays of a loaded batch under their names."""
+    return loaded.batch._asdict() | {"examples": loaded.examples}
+
+
 def loader(examples, packing=True, shuffle=True, seed=0, batch_size=3):
     return train_loader(examples, batch_size=batch_size, max_length=LENGTH, packing=packing, shuffle=shuffle, seed=seed)
 
@@ -33,7 +38,7 @@ def loader(examples, packing=True, shuffle=True, seed=0, batch_size=3):
 def seen(batches):
     """Indices of the examples in batches, in order of rows and segments; checks each against what it was made from."""
     found = []
-    for batch in batches:
+    for batch in map(named, batches):
         for row in range(len(batch["inputs"])):
             segments = batch["segment_ids"][row]
             for segment in range(1, segments.max(initial=0) + 1):
@@ -44,7 +49,7 @@ def seen(batches):
 
 
 def assert_equal(left, right):
-    assert left.keys() == right.keys()
+    left, right = named(left), named(right)
     for name, array in left.items():
         np.testing.assert_array_equal(array, right[name], err_msg=name)
 
@@ -65,7 +70,7 @@ def test_every_example_arrives_whole_and_alone_in_its_segment(packing):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_form_of_a_batch_and_of_its_padding(packing):
-    batch = next(loader(make(7), packing, batch_size=3))
+    batch = named(next(loader(make(7), packing, batch_size=3)))
     assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
         "inputs": ((3, LENGTH), "int32"),
         "targets": ((3, LENGTH), "int32"),
@@ -106,8 +111,8 @@ def test_without_shuffle_the_order_is_the_files():
 def test_first_fit_fills_the_first_row_with_room():
     lengths = [10, 8, 6, 8, 16]  # rows of 16: 10 + 6, 8 + 8, 16
     examples = Examples([Example(np.arange(n + 1, dtype=np.int32), np.ones(n, bool), i) for i, n in enumerate(lengths)])
-    (batch,) = evaluation_batches(examples, batch_size=3, max_length=LENGTH, packing=True)
-    assert [sorted(set(row)) for row in batch["examples"].tolist()] == [[0, 2], [1, 3], [4]]
+    (loaded,) = evaluation_batches(examples, batch_size=3, max_length=LENGTH, packing=True)
+    assert [sorted(set(row)) for row in loaded.examples.tolist()] == [[0, 2], [1, 3], [4]]
     assert packed_rows(examples, max_length=LENGTH, packing=True) == (3, 1.0)
     assert packed_rows(examples, max_length=LENGTH, packing=False) == (5, 0.6)
 
@@ -143,8 +148,9 @@ def test_a_state_of_other_data_or_settings_is_refused():
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
 def test_evaluation_covers_every_example_once_whatever_the_batch_size(packing, batch_size):
     batches = list(evaluation_batches(make(), batch_size=batch_size, max_length=LENGTH, packing=packing))
-    assert {batch["inputs"].shape for batch in batches} == {(batch_size, LENGTH)}
     assert sorted(index for index, _ in seen(batches)) == list(range(30))
+    batches = [named(loaded) for loaded in batches]
+    assert {batch["inputs"].shape for batch in batches} == {(batch_size, LENGTH)}
     assert sum(int(batch["loss_mask"].sum()) for batch in batches) == make().trained_tokens
     rows, fill = packed_rows(make(), max_length=LENGTH, packing=packing)
     assert len(batches) == -(-rows // batch_size)
@@ -157,5 +163,5 @@ def test_evaluation_covers_every_example_once_whatever_the_batch_size(packing, b
 
 
 def test_a_file_of_one_example_feeds_a_batch():
-    batch = next(loader(make(1)))
+    batch = named(next(loader(make(1))))
     assert set(batch["examples"].ravel().tolist()) <= {0, -1}

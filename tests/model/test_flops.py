@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lowrank.adapters.lora import LoraConfig
-from lowrank.data.batch import BATCH_KEYS
+from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig, parameter_count
 from lowrank.families.sizes import SIZES
 from lowrank.model import decoder
@@ -53,8 +53,9 @@ def test_by_hand_is_what_the_step_does(mode, lora, remat, length):
     schedule = learning_rate_schedule(OptimConfig(), 10)
     optimizer = make_optimizer(OptimConfig(), schedule, mask)
     state = jax.eval_shape(lambda t: State(jnp.int32(0), t, optimizer.init(t), jax.random.key(0)), trainable)
-    batch = {key: jax.ShapeDtypeStruct((4, length), bool if key == "loss_mask" else "int32") for key in BATCH_KEYS}
-    step = make_update(model, optimizer, schedule, microbatches=2, shards=1)
+    dtypes = Batch(*["int32"] * 4, loss_mask="bool")
+    batch = Batch(*(jax.ShapeDtypeStruct((4, length), dtype) for dtype in dtypes))
+    step = make_update(model, optimizer, schedule, microbatches=2)
     traced = products(jax.make_jaxpr(step)(state, frozen, batch).jaxpr)
     assert step_flops(TINY, lora, 4, length, remat, mode).total == traced
 

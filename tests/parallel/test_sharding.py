@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank.adapters.lora import LoraConfig
+from lowrank.data.batch import Batch
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.model import decoder
@@ -59,13 +60,13 @@ def batches():
         lengths = random.integers(3, 9, (8, 1))
         segments = np.where(slots < lengths, 1, np.where(slots < 11, 2, 0)).astype(np.int32)
         positions = np.where(slots < lengths, slots, slots - lengths).astype(np.int32)
-        yield {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "positions": np.where(segments > 0, positions, 0),
-            "segment_ids": segments,
-            "loss_mask": (segments > 0) & (random.random((8, 12)) < 0.6),
-        }
+        yield Batch(
+            inputs=tokens[:, :-1],
+            targets=tokens[:, 1:],
+            positions=np.where(segments > 0, positions, 0),
+            segment_ids=segments,
+            loss_mask=(segments > 0) & (random.random((8, 12)) < 0.6),
+        )
 
 
 class Run:
@@ -86,15 +87,14 @@ class Run:
         schedule = learning_rate_schedule(optim, STEPS)
         self.optimizer = make_optimizer(optim, schedule, mask)
         self.layout = abstract_state(self.optimizer, self.trainable, self.mesh)
-        shards = mesh_lib.batch_shards(self.mesh)
-        self.step = make_train_step(model, self.optimizer, schedule, 1, shards, self.layout)
+        self.step = make_train_step(model, self.optimizer, schedule, 1, self.layout)
 
     def start(self):
         return init_state(self.optimizer, self.trainable, jax.random.key(0), self.layout)
 
     def put(self, batch):
         layout = NamedSharding(self.mesh, mesh_lib.spec(("batch", "length")))
-        return {name: jax.device_put(array, layout) for name, array in batch.items()}
+        return jax.device_put(batch, layout)
 
     def steps(self):
         """-> losses and the state after ten steps."""
@@ -102,7 +102,7 @@ class Run:
         with jax.set_mesh(self.mesh):
             for batch in batches():
                 state, metrics = self.step(state, self.frozen, self.put(batch))
-                losses.append(float(metrics["loss"]))
+                losses.append(float(metrics.loss))
         return losses, state
 
     def collectives(self):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lowrank.data.batch import Batch
 from lowrank.parallel import mesh
 from lowrank.sweeping import grid, group
 from lowrank.sweeping.grid import SweepConfig
@@ -70,10 +71,7 @@ def test_the_estimate_is_near_what_the_compiler_says(planned, remat):
     found = planned(f"--config.remat={remat}", "--config.data.max_length=256", "--config.train.batch_size=8")
     trainable, frozen = partition.split(found.shapes, found.mask)
     whole = jax.ShapeDtypeStruct((8, 256), jnp.int32)
-    batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), whole)
-    batch["loss_mask"] = jax.ShapeDtypeStruct((8, 256), jnp.bool_)
-    step = jax.jit(
-        jax.value_and_grad(lambda trainable, frozen, batch: loss_sum(found.model, trainable, frozen, batch, 1))
-    )
+    batch = Batch(*[whole] * 4, loss_mask=jax.ShapeDtypeStruct((8, 256), jnp.bool_))
+    step = jax.jit(jax.value_and_grad(lambda trainable, frozen, batch: loss_sum(found.model, trainable, frozen, batch)))
     needed = step.lower(trainable, frozen, batch).compile().memory_analysis().temp_size_in_bytes
     assert 0.5 < group.activation_bytes(found) / needed < 2

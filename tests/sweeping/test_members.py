@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from lowrank.adapters.lora import LoraConfig
 from lowrank.config import Config, TrainConfig
+from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
@@ -42,13 +43,13 @@ MEMBERS = [
 def batch_of(seed, rows=4, length=8):
     draw = np.random.default_rng(seed)
     ids = draw.integers(0, TINY.vocab, (rows, length + 1), dtype=np.int32)
-    return {
-        "inputs": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "loss_mask": draw.random((rows, length)) < 0.7,
-    }
+    return Batch(
+        inputs=ids[:, :-1],
+        targets=ids[:, 1:],
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        segment_ids=np.ones((rows, length), np.int32),
+        loss_mask=draw.random((rows, length)) < 0.7,
+    )
 
 
 def model_of(lora, mesh):
@@ -80,7 +81,7 @@ def run_alone(config, params, mesh):
     layout = abstract_state(optimizer, partition.split(shapes, mask)[0], mesh)
     trainable = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), trainable, layout.trainable)
     state = init_state(optimizer, trainable, jax.random.key(config.seed), layout)
-    step = make_train_step(model, optimizer, schedule, config.train.microbatches, 1, layout)
+    step = make_train_step(model, optimizer, schedule, config.train.microbatches, layout)
     losses = []
     for i in range(STEPS):
         state, scalars = step(state, frozen, batch_of(i))
@@ -114,16 +115,16 @@ def run_together(configs, params, mesh, at_once=1, poison=None, text_of=None):
         key=put(jax.vmap(jax.random.key)(np.uint32([config.seed for config in configs])), layout.key),
     )
     frozen = jax.device_put(frozen, jax.sharding.NamedSharding(mesh, PartitionSpec()))
-    numbers = members.numbers_of(configs, STEPS, TINY.layers)
+    numbers = members.hyperparams_of(configs, STEPS, TINY.layers)
     seen = []
     with jax.set_mesh(mesh):
-        step = members.make_members_step(model, configs[0], mask, mesh_lib.batch_shards(mesh), layout, at_once)
+        step = members.make_members_step(model, configs[0], mask, layout, at_once)
         if text_of is not None:
             text_of.append(step.lower(state, numbers, frozen, batch_of(0), np.int32(0)).compile().as_text())
         for i in range(STEPS):
             state, scalars = step(state, numbers, frozen, batch_of(i), np.int32(i))
             seen.append(jax.device_get(scalars))
-        evaluate = members.make_members_eval_step(model, mesh_lib.batch_shards(mesh), at_once)
+        evaluate = members.make_members_eval_step(model, at_once)
         losses, _ = evaluate(state.trainable, numbers, frozen, batch_of(99))
     return state, seen, jax.device_get(losses)
 
@@ -142,8 +143,8 @@ def test_members_of_other_ranks_rates_and_seeds_equal_runs_alone(params, alone, 
     state, seen, _ = run_together(MEMBERS, params, one_device(), at_once)
     for i, (config, (own, metrics)) in enumerate(zip(MEMBERS, alone, strict=True)):
         for together, single in zip(seen, metrics, strict=True):
-            assert together["learning_rate"][i] == single["learning_rate"]
-            assert together["trained_tokens"][i] == single["trained_tokens"]
+            assert together.learning_rate[i] == single.learning_rate
+            assert together.trained_tokens[i] == single.trained_tokens
             for name in ("loss", "grad_norm"):
                 np.testing.assert_allclose(together[name][i], single[name], rtol=2e-6)  # sums of another order
         for tree, expected in ((state.trainable, own.trainable), (state.opt_state, own.opt_state)):
@@ -163,11 +164,11 @@ def test_a_member_that_is_not_finite_stays_as_it_was_and_disturbs_nobody(params)
     state, seen, losses = run_together(MEMBERS, params, one_device(), poison=1)
     fine, without, fine_losses = run_together(MEMBERS, params, one_device())
     assert state.step.tolist() == [STEPS, 0, STEPS]
-    assert np.isnan(seen[0]["loss"][1]) and np.isnan(losses[1])
+    assert np.isnan(seen[0].loss[1]) and np.isnan(losses[1])
     for i in (0, 2):
         assert losses[i] == fine_losses[i]
         for one, other in zip(seen, without, strict=True):
-            assert one["loss"][i] == other["loss"][i]
+            assert one.loss[i] == other.loss[i]
         for leaf, other in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(fine.trainable), strict=True):
             assert np.array_equal(leaf[i], other[i])
     assert all(np.abs(leaf[1]).max() == 0 for leaf in jax.tree.leaves(state.opt_state))  # not a single update
@@ -186,7 +187,7 @@ def test_members_over_devices_equal_one_device_and_lie_where_they_should(params,
     if fsdp * tensor == 1:  # whole members on each device have nothing to tell each other
         assert not re.findall(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", text[0])
     for one, other in zip(found, seen, strict=True):
-        np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-6)
+        np.testing.assert_allclose(one.loss, other.loss, rtol=2e-6)
     np.testing.assert_allclose(over_losses, losses, rtol=2e-6)
     for leaf, other in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(expected.trainable), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=3e-6)  # as above
@@ -223,14 +224,14 @@ def test_the_scale_folded_into_lora_b_is_the_member_in_the_wide_model(params):
     )
     scales = {target: own.scale for target, own in config.lora.layer_scalars(TINY.layers).items()}
     _, frozen = partition.split({"params": params, "lora": shapes["lora"]}, mask)
-    expected = loss_sum(model, trainable, frozen, batch_of(0), 1)
+    expected = loss_sum(model, trainable, frozen, batch_of(0))
     np.testing.assert_allclose(
-        loss_sum(wide_model, members.scaled(wide, scales), frozen, batch_of(0), 1), expected, rtol=1e-6
+        loss_sum(wide_model, members.scaled(wide, scales), frozen, batch_of(0)), expected, rtol=1e-6
     )
 
 
 def test_rates_are_those_of_the_schedules_one_by_one():
-    numbers = members.numbers_of(MEMBERS, STEPS, TINY.layers)
+    numbers = members.hyperparams_of(MEMBERS, STEPS, TINY.layers)
     for rates, config in zip(numbers.rates, MEMBERS, strict=True):
         schedule = learning_rate_schedule(config.optim, STEPS)
         np.testing.assert_allclose(rates, [schedule(i) for i in range(STEPS)], rtol=1e-6)

@@ -1,40 +1,36 @@
-"""The loss, as a sum and a count: cross-entropy of the trained tokens, never with logits for all tokens at once.
+"""Cross-entropy of the trained tokens as a sum and a count; logits never exist for all tokens at once.
 
-Both are summed over micro-batches and devices and divided once, in the step. So accumulation equals the large batch
-exactly, however unequally the trained tokens fall into the parts.
+Sums and counts are added over micro-batches and devices and divided once, in the step. Accumulation therefore equals the
+large batch exactly, however unequally the trained tokens fall into micro-batches.
 
-The loss is the end of the program, so its gradient needs nothing from behind it: a chunk's logits become the gradients of
-its hidden states, and of the head if that is trained, right where they are, in the forward pass. Nothing of them is kept and
-nothing is computed twice.
+The loss is the last operation of the program, so its gradient is computed in the forward pass: each chunk's logits become
+the gradients of its hidden states (and of the head, if that is trained) at once, and no logits are kept or recomputed.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from lowrank.model.products import dot, product
-from lowrank.parallel.mesh import constrain
+from lowrank.parallel.mesh import batch_shards, constrain
 
-CHUNK_TOKENS = 512  # tokens a device, whose logits exist at one time
+CHUNK_TOKENS = 512  # tokens per device whose logits exist at one time
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.custom_vjp
 def cross_entropy_sum(
     hidden: jax.Array,  # [B, T, D]
     head: jax.Array,  # [D, V]
     targets: jax.Array,  # int32 [B, T]
     loss_mask: jax.Array,  # bool [B, T]
-    shards: int = 1,  # devices that the rows are spread over
 ) -> jax.Array:
     """float32 scalar: sum of -log p(target) over the tokens that the mask is on for."""
-    return jnp.sum(token_losses(hidden, head, targets, loss_mask, shards))
+    return jnp.sum(token_losses(hidden, head, targets, loss_mask))
 
 
-def _with_gradients(hidden, head, targets, loss_mask, shards):
-    """-> the same sum; its gradients to hidden and, if the head is trained, to the head."""
+def _forward(hidden, head, targets, loss_mask):
+    """-> (the same sum, (gradient to hidden, gradient to the head or None if it is frozen))."""
     hidden, head, targets, loss_mask, trained = hidden.value, head.value, targets.value, loss_mask.value, head.perturbed
-    chunks, order = _in_chunks(hidden, targets, loss_mask, shards)
+    chunks, order = _in_chunks(hidden, targets, loss_mask)
     matrix = head.astype(hidden.dtype)
 
     def gradients(x, targets, mask):
@@ -65,18 +61,18 @@ def _with_gradients(hidden, head, targets, loss_mask, shards):
     return total, (d_hidden, d_head.astype(head.dtype) if trained else None)
 
 
-def _scaled(shards, gradients, by):
+def _backward(gradients, by):
     d_hidden, d_head = gradients
     d_hidden = (d_hidden * by).astype(d_hidden.dtype)
     return d_hidden, None if d_head is None else (d_head * by).astype(d_head.dtype), None, None
 
 
-cross_entropy_sum.defvjp(_with_gradients, _scaled, symbolic_zeros=True)
+cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def token_losses(hidden, head, targets, loss_mask, shards: int = 1) -> jax.Array:
-    """As `cross_entropy_sum`, one by one and without gradients: float32 [B, T], 0 where the mask is off."""
-    chunks, order = _in_chunks(hidden, targets, loss_mask, shards)
+def token_losses(hidden, head, targets, loss_mask) -> jax.Array:
+    """Each token's loss, without gradients: float32 [B, T], 0 where the mask is off."""
+    chunks, order = _in_chunks(hidden, targets, loss_mask)
     head = head.astype(hidden.dtype)
 
     def losses(x, targets, mask):
@@ -91,16 +87,17 @@ def token_losses(hidden, head, targets, loss_mask, shards: int = 1) -> jax.Array
     return _in_order(result, order)
 
 
-def _in_chunks(hidden, targets, loss_mask, shards):
-    """-> the three cut into chunks [chunks, B, columns, …]; the order in which tokens are in them.
+def _in_chunks(hidden, targets, loss_mask):
+    """-> (the three arrays in chunks [chunks, B, columns, …], the order of the tokens in them [B, T]).
 
-    In each row the trained tokens are moved to the front (a stable sort of the mask, row by row, so that no token
-    leaves its device); then the row is walked in chunks, and a chunk in which no row has a trained token is skipped.
+    Each row's trained tokens move to the front (a stable sort of the mask within the row, so no token leaves its device).
+    A chunk in which no row has a trained token is then skipped.
     """
     batch, length, _ = hidden.shape
     order = jnp.argsort(~loss_mask, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     targets, loss_mask = jnp.take_along_axis(targets, order, axis=1), jnp.take_along_axis(loss_mask, order, axis=1)
+    shards = batch_shards(jax.sharding.get_abstract_mesh())
     columns = min(length, max(1, CHUNK_TOKENS * shards // batch))
     chunks = -(-length // columns)
 
@@ -113,7 +110,7 @@ def _in_chunks(hidden, targets, loss_mask, shards):
 
 
 def _in_order(chunks, order):
-    """Chunks [chunks, B, columns, …] -> [B, T, …], each token in its own place again."""
+    """The inverse: chunks [chunks, B, columns, …] -> [B, T, …]."""
     rows = jnp.moveaxis(chunks, 0, 1)
     rows = rows.reshape(len(order), -1, *rows.shape[3:])[:, : order.shape[1]]
     back = jnp.argsort(order, axis=1).reshape(*order.shape, *[1] * (rows.ndim - 2))

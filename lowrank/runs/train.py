@@ -1,0 +1,307 @@
+"""One training run: what it needs is found and checked, the loop runs, and a `Result` says what came of it."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lowrank import config as config_lib
+from lowrank.cli.signals import stop_signals
+from lowrank.config import Config
+from lowrank.errors import UserError
+from lowrank.files import paths
+from lowrank.files.lines import flush_lines, forget_after, read_lines
+from lowrank.formatting import format_number
+from lowrank.parallel import distributed
+from lowrank.parallel import mesh as mesh_lib
+from lowrank.runs import report
+from lowrank.runs import workdir as workdir_lib
+from lowrank.runs.adapter import Adapter, check_init_adapter, read_adapter, read_init_adapter, with_ranks_of
+from lowrank.runs.checkpoint import Checkpoints
+from lowrank.runs.console import Console
+from lowrank.runs.curves import plot_curves
+from lowrank.runs.inputs import (
+    RunInputs,
+    check_mesh,
+    evaluation_batches,
+    facts,
+    identity,
+    initial_variables,
+    prepare,
+    training_batches,
+)
+from lowrank.runs.loop import StepResult, due, run_steps
+from lowrank.runs.metrics import Metrics, best_evaluation, evaluation_scalars, evaluation_sums
+from lowrank.runs.profiling import Profile
+from lowrank.runs.samples import write_answers, write_samples
+from lowrank.runs.setup import Step, abstract_step
+from lowrank.runs.speed import make_speed
+from lowrank.training import partition
+from lowrank.training.step import State, init_state, make_eval_step
+
+REMEDY = "use a lower config.optim.learning_rate, in another --workdir"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run before it computes: everything that can be refused has been checked, and nothing is written."""
+
+    config: Config
+    workdir: paths.Path
+    inputs: RunInputs
+    identity: dict
+    setup: Step
+    profile: Profile
+    init_adapter: Adapter | None  # the opened `config.init_adapter`; None for a workdir that holds the run already
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.setup.mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a run, as its workdir has it."""
+
+    workdir: paths.Path
+    step: int  # the last one
+    losses: dict[int, float]  # step -> training loss, of the logged steps
+    eval_losses: dict[int, float]  # step -> evaluation loss
+    stopped_by: str | None  # the signal that stopped the run; None: it is complete
+
+    @property
+    def checkpoint(self) -> paths.Path:
+        return self.workdir / "checkpoints" / str(self.step)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The last checkpoint's adapter, opened: `lowrank.load(base, result.adapter)` reads it."""
+        return read_adapter(self.workdir, self.step)
+
+
+def train(
+    config: Config,
+    workdir: str | paths.Path,
+    *,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    command: str = "lowrank.runs.train",
+) -> Result:
+    """Train a run to its end, or resume the one that `workdir` holds; SIGTERM and Ctrl-C finish the step and save.
+
+    `profile`: "START:STOP", the steps to trace for xprof. `overrides` and `command` are recorded in `config.json`.
+    Raises UserError for whatever the config or its files have wrong, and for a loss that is not finite.
+    """
+    run = prepare_run(config, workdir, profile)
+    print(describe(run))
+    with (
+        workdir_lib.open_workdir(run.workdir, run.config, run.identity, overrides, command),
+        Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints,
+        contextlib.closing(run.profile),
+    ):
+        return _train(run, checkpoints)
+
+
+def prepare_run(config: Config, workdir: str | paths.Path | None, profile: str | None = None) -> Run:
+    """Find and check what the config names. Without a workdir the run can only be described."""
+    folder = paths.path(workdir or "")
+    if config.log.tensorboard and paths.is_remote(folder):
+        raise UserError(
+            "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
+        )
+    profiled = Profile(profile, folder)
+    inputs = prepare(config)
+    run_identity = identity(config, inputs)
+    distributed.refuse_differences(facts(config, run_identity), "give all of them the same command, code and files")
+    profiled.check(inputs.steps)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    check_mesh(mesh, config, inputs.architecture)
+    start = None
+    if config.init_adapter:
+        if workdir and distributed.broadcast_from_first((folder / "config.json").exists):
+            config = with_ranks_of(config, workdir_lib.read_config(folder).lora)
+        else:
+            start = read_init_adapter(config, inputs.base)
+            check_init_adapter(start, config, inputs.architecture.layers)
+            config = with_ranks_of(config, start.lora)
+    setup = abstract_step(config, inputs.architecture, mesh, inputs.steps)
+    distributed.refuse_differences({"attention": setup.model.attention}, "say which with --config.attention")
+    if start:  # whether it fits is found out before there is a workdir
+        start.restore({"lora": setup.shapes["lora"]})
+    return Run(config, folder, inputs, run_identity, setup, profiled, start)
+
+
+def describe(run: Run, leaves: bool = False) -> str:
+    """What would be trained on what, and at what cost; `leaves`: every parameter, too."""
+    setup = run.setup
+    parts = [f"processes  {jax.process_count()}"] if distributed.is_running() else []
+    parts.append(
+        report.describe_model(
+            run.config, run.inputs.architecture, run.mesh, setup.state.trainable, setup.frozen, setup.optimizer
+        )
+    )
+    parts.append(report.describe_data(run.config, run.inputs))
+    if leaves:
+        parts.append(report.describe_leaves(setup.shapes, setup.mask))
+    return "\n".join(parts)
+
+
+def _train(run: Run, checkpoints: Checkpoints) -> Result:
+    config, workdir, inputs, mesh, setup = run.config, run.workdir, run.inputs, run.mesh, run.setup
+    steps, model = inputs.steps, setup.model
+
+    # ---- State: from the last checkpoint, else from the beginning.
+    batches = training_batches(config, inputs.train)
+    first = distributed.broadcast_from_first(checkpoints.latest) or 0
+    state, frozen, tokens = _begin(run, checkpoints, batches, first)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        forget_after(workdir / file, first if first else -1)
+    if first >= steps:
+        plot_curves(workdir)
+        print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
+        return read_result(workdir, first)
+    if first:
+        print(f"resumed from step {first}")
+        if left_out := run.profile.resumed(first):
+            print(left_out)
+
+    train_step = distributed.compile_together(setup.function)
+    eval_step = distributed.compile_together(make_eval_step(model))
+    eval_batches = evaluation_batches(config, inputs.held_out)
+    speed = make_speed(mesh, model.dtype, config, [(inputs.architecture, config.adapter)])
+    best = distributed.broadcast_from_first(lambda: best_evaluation(workdir)[0])
+    distributed.barrier("loaded")  # some processes have more of the base to read than others
+    began, stopped_by, step = time.monotonic(), None, first
+    with (
+        stop_signals() as stop,
+        contextlib.closing(Metrics(workdir, config, first)) as metrics,
+        contextlib.closing(Console(steps, first)) as console,
+    ):
+        # ---- The loop: log, evaluate, sample, save. A checkpoint is made after everything up to its step is written.
+        for tick in run_steps(
+            lambda state, batch, _: train_step(state, frozen, batch),
+            state, batches, mesh, config, first, steps, stop, speed, run.profile,
+        ):  # fmt: skip
+            step, state = tick.step, tick.state
+            if 0 < step == run.profile.stop:
+                console.say(run.profile.written)
+            for done in tick.results:
+                refuse_not_finite(done, checkpoints)
+                tokens += int(done.metrics.tokens)
+                line = None
+                if (config.log.every and done.step == 1) or due(done.step, config.log.every, steps):
+                    line = training_scalars(done, tokens) | speed.rates()
+                    metrics.write(done.step, {name: line[name] for name in line if name not in NOT_WRITTEN})
+                console.step(done.step, line)
+            if not tick.pauses:
+                continue
+            with speed.paused():
+                variables = partition.merge(state.trainable, frozen)
+                loss = math.inf
+                if tick.evaluates and eval_batches:
+                    total, count = evaluation_sums(eval_step, eval_batches, mesh, state.trainable, frozen)
+                    loss = float(total / count)
+                    if not math.isfinite(loss):
+                        raise UserError(f"step {step}: the evaluation loss is {loss}; {intact(checkpoints)}; {REMEDY}")
+                    scalars = evaluation_scalars(loss)
+                    if config.eval.answers:
+                        scalars["eval/exact_match"] = write_answers(
+                            workdir / "samples.jsonl",
+                            step,
+                            model,
+                            variables,
+                            inputs.tokenizer,
+                            inputs.held_out.examples,
+                            config,
+                        )
+                    metrics.write(step, scalars)
+                    console.say(f"step {step}/{steps}  {'  '.join(f'{name} {format_number(x)}' for name, x in scalars.items())}")
+                if tick.samples:
+                    for prompt, text in write_samples(
+                        workdir / "samples.jsonl", step, model, variables, inputs.tokenizer, config
+                    ):
+                        console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
+                del variables  # the next step donates the state's arrays
+                better, best = loss < best, min(loss, best)
+                if tick.saves or (better and step > 0) or tick.stopped_by:
+                    meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
+                    meta |= {"identity": run.identity, "versions": workdir_lib.versions()}
+                    flush_lines()
+                    checkpoints.save(step, state, batches.get_state(), meta, loss if loss < math.inf else None)
+            if tick.stopped_by and step < steps:
+                stopped_by = tick.stopped_by
+                checkpoints.wait()
+                console.say(
+                    f"stopped by {stopped_by} after step {step}, which is saved; run the same command again to go on"
+                )
+        checkpoints.wait()
+    result = read_result(workdir, step, stopped_by)
+    if not stopped_by and distributed.is_first():
+        plot_curves(workdir)
+        print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
+    return result
+
+
+NOT_WRITTEN = ("train/mfu", "train/waiting")  # shown on the console only: they are the machine's, not the run's
+
+
+def training_scalars(result: StepResult, tokens: int, member: int | None = None) -> dict[str, float]:
+    """The scalars of a step (of one member of a wave) under their names in `metrics.jsonl`."""
+    values = result.metrics if member is None else jax.tree.map(lambda leaf: leaf[member], result.metrics)
+    scalars = {"loss": values.loss, "grad_norm": values.grad_norm, "learning_rate": values.learning_rate}
+    return {f"train/{name}": float(value) for name, value in scalars.items()} | {"train/tokens": tokens}
+
+
+def _begin(run: Run, checkpoints: Checkpoints, batches, first: int) -> tuple[State, dict, int]:
+    """-> (state, frozen leaves, tokens seen) after step `first`; `batches` go to their place."""
+    config, setup = run.config, run.setup
+    # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
+    made = set(setup.shapes) - ({"lora" if config.adapter else "params"} if first else set())
+    start = run.init_adapter
+    if config.init_adapter and not first and start is None:  # a run that was stopped before its first checkpoint
+        start = read_init_adapter(config, run.inputs.base)
+    variables = initial_variables(config, setup.model, run.inputs.base, setup.shapes, made, start)
+    trainable, frozen = partition.split(variables, setup.mask)
+    layout, key = setup.state, jax.random.key(config.seed)
+    if not first:
+        return init_state(setup.optimizer, trainable, key, layout), frozen, 0
+    state, position = checkpoints.restore(first, layout)
+    step = mesh_lib.put(np.int32(first), layout.step.sharding)
+    batches.set_state(position)
+    meta = checkpoints.meta(first)
+    if meta["config"]["mesh"] != config_lib.to_dict(config)["mesh"]:
+        print("mesh changed: the reduction order differs, so the run is no longer bitwise reproducible")
+    return state._replace(step=step, key=mesh_lib.put(key, layout.key.sharding)), frozen, meta["tokens"]
+
+
+def read_result(workdir: paths.Path, step: int, stopped_by: str | None = None) -> Result:
+    """The result of a run from the lines in its workdir."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    losses, eval_losses = (
+        {line["step"]: line[name] for line in lines if name in line} for name in ("train/loss", "eval/loss")
+    )
+    return Result(workdir, step, losses, eval_losses, stopped_by)
+
+
+def refuse_not_finite(result: StepResult, checkpoints: Checkpoints) -> None:
+    """UserError for a loss or a gradient that is not finite; it names the step's examples."""
+    loss, grad_norm = result.metrics.loss, result.metrics.grad_norm
+    if np.isfinite(loss) and np.isfinite(grad_norm):
+        return
+    ids = sorted(set(result.examples[result.examples >= 0].tolist()))
+    raise UserError(
+        f"step {result.step}: the loss is {loss} and the gradient's norm {grad_norm}; its examples are "
+        f"{', '.join(map(str, ids))} (counted from 0 in the training file); {intact(checkpoints)}; look at these examples, "
+        f"or {REMEDY}"
+    )
+
+
+def intact(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    last = checkpoints.latest()
+    return f"the checkpoint of step {last} is intact" if last else "no checkpoint was written yet"
