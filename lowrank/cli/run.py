@@ -1,7 +1,8 @@
-"""How every command runs: absl's flags, one line for a user's mistake, the compile cache, and signals to stop."""
+"""Run a command: parse absl's flags, turn a UserError into one line and an exit code, keep compiled programs."""
 
 import os
 import pathlib
+import shlex
 import sys
 import traceback
 import typing
@@ -11,28 +12,25 @@ import jax
 from absl import app, flags, logging
 
 from lowrank.errors import UserError
-from lowrank.parallel import compiling, distributed
+from lowrank.parallel import distributed, launchers
 
-STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (sysexits' "temporary failure")
+STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 def run(main: typing.Callable[[list[str]], int | None]):
-    """Run a command: `main(arguments that are no absl flag)`, whose result is the exit code (None: 0).
-
-    A UserError, in the flags or later, ends the command with one line on stderr and exit code 1.
-    """
+    """Run `main(arguments that are no absl flag)`, whose result is the exit code (None: 0). A UserError exits with 1."""
 
     def parse_flags(argv):
         try:
             rest = flags.FLAGS(argv, known_only=True)
             if flags.FLAGS["verbosity"].using_default_value:
-                flags.FLAGS.verbosity = logging.FATAL  # libraries' lines drown the run's; their errors are raised
+                flags.FLAGS.verbosity = logging.FATAL  # libraries log too much; their errors are raised anyway
             return rest
         except flags.Error as error:
             return _fail(f"{str(error).splitlines()[0]}; see --help")
 
     def guarded(argv):
-        compiling.silence_libtpu()
+        launchers.silence_libtpu()
         use_compile_cache()
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -45,9 +43,9 @@ def run(main: typing.Callable[[list[str]], int | None]):
             distributed.fail("interrupted")
             print("interrupted", file=sys.stderr)
             return 130  # as shells count it: 128 + SIGINT
-        except BrokenPipeError:  # `... | head` is no mistake, but nor is it done
+        except BrokenPipeError:  # `... | head`: no mistake, but the command did not finish
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            distributed.fail("nobody reads its output any more (a closed pipe)")
+            distributed.fail("its output was closed (a broken pipe)")
             return 141  # as shells count it: 128 + SIGPIPE
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -64,16 +62,21 @@ def run(main: typing.Callable[[list[str]], int | None]):
     app.run(guarded, flags_parser=parse_flags)
 
 
+def command_line(name: str) -> str:
+    """How this command was called, to be recorded beside what it makes."""
+    return shlex.join(["python", "-m", f"lowrank.{name}", *sys.argv[1:]])
+
+
 def refuse_unknown(arguments: list[str]):
-    """For a command without a config: whatever is left after absl's flags is a mistake."""
+    """UserError for any argument left after absl's flags, in a command that takes none."""
     if arguments:
         raise UserError(f"unknown argument{'s' * (len(arguments) > 1)} {' '.join(arguments)}; see --help")
 
 
 def use_compile_cache():
-    """Keep compiled programs between runs, in the user's own cache folder unless JAX_COMPILATION_CACHE_DIR says where.
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's own cache folder.
 
-    Nobody else may write there: a compiled program that others can replace is code that others can run.
+    Nobody else may write there: whoever can replace a compiled program can run code as this user.
     """
     if jax.config.jax_compilation_cache_dir is None:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -82,15 +85,14 @@ def use_compile_cache():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.chmod(folder, 0o700)
         except OSError:
-            return  # a home that cannot be written to costs compile time, nothing else
+            return  # without a writable home, only compile time is lost
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves out most of a start
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves most programs out
 
 
 def _end_others(error: Exception):
-    """An error that nobody foresaw, in one of several processes: if it is another's end that caused it, that is said;
-    else the others end with this one's."""
+    """End all processes after an unexpected error in one; where another process's end caused it, report that instead."""
     if distributed.is_running():
         distributed.wait_for_reason()
         traceback.print_exc()
@@ -98,7 +100,7 @@ def _end_others(error: Exception):
 
 
 def _fail(message: str):
-    message = " ".join(message.splitlines())  # what libraries say may have several
+    message = " ".join(message.splitlines())  # messages of libraries may have several
     distributed.fail(message)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)

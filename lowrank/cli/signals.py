@@ -1,8 +1,13 @@
-"""TODO cli.signals"""
+"""SIGTERM and Ctrl-C as a question that the training loop asks once per step: has somebody asked to stop?
+
+The first signal is only noted, so the loop can finish its step and save; a second Ctrl-C raises KeyboardInterrupt.
+"""
 
 import contextlib
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
 
 from jax.experimental import multihost_utils
 
@@ -10,40 +15,39 @@ from lowrank.parallel import distributed
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """Yields a function that gives the name of the signal that asked to stop, or None.
+def stop_signals() -> Iterator[Callable[..., str | None]]:
+    """Yield `stop(step)`: the name of the signal that asked to stop, or None. Leaves the handlers as they were.
 
-    Of several processes each asks it once in every step, with the step's number; all have the same answer at the same step.
+    With several processes each calls it once in every step, and all get the same answer at the same step. In a thread
+    other than the main one, where Python allows no handlers, no signal is noted.
     """
     received: list[str] = []
-    if distributed.is_running():
-        with _stop_signals_of_all() as stop:
-            yield stop
-        return
 
-    def handle(number, _):
+    def note(number, _):
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step=None: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _stop_signals_of_all():
-    """JAX's runtime takes SIGTERM for a preemption, and finds a step that no process is beyond. So Ctrl-C becomes a SIGTERM."""
-
-    def interrupt(*_):
+    def pass_on(*_):  # JAX's runtime takes SIGTERM for a preemption, and finds a step that no process is beyond
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    if distributed.is_running():
+        with _handlers({signal.SIGINT: pass_on}):
+            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+    else:
+        with _handlers({signal.SIGTERM: note, signal.SIGINT: note}):
+            yield lambda step=None: received[0] if received else None
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[int, Callable]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C, which Python cannot set again

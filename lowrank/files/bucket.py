@@ -1,4 +1,8 @@
-"""TODO files.bucket"""
+"""Google Cloud Storage: `BucketPath`, an object in a bucket with those methods of `pathlib.Path` that lowrank uses.
+
+A bucket holds whole objects: each appears or is replaced at once, and none can be appended to or renamed. Failures of
+storage, credentials and network become a `UserError`; a missing object is a FileNotFoundError, as on a disk.
+"""
 
 import contextlib
 import dataclasses
@@ -24,7 +28,7 @@ LOGIN = "run `gcloud auth application-default login`, or give the machine's serv
 
 @dataclasses.dataclass(frozen=True, order=True)
 class BucketPath:
-    """An object in a bucket, or the folder that a prefix of objects' names looks like."""
+    """An object in a bucket, or a folder: a prefix of objects' names."""
 
     where: str  # bucket/some/name
 
@@ -64,10 +68,10 @@ class BucketPath:
     def resolve(self) -> "BucketPath":
         return self
 
-    # ---- Asking ------------------------------------------------------------------------------------------------------
+    # ---- Queries -----------------------------------------------------------------------------------------------------
 
     def _info(self) -> dict | None:
-        """What the bucket knows of the object or the folder; None if there is neither."""
+        """gcsfs's description of the object or folder; None if there is neither."""
         try:
             with bucket_errors(self):
                 return bucket_files().info(self.where)
@@ -84,21 +88,21 @@ class BucketPath:
         return (self._info() or {}).get("type") == "directory"
 
     def stat(self) -> types.SimpleNamespace:
-        """`st_size`, and as `st_mtime_ns` the object's generation: microseconds of when it was written, another each time."""
+        """`st_size`, and as `st_mtime_ns` the object's generation: the microseconds of its writing, new each time."""
         info = self._info()
         if info is None or info["type"] != "file":
             raise self._missing()
         return types.SimpleNamespace(st_size=int(info["size"]), st_mtime_ns=int(info["generation"]) * 1000)
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        """What is in the folder; nothing where there is no such folder, which for a bucket is the same."""
+        """The entries of the folder. A bucket has no empty folders: a missing one has no entries."""
         found = []
         with contextlib.suppress(FileNotFoundError), bucket_errors(self):
             found = bucket_files().ls(self.where, detail=False)
         yield from (BucketPath(name.rstrip("/")) for name in found if name.rstrip("/") != self.where)
 
     def glob(self, pattern: str) -> list["BucketPath"]:
-        """The folder's own objects of such names."""
+        """The folder's own entries whose names match."""
         return [file for file in self.iterdir() if fnmatch.fnmatchcase(file.name, pattern)]
 
     # ---- Reading and writing -----------------------------------------------------------------------------------------
@@ -115,37 +119,37 @@ class BucketPath:
         return self.read_bytes().decode(encoding).replace("\r\n", "\n")  # as `open` does
 
     def open(self, mode: str) -> io.BytesIO:
-        """The whole object, to read."""
+        """The whole object, in memory, to read."""
         if mode != "rb":
-            raise ValueError(f"{mode}: an object is opened to be read as bytes, and written whole")
+            raise ValueError(f"mode {mode}: objects are opened only to read bytes")
         return io.BytesIO(self.read_bytes())
 
     def write_bytes(self, content: bytes) -> None:
-        """Replace the object: whole, or not at all."""
+        """Replace the object atomically."""
         with bucket_errors(self):
             bucket_files().pipe_file(self.where, content)
 
     def create(self, metadata: dict[str, str]) -> None:
-        """Make an empty object that carries `metadata`; FileExistsError if there is one of this name."""
+        """Create an empty object with `metadata`; FileExistsError if the object exists."""
         with bucket_errors(self):
             bucket_files().pipe_file(self.where, b"", metadata=metadata, mode="create")
 
     def request(self, method: str, **parameters) -> tuple[dict | None, datetime.datetime]:
-        """One request of the bucket's JSON interface about the object -> what it says of it, and its own time.
+        """A request of the JSON API about the object -> the answer and the server's time.
 
-        FileExistsError if a precondition among the parameters is not met.
+        FileExistsError if a precondition among the parameters fails.
         """
         with bucket_errors(self):
             headers, content = bucket_files().call(method, "b/{}/o/{}", self.bucket, self.key, **parameters)
         return json.loads(content or b"null"), email.utils.parsedate_to_datetime(headers["Date"])
 
     def check_bucket(self) -> None:
-        """UserError if the bucket itself may not be asked what kind it is: Orbax asks, when it removes an old checkpoint."""
+        """UserError without the permission to query the bucket itself: Orbax does so when it removes an old checkpoint."""
         with bucket_errors(self):
             bucket_files().call("GET", "b/{}", self.bucket)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """A folder is there as soon as something is in it."""
+        """Nothing to do: a folder exists as soon as an object is in it."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         with contextlib.suppress(*[FileNotFoundError] * missing_ok), bucket_errors(self):
@@ -157,38 +161,38 @@ class BucketPath:
 
 @functools.cache
 def bucket_files():
-    """gcsfs, by fsspec's name for it: what Orbax uses, too. It finds the user's credentials as Google's own programs do."""
-    # Its experimental class asks over gRPC what kind of bucket it is, again for every range where it gets no answer. Only
-    # zonal buckets need that; whoever has one sets this to true.
+    """fsspec's file system for gs:// (gcsfs), which Orbax uses too. It finds credentials as Google's own programs do."""
+    # Its experimental class queries over gRPC what kind of bucket it is, and without an answer again for every range. Only
+    # zonal buckets need that; their users set this to true.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
-        import gcsfs  # noqa: F401 (asked for here, so that its absence is told from other failures)
+        import gcsfs  # noqa: F401 (imported here to tell its absence from other failures)
     except ImportError:
         raise UserError("gs:// paths need gcsfs; pip install 'lowrank[gcs]' (or, with make, EXTRAS=gcs)") from None
-    # What another host writes must be seen; listings would be remembered for ever. Said in fsspec's own settings, so that
-    # Orbax's file system has it, too.
+    # Cached listings never expire and would hide what other hosts write. Set in fsspec's own settings, so that it holds for
+    # Orbax's file system too.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback for what it then raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of every error that it raises
     with bucket_errors(SCHEME):
         return fsspec.filesystem("gcs")
 
 
 @functools.cache
 def _check_bucket(bucket: str) -> None:
-    """UserError if there is no such bucket, which looks like a missing object otherwise."""
+    """UserError if there is no such bucket, which otherwise looks like a missing object."""
     try:
         bucket_files().ls(bucket, max_results=1)
     except FileNotFoundError:
         raise UserError(f"{SCHEME}{bucket}: no such bucket; check its name") from None
-    except Exception as error:  # whoever may read an object need not be allowed to list them all
-        if said_of(error) is None:
+    except Exception as error:  # reading an object needs no permission to list the bucket
+        if explain(error) is None:
             raise
 
 
 @contextlib.contextmanager
 def bucket_errors(where: BucketPath | str) -> Iterator[None]:
-    """What gcsfs, Google's credentials and the network raise -> one line; files that are missing stay what they are."""
+    """Turn errors of gcsfs, credentials and network into a UserError; FileNotFoundError stays, with the path's name."""
     try:
         yield
     except FileNotFoundError:
@@ -197,19 +201,19 @@ def bucket_errors(where: BucketPath | str) -> Iterator[None]:
     except (UserError, FileExistsError):
         raise
     except Exception as error:
-        line = said_of(error)
+        line = explain(error)
         if line is None:
             raise
         raise UserError(f"{where}: {line}") from error
 
 
-def said_of(error: BaseException) -> str | None:
-    """A failure of storage, its credentials or the network, in words and with what to do; None if it is something else."""
+def explain(error: BaseException) -> str | None:
+    """A failure of storage, credentials or network in one line, with what to do; None for any other error."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     text = (" ".join(str(error).split()).partition(" [http_response")[0] or type(error).__name__)[:300]
     code = getattr(error, "code", None)
     if code in (401, "401") or "google.auth.exceptions.GoogleAuthError" in kinds:
-        return f"Google Cloud Storage does not know who asks ({text}); {LOGIN}"
+        return f"Google Cloud Storage needs credentials ({text}); {LOGIN}"
     if code == 403 or (isinstance(error, OSError) and text.startswith("Forbidden")) or "PERMISSION_DENIED" in text:
         reason = re.sub(r"^(Forbidden: \S+|403 [A-Z]+ \S+:|PERMISSION_DENIED:) ?", "", text) or "forbidden"
         return (

@@ -1,13 +1,13 @@
-"""One process at a time in a workdir that lies in a bucket, where no lock ends with the process that holds it.
+"""A lock on a workdir in a bucket, where no lock is released when the process that holds it dies.
 
-The lock is an object: of all that try to create it, the bucket lets one. Its holder touches it every 15 seconds. Whoever finds
-a lock that was touched less than a minute ago looks on: if it is touched again, the workdir is in use; if not, or if its
-holder was a process of this machine that is gone, that very lock is removed (the bucket removes no newer one for it) and a
-new one is made. All times are the bucket's own, so clocks may differ.
+The lock is an object: of all processes that try to create it, the bucket lets one succeed. Its holder touches it every 15
+seconds. A process that finds a lock touched less than a minute ago watches it: if it is touched again, the workdir is in
+use; if not, or if the holder was a process of this machine that is gone, exactly that lock is removed (by its generation,
+so never a newer one) and a new one is created. All times are the bucket's, so clocks may differ.
 
-Hence no two processes write: one that has not been able to touch its lock for 45 seconds, or finds another's in its place,
-ends at once, before it can be taken for dead. Left out: a process that is stopped for a minute (SIGSTOP, a machine that is
-suspended) and then goes on finds out at its next touch, and what it writes until then is written.
+So no two processes write: a holder that could not touch its lock for 45 seconds, or finds another's in its place, exits at
+once, before others may take it for dead. Left out: a process that is stopped for a minute (SIGSTOP, a suspended machine)
+learns of it at its next touch, and writes until then.
 """
 
 import concurrent.futures
@@ -27,14 +27,14 @@ from lowrank.files.bucket import BucketPath
 from lowrank.parallel import distributed
 
 BEAT = 15.0  # seconds between two touches
-GIVE_UP = 45.0  # seconds without one after which the holder ends
-STALE = 60.0  # seconds without one after which a lock is nobody's
-LOOK = 2.0  # seconds between two looks at another's lock
+GIVE_UP = 45.0  # seconds without a touch after which the holder exits
+STALE = 60.0  # seconds without a touch after which the lock may be taken
+LOOK = 2.0  # seconds between two reads of another process's lock
 
 
 @contextlib.contextmanager
 def locked(file: BucketPath, workdir: str) -> Iterator[None]:
-    """Hold the lock `file`; UserError if another process does."""
+    """Hold the lock `file`; UserError if another process holds it."""
     generation = _acquire(file, workdir)
     over = threading.Event()
     toucher = threading.Thread(target=_touch, args=(file, workdir, generation, over), daemon=True)
@@ -58,9 +58,9 @@ def _acquire(file: BucketPath, workdir: str) -> str:
         try:
             found, now = file.request("GET")
         except FileNotFoundError:
-            continue  # its holder has just let go of it
+            continue  # released since
         holder = found.get("metadata", {})
-        if holder.get("id") == own["id"]:  # `create` need not have said so: a request may be done and its answer lost
+        if holder.get("id") == own["id"]:  # also where `create` failed: its answer may be lost after success
             return found["generation"]
         age = (now - datetime.datetime.fromisoformat(found["updated"])).total_seconds()
         if age > STALE or _is_gone(holder):
@@ -81,8 +81,8 @@ def _acquire(file: BucketPath, workdir: str) -> str:
         time.sleep(LOOK)
 
 
-def _touch(file: BucketPath, workdir: str, generation: str, over: threading.Event):
-    """Touch the lock until it is `over`; end the process if that fails."""
+def _touch(file: BucketPath, workdir: str, generation: str, over: threading.Event) -> None:
+    """Touch the lock until `over`; exit the process if that fails."""
     touched = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for number in itertools.count(1):
@@ -94,27 +94,24 @@ def _touch(file: BucketPath, workdir: str, generation: str, over: threading.Even
                 request.result(touched + GIVE_UP - time.monotonic())
                 touched = time.monotonic()
             except (FileNotFoundError, FileExistsError):
-                _end(
-                    distributed.FAILED,
-                    f"workdir {workdir} was taken over by another process, which took this one for dead",
-                )
+                _exit(distributed.FAILED, f"workdir {workdir} was taken over by a process that took this one for dead")
             except (UserError, TimeoutError) as error:
-                if time.monotonic() > touched + GIVE_UP - BEAT:  # another try would come too late
-                    _end(
+                if time.monotonic() > touched + GIVE_UP - BEAT:  # a retry would end too late
+                    _exit(
                         distributed.LOST,
                         f"workdir {workdir} cannot be reached for {GIVE_UP:.0f} s ({error or 'no answer'}), so others may "
                         "take it; run the same command again to go on from the last checkpoint",
                     )
 
 
-def _end(code: int, message: str):
+def _exit(code: int, message: str) -> None:
     distributed.fail(message, code)
     os.write(2, f"error: {message}\n".encode())
-    os._exit(code)  # not by an exception in this thread: the main one may be in the midst of writing
+    os._exit(code)  # an exception in this thread would not stop the main thread's writes
 
 
 def _machine() -> str:
-    """What two processes have in common that can see each other; empty where that is not known."""
+    """The same for two processes that can see each other; empty where unknown."""
     with contextlib.suppress(OSError):
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -122,7 +119,7 @@ def _machine() -> str:
 
 
 def _is_gone(holder: dict) -> bool:
-    """Whether the holder was a process of this very machine, and is no more."""
+    """Whether the holder was a process of this machine that has ended."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return False
     try:

@@ -1,10 +1,11 @@
-"""TODO files.lines"""
+"""Small files of a workdir: JSON lines that a killed process leaves readable, and files replaced whole."""
 
 import contextlib
 import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 
 from lowrank.errors import UserError
 from lowrank.files import bucket, paths
@@ -12,8 +13,8 @@ from lowrank.parallel import distributed
 
 
 @contextlib.contextmanager
-def writing(file: pathlib.Path):
-    """A disk that is full or read-only is the user's to mend."""
+def writing(file: pathlib.Path) -> Iterator[None]:
+    """Turn an OSError (a full or read-only disk) into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -22,43 +23,44 @@ def writing(file: pathlib.Path):
         ) from error
 
 
-def replace(file: paths.Path, text: str):
-    """Give the file a new content: whole, or (after a power cut, too) still the old one."""
+def replace(file: paths.Path, text: str) -> None:
+    """Replace the file's content atomically, even through a power cut. Only process 0 writes."""
     if not distributed.is_first():
         return
-    if paths.is_remote(file):
+    if isinstance(file, bucket.BucketPath):
         bucket_lines.pop(file, None)
         file.write_bytes(text.encode())
         return
     fresh = file.with_suffix(".tmp")
     with writing(file):
-        with open(fresh, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_durably(fresh, text, "w")
         fresh.replace(file)
 
 
-def append_line(file: paths.Path, record: dict):
-    """Append one JSON object and have it on the disk before going on; in a bucket it is there after `flush_lines`."""
+def append_line(file: paths.Path, record: dict) -> None:
+    """Append one JSON object; on a disk it is durable at once, in a bucket after `flush_lines`. Only process 0 writes."""
     if not distributed.is_first():
         return
     line = json.dumps(record, ensure_ascii=False) + "\n"
-    if paths.is_remote(file):
+    if isinstance(file, bucket.BucketPath):
         bucket_lines.setdefault(file, BucketLines(file)).append(line)
         return
-    with writing(file), open(file, "a", encoding="utf-8") as stream:
-        stream.write(line)
+    with writing(file):
+        _write_durably(file, line, "a")
+
+
+def _write_durably(file: pathlib.Path, text: str, mode: str) -> None:
+    with open(file, mode, encoding="utf-8") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
 
 class BucketLines:
-    """The lines of an object, which can only be replaced whole, and about once a second at most.
+    """The lines of an object in a bucket, which can only be replaced whole, about once a second at most.
 
-    So it is not written for each line, but where 10 seconds have passed (more if writing takes long: it may take a twentieth
-    of the time), and before every checkpoint. A run that is killed loses lines after its last checkpoint alone, and these
-    are written again when it goes on from there.
+    They are written before every checkpoint, and when 10 seconds have passed (longer where writing takes more than a twentieth
+    of the time). A killed run loses only lines after its last checkpoint, and writes those again when it resumes.
     """
 
     def __init__(self, file: bucket.BucketPath):
@@ -66,13 +68,13 @@ class BucketLines:
         self.content = bytearray(file.read_bytes() if file.exists() else b"")
         self.written, self.next = True, 0.0
 
-    def append(self, line: str):
+    def append(self, line: str) -> None:
         self.content += line.encode()
         self.written = False
         if time.monotonic() >= self.next:
             self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         if not self.written:
             began = time.monotonic()
             self.file.write_bytes(bytes(self.content))
@@ -84,24 +86,23 @@ SECONDS_BETWEEN = 10.0
 bucket_lines: dict[bucket.BucketPath, BucketLines] = {}
 
 
-def flush_lines():
-    """Have every line in its bucket; those on a disk are there already."""
+def flush_lines() -> None:
+    """Write all lines that are still to go to a bucket."""
     for lines in bucket_lines.values():
         lines.flush()
 
 
 def read_lines(file: paths.Path) -> list[dict]:
-    """The whole lines of a JSON-lines file; a last line that was cut short by a kill is left out."""
-    if file in bucket_lines:
+    """The records of a JSON-lines file, without a last line that a kill cut short."""
+    if isinstance(file, bucket.BucketPath) and file in bucket_lines:
         bucket_lines[file].flush()
     if not file.exists():
         return []
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def forget_after(file: paths.Path, step: int):
-    """Drop the lines of steps after `step`, which a resumed run is about to write again. Atomic."""
+def forget_after(file: paths.Path, step: int) -> None:
+    """Drop the records of steps after `step`, which a resumed run writes again. Atomic."""
     if distributed.is_first() and file.exists():
         kept = [record for record in read_lines(file) if record["step"] <= step]
         replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

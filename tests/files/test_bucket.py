@@ -40,9 +40,9 @@ def test_a_bucket_path_is_never_taken_for_a_local_one():
     [
         (
             "gs:/bucket/a",
-            "gs:/bucket/a: paths that begin with gs:/ are not known; say gs://BUCKET/PATH, or a local path",
+            "gs:/bucket/a: gs:/ paths are not supported; give gs://BUCKET/PATH or a local path",
         ),
-        ("s3://bucket/a", "s3://bucket/a: paths that begin with s3:// are not known"),
+        ("s3://bucket/a", "s3://bucket/a: s3:// paths are not supported"),
         ("gs://", "gs://: '' is no name of a bucket"),
         ("gs://Bucket/a", "gs://Bucket/a: 'Bucket' is no name of a bucket"),
     ],
@@ -57,7 +57,7 @@ def test_an_object_is_written_read_and_listed(bucket):
     file = paths.path("gs://bucket/a/b.txt")
     assert not file.exists() and not file.parent.is_dir()
     file.write_bytes(b"one\r\ntwo")
-    assert bucket_lib.files("bucket/a") == {"b.txt": b"one\r\ntwo"}
+    assert bucket.files("bucket/a") == {"b.txt": b"one\r\ntwo"}
     assert file.exists() and file.is_file() and not file.is_dir()
     assert file.parent.is_dir() and not file.parent.is_file()
     assert (file.read_text(), file.read_range(2, 6), file.stat().st_size) == ("one\ntwo", b"e\r\nt", 8)
@@ -72,34 +72,34 @@ def test_an_object_is_written_read_and_listed(bucket):
 
 def test_what_another_process_wrote_is_seen_at_once(bucket):
     folder = paths.path("gs://bucket/a")
-    bucket_lib.put("bucket/a/1", b"")
+    bucket.put("bucket/a/1", b"")
     assert [file.name for file in folder.iterdir()] == ["1"]
-    bucket_lib.put("bucket/a/2", b"")
+    bucket.put("bucket/a/2", b"")
     assert [file.name for file in folder.iterdir()] == ["1", "2"]
-    del bucket_lib.objects["bucket/a/1"]
+    del bucket.objects["bucket/a/1"]
     assert not (folder / "1").exists()
 
 
 def test_a_large_object_goes_in_several_requests(bucket):
     content = bytes(range(256)) * 2**18  # 64 MB
     paths.path("gs://bucket/large").write_bytes(content)
-    assert bucket_lib.files("bucket") == {"large": content}
+    assert bucket.files("bucket") == {"large": content}
 
 
 def test_data_in_a_bucket_gives_the_same_records_and_the_same_hash(bucket, tmp_path):
     for name, text in {"a.json": ALPACA, "b.txt": "One\r\n\r\nTwo"}.items():
         (tmp_path / name).write_text(text)
-    bucket_lib.put_folder("bucket/data", tmp_path)
+    bucket.put_folder("bucket/data", tmp_path)
     for name, form in (("a.json", "alpaca"), ("b.txt", "text")):
         assert read_records(f"gs://bucket/data/{name}", form) == read_records(tmp_path / name, form)
         assert file_hash(f"gs://bucket/data/{name}") == file_hash(str(tmp_path / name))
     before = file_hash("gs://bucket/data/b.txt")
-    bucket_lib.put("bucket/data/b.txt", b"Three")
+    bucket.put("bucket/data/b.txt", b"Three")
     assert file_hash("gs://bucket/data/b.txt") != before
 
 
 def test_broken_records_are_named_by_their_path_in_the_bucket(bucket):
-    bucket_lib.put("bucket/a.json", b'{"output": "b"}')
+    bucket.put("bucket/a.json", b'{"output": "b"}')
     with pytest.raises(
         UserError, match=r"gs://bucket/a.json has broken records.*line 1: field 'instruction' is missing"
     ):
@@ -139,8 +139,8 @@ def test_a_base_that_is_not_there(bucket):
     ],
 )
 def test_what_is_not_allowed(bucket, status, answer, message):
-    bucket_lib.put("bucket/a", b"content")
-    bucket_lib.refuse = lambda method, path: (status, answer)
+    bucket.put("bucket/a", b"content")
+    bucket.refuse = lambda method, path: (status, answer)
     file = paths.path("gs://bucket/a")
     for ask in (file.exists, file.read_bytes, lambda: file.write_bytes(b"")):
         with pytest.raises(UserError) as refused:
@@ -149,9 +149,9 @@ def test_what_is_not_allowed(bucket, status, answer, message):
 
 
 def test_a_server_that_is_busy_is_asked_again(bucket):
-    bucket_lib.put("bucket/a", b"content")
+    bucket.put("bucket/a", b"content")
     answers = [(503, "busy"), (429, "slow down"), None]
-    bucket_lib.refuse = lambda method, path: answers.pop(0)
+    bucket.refuse = lambda method, path: answers.pop(0)
     assert paths.path("gs://bucket/a").read_bytes() == b"content"
     assert not answers
 
