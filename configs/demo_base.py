@@ -4,7 +4,7 @@
     python -m lowrank.train --config=configs/demo_base.py --workdir=runs/demo_base
     python -m lowrank.export --workdir=runs/demo_base --format=merged --to=runs/demo_base_export
 
-The last folder is what lies in configs/demo/base. WORKSPACE.md says how long it took and where its loss ended.
+The last folder is what lies in configs/demo/base. docs/demo.md says how long it took and where its loss ended.
 """
 
 import ml_collections
