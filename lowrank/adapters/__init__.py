@@ -1,1 +1,1 @@
-"""TODO adapters"""
+"""LoRA and its variants, a file for each: configuration, initial values, scales."""

@@ -1,7 +1,7 @@
-"""A projection with its adapter: y = x W + scale · (x A) B  (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+"""LoRA: y = x W + scale · (x A) B  (Hu et al., 2021, https://arxiv.org/abs/2106.09685). Ranks, scales, initial values.
 
-The kernel W lives in the collection `params`, the factors in `lora`, under the same module path. So the partition
-into base and adapter is a fact of the tree's structure, and no name is ever matched to find an adapter.
+`model.projection` applies it. W is a leaf of the collection `params`, A and B (`lora_a`, `lora_b`) are leaves of the
+collection `lora` under the same module path: the tree's structure separates base and adapter, no name is matched.
 """
 
 import dataclasses
@@ -17,32 +17,34 @@ TARGETS = ATTENTION + MLP
 
 
 class LayerScalars(NamedTuple):
-    """What the adapter of one projection has for itself in each layer: every leaf leads with `layers` until the scan over
-    layers hands it out. Arrays, so that the members of a sweep can share one program."""
+    """Per-layer scalars of one projection's adapter: [layers] outside the scan over layers, scalar inside.
+
+    They are arrays and not constants so that the members of a sweep share one compiled program.
+    """
 
     scale: jax.Array  # float32
     rank: jax.Array  # int32
-    keep_prob: jax.Array | None = None  # float32, 1 - dropout; None: as the LoraConfig says
+    keep_prob: jax.Array | None = None  # float32, 1 - dropout; None: as in the LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """An adapter's shape. `dropout` is the share of the adapter's inputs that is zeroed while training."""
+    """An adapter's shape. `dropout` is the share of the adapter's inputs that is zeroed in training."""
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = TARGETS
     scaling: str = "standard"  # "standard": alpha / rank; "rslora": alpha / sqrt(rank) (Kalajdzievski, 2023)
-    # Where a target's layers have other ranks than `rank`, or other alphas: (target, one for each layer, or one for all).
-    # A rank of 0 is a layer without an adapter. A target's factors are as wide as its largest rank, and zero beyond a
-    # layer's own.
+    # Targets whose rank or alpha differs from the above: (target, a value for each layer, or one for all layers).
+    # Rank 0 is a layer without an adapter. The factors of a target are as wide as its largest rank, and zero beyond a
+    # layer's own rank.
     ranks: tuple[tuple[str, tuple[int, ...]], ...] = ()
     alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def scale(self) -> float:
-        """Of every projection that `ranks` and `alphas` do not name."""
+        """The scale of the targets that `ranks` and `alphas` do not name."""
         return self._scale(self.rank, self.alpha)
 
     def _scale(self, rank: int, alpha: float) -> float:
@@ -50,25 +52,25 @@ class LoraConfig:
 
     @property
     def uneven(self) -> bool:
-        """Whether layers or targets differ in rank or alpha."""
+        """Whether layers or targets may differ in rank or alpha."""
         return bool(self.ranks or self.alphas)
 
     def width(self, target: str) -> int:
-        """The rank axis of the target's factors."""
+        """Size of the rank axis of the target's factors."""
         return max(dict(self.ranks).get(target, (self.rank,)))
 
     def layer_ranks(self, target: str, layers: int) -> tuple[int, ...]:
-        return _spread(dict(self.ranks).get(target, (self.rank,)), layers)
+        return _broadcast(dict(self.ranks).get(target, (self.rank,)), layers)
 
     def layer_alphas(self, target: str, layers: int) -> tuple[float, ...]:
-        return _spread(dict(self.alphas).get(target, (self.alpha,)), layers)
+        return _broadcast(dict(self.alphas).get(target, (self.alpha,)), layers)
 
     def layer_scales(self, target: str, layers: int) -> tuple[float, ...]:
         ranks, alphas = self.layer_ranks(target, layers), self.layer_alphas(target, layers)
         return tuple(self._scale(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True))
 
     def layer_scalars(self, layers: int) -> dict[str, LayerScalars]:
-        """Of every target, what its layers have for themselves."""
+        """The LayerScalars of each target, [layers]."""
         return {
             target: LayerScalars(
                 jnp.asarray(self.layer_scales(target, layers), jnp.float32),
@@ -78,20 +80,20 @@ class LoraConfig:
         }
 
 
-def padding_size(lora: LoraConfig, config: ModelConfig) -> int:
-    """Elements of an uneven adapter's factors that are zero and stay zero."""
-    total = 0
-    for target in lora.targets:
-        inputs, outputs = config.projections()[target]
-        total += sum(lora.width(target) - rank for rank in lora.layer_ranks(target, config.layers)) * (inputs + outputs)
-    return total
-
-
-def _spread(values: tuple, layers: int) -> tuple:
+def _broadcast(values: tuple, layers: int) -> tuple:
     return values * layers if len(values) == 1 else values
 
 
-def init_lora_a(key, shape, dtype):
-    """Uniform in ±1/sqrt(in), as PEFT initialises it (Kaiming uniform with a = sqrt(5))."""
+def padding_size(lora: LoraConfig, config: ModelConfig) -> int:
+    """Number of elements beyond their layer's rank in the factors: they are zero and stay zero."""
+    total = 0
+    for target in lora.targets:
+        unused = sum(lora.width(target) - rank for rank in lora.layer_ranks(target, config.layers))
+        total += unused * sum(config.projections()[target])
+    return total
+
+
+def init_lora_a(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """[in, rank], uniform in ±1/sqrt(in), as PEFT initialises it (Kaiming uniform with a = sqrt(5))."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)

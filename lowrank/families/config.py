@@ -1,4 +1,4 @@
-"""TODO families.config"""
+"""`ModelConfig`: the shape and constants of a LLaMA-style decoder. A family is a set of its values, never a class."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies (`rope_type: llama3`)."""
+    """Llama 3.1's scaling of the low rotary frequencies (`rope_type: llama3`)."""
 
     factor: float
     low_freq_factor: float
@@ -18,7 +18,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape and the constants of a decoder. Sizes in elements, token ids as in the tokenizer."""
+    """Sizes in elements, token ids as in the tokenizer."""
 
     vocab: int
     embed: int
@@ -34,14 +34,14 @@ class ModelConfig:
     max_length: int = 2048
     bos_id: int | None = 1
     eos_ids: tuple[int, ...] = (2,)
-    stored_dtype: str = "bfloat16"  # what the checkpoint's tensors are held in, as its config says
-    family: str = "llama"  # whose config.json it is: a name for files, which no computation looks at
+    stored_dtype: str = "bfloat16"  # of the checkpoint's tensors, according to its config.json
+    family: str = "llama"  # `model_type` of its config.json; no computation depends on it
     biased: tuple[str, ...] = ()  # the projections with a bias
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before they are rotated
-    windows: tuple[int, ...] = ()  # of each layer: how many tokens back a query sees, itself included; 0 is all
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary positions
+    windows: tuple[int, ...] = ()  # of each layer: how many tokens a query sees, itself included; 0: all
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Of every projection of a layer: how many features go in, and how many come out."""
+        """Each projection of a layer -> (input features, output features)."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.embed, q),
@@ -54,7 +54,7 @@ class ModelConfig:
         }
 
     def shape_differences(self, other: "ModelConfig") -> list[str]:
-        """Where the arrays of `other` have other shapes than this config's, a few words each."""
+        """What gives the arrays of `other` other shapes than this config's, a few words each."""
         fields = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim", "tied_head", "biased", "qk_norm")
         pairs = [(name, getattr(other, name), getattr(self, name)) for name in fields]
         return [f"{name} is {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours]

@@ -1,8 +1,7 @@
-"""What a LLaMA-style decoder is made of: `ModelConfig`, read from a `config.json`, and a table of named sizes.
+"""Read and write a `config.json` of Hugging Face: the four families, in old and new spelling.
 
-One decoder serves every family: a family is a set of values of these fields, never a class of its own. Reading is
-strict: each field of a `config.json` is understood, known to leave the mathematics alone, or refused by name, because a
-field passed over in silence is a model that computes something else. Left out: token ids that only generation needs.
+Reading is strict: a field is understood, known not to affect what is computed, or refused by name, because a field that
+is ignored silently is a model that computes something else. Left out: token ids that only generation needs.
 """
 
 import json
@@ -21,7 +20,7 @@ FAMILIES = {  # values of `model_type`, and of `architectures` beside them
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# What transformers puts in the place of an absent field. It is not what it makes of a null, which means "not used".
+# Transformers' defaults for absent fields. A null means "not used", not the default.
 _IDS, _QWEN = {"bos_token_id": 1, "eos_token_id": 2}, {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 ABSENT = {
     "llama": _IDS | {"max_position_embeddings": 2048},
@@ -31,10 +30,9 @@ ABSENT = {
 }
 DTYPES = ("float32", "float16", "bfloat16")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-REQUIRED = object()  # in place of the value of an absent field
+REQUIRED = object()  # the default of a field that must not be absent
 
-# Fields that change what is computed and have one supported value, where the family reads no other; a field that is
-# absent has that value.
+# Fields that affect what is computed and have one supported value, unless the family reads them; an absent field has it.
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -50,8 +48,8 @@ FIXED = {
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
 }
-# Fields that leave the mathematics alone: bookkeeping, initialisation, defaults of generation, notes of other tools.
-# `pretraining_tp` only splits the same matrix products, `is_llama_config` says what `model_type` says.
+# Fields that do not affect what is computed: bookkeeping, initialisation, defaults of generation, notes of other tools.
+# `pretraining_tp` only splits the same matrix products, `is_llama_config` repeats `model_type`.
 HARMLESS = frozenset(
     """
     model_type architectures transformers_version _name_or_path name_or_path torch_dtype dtype use_cache
@@ -67,7 +65,7 @@ HARMLESS = frozenset(
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """The `ModelConfig` of `folder/config.json`, in the old spelling or that of transformers 5."""
+    """The `ModelConfig` of `folder/config.json`, in the old spelling or that of transformers 5. UserError if unsupported."""
     path = paths.path(folder) / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +79,7 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 
 
 def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
-    """As `read_config`, from the fields themselves; `where` begins the one error that lists every offender."""
+    """As `read_config`, from the fields; `where` begins the one error, which lists every problem."""
     family, classes = fields.get("model_type"), fields.get("architectures")
     if not isinstance(family, str) or family not in FAMILIES or (classes and classes != [FAMILIES[family]]):
         supported = ", ".join(f"{name} with {known}" for name, known in FAMILIES.items())
@@ -112,7 +110,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
         max_length=take.size("max_position_embeddings"),
         bos_id=take.rest.pop("bos_token_id", None),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        # torch held weights in float32 unless told, so a config that says nothing means float32
+        # transformers' default was float32
         stored_dtype=str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch."),
         family=family,
         biased=_biased(take, family),
@@ -120,7 +118,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
         windows=_windows(take, family, layers),
     )
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    if not any(problem.startswith(names) for problem in take.problems):  # else these would be false alarms
+    if not any(problem.startswith(names) for problem in take.problems):  # these fields are usable
         if given.get("head_dim") is None:
             take.require(embed % heads == 0, f"hidden_size {embed} is no multiple of num_attention_heads {heads}")
         take.require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of {names[2]} {kv_heads}")
@@ -133,7 +131,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _biased(take: "_Fields", family: str) -> tuple[str, ...]:
-    """Which projections have a bias; of Qwen 2 no field says so."""
+    """The projections with a bias; Qwen 2 has no field for it."""
     if family == "qwen2":
         return ATTENTION[:3]
     attention = family in ("llama", "qwen3") and take.switch("attention_bias")
@@ -142,7 +140,7 @@ def _biased(take: "_Fields", family: str) -> tuple[str, ...]:
 
 
 def _windows(take: "_Fields", family: str, layers: int) -> tuple[int, ...]:
-    """Each layer's window, () if there is none. The families say in other words which layers have one."""
+    """Each layer's window, () if no layer has one. Each family has its own fields for it."""
     if family == "llama":
         return ()
     window = take.size("sliding_window", absent=0)
@@ -194,7 +192,7 @@ def _rope(take: "_Fields") -> tuple[float, RopeScaling | None]:
 
 
 class _Fields:
-    """Takes fields out one by one and notes what is wrong with them, so that everything is said in one error."""
+    """Takes fields out one by one and collects their problems, so that one error lists all."""
 
     def __init__(self, fields: dict[str, Any]):
         self.rest, self.problems = dict(fields), []
@@ -210,7 +208,7 @@ class _Fields:
         if value is not None and valid(value):
             return value
         self.problems.append(f"{name} is missing" if value is None else f"{name} is {_brief(value)}, not {wanted}")
-        return 1  # stands in until `finish` raises
+        return 1  # a placeholder until `finish` raises
 
     def size(self, name: str, absent: Any = REQUIRED) -> Any:
         return self.take(name, lambda v: _is_int(v) and v > 0, "a positive integer", absent)
@@ -252,7 +250,7 @@ def _brief(value: Any) -> str:
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The fields of a `config.json`, in the spelling that every transformers release reads.
 
-    ValueError for a config that its family has no words for, as a Llama with windows.
+    ValueError for a config that its family cannot express, such as a Llama with windows.
     """
     c, scaling = config, config.rope_scaling
     fields = {
@@ -293,7 +291,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     if c.family in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = window > 0
         fields["sliding_window"] = window or None
-        # Releases before layer_types go by max_window_layers: all layers from there on have the window.
+        # Releases before layer_types read max_window_layers: all layers from there on have the window.
         fields["max_window_layers"] = c.windows.index(window) if window else c.layers
         fields["layer_types"] = [LAYER_TYPES[layer > 0] for layer in c.windows or (0,) * c.layers]
     if parse_config(fields, "hf_config") != c:

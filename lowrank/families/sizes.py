@@ -1,4 +1,4 @@
-"""TODO families.sizes"""
+"""Named sizes: `SIZES["llama3-8b"]` is a ModelConfig, for benchmarks, plans and tests without a checkpoint."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""TODO families.tensor_names"""
+"""Hugging Face's names of the tensors of a base."""
 
 import collections
 
@@ -6,7 +6,7 @@ from lowrank.families.config import ATTENTION, ModelConfig
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Path in `params` -> (Hugging Face's name, its shape there); `{}` is the layer, over which our leaves stack."""
+    """Path in `params` -> (Hugging Face's name, its shape there). `{}` in a name is the layer; our leaves stack layers."""
     c = config
     table = {"embed_tokens/embedding": ("model.embed_tokens.weight", (c.vocab, c.embed))}
 
@@ -32,12 +32,12 @@ def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def is_ignored(name: str) -> bool:
-    """Old conversions of Llama carry the rotary frequencies, which follow from the config."""
+    """Whether it is the rotary frequencies, which old conversions of Llama store and the config determines."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def group_layers(names: list[str]) -> str:
-    """All the names, with the layers of a name drawn together: `model.layers.{0,1,2}.mlp.up_proj.weight`."""
+    """List names, the layers of a name grouped: `model.layers.{0,1,2}.mlp.up_proj.weight`."""
     groups = collections.defaultdict(list)
     for name in names:
         before, layers, after = name.partition(".layers.")

@@ -1,1 +1,1 @@
-"""What is computed: the decoder, its attention and its adapters. The only place that imports Flax."""
+"""What is computed: the decoder, its attention and projections, and their FLOPs. The only room that imports Flax."""

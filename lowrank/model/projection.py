@@ -1,4 +1,4 @@
-"""TODO model.projection"""
+"""A linear projection with its optional LoRA adapter: y = x W + bias + scale · (x A) B."""
 
 import math
 
@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.adapters.lora import LayerScalars, LoraConfig, init_lora_a
-from lowrank.model.products import dot, kept
+from lowrank.model.products import dot, save_for_backward
 
 
 class Projection(nn.Module):
-    """x [..., in] -> [..., features] in `dtype`; `lora` is None where the projection carries no adapter.
+    """x [..., in] -> [..., features] in `dtype`. The module is named after its target; `lora` is None without an adapter.
 
-    Named as its target. `own` is what this layer's adapter has for itself, None where all layers are alike.
+    `scalars` are this layer's, None where scale and rank are the same in all layers.
     """
 
     features: int
@@ -25,9 +25,9 @@ class Projection(nn.Module):
     init_gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, own: LayerScalars | None, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, scalars: LayerScalars | None, deterministic: bool) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        # 1 / sqrt(in), not a fixed 0.02: that suits an embed of 2,500; at 128 it slowed pretraining down.
+        # 1 / sqrt(in), not a fixed 0.02, which suits an embed of 2,500: at 128 it slowed pretraining down.
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_gain / math.sqrt(x.shape[-1])), self.axes)
         kernel = self.param("kernel", init, shape, self.param_dtype)
         y = dot(x, kernel)
@@ -35,40 +35,44 @@ class Projection(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", init, shape[1:], self.param_dtype).astype(jnp.float32)
         if self.lora is not None:
-            scale = self.lora.scale if own is None else own.scale
-            y = y + self.delta(x, scale, own, deterministic)
-        return kept(y.astype(self.dtype))
+            y = y + self.delta(x, self.lora, scalars, deterministic)
+        return save_for_backward(y.astype(self.dtype))
 
-    def delta(self, x: jax.Array, scale, own: LayerScalars | None, deterministic: bool) -> jax.Array:
-        """(scale · x A) B, float32 [..., features]. The factors are float32; they are rounded to `dtype` to be multiplied."""
-        width = self.lora.width(self.name)
+    def delta(self, x: jax.Array, lora: LoraConfig, scalars: LayerScalars | None, deterministic: bool) -> jax.Array:
+        """scale · (x A) B, float32 [..., features]. The factors are float32, cast to `dtype` for the products."""
+        width = lora.width(str(self.name))
 
         def init_a(*args):
-            # Zero beyond this layer's rank. There lora_b is zero too, so neither has a gradient and both stay zero.
+            # Zero beyond this layer's rank. lora_b is zero there too, so neither has a gradient and both stay zero.
             lora_a = init_lora_a(*args)
-            return lora_a if own is None else jnp.where(jnp.arange(width) < own.rank, lora_a, 0)
+            return lora_a if scalars is None else jnp.where(jnp.arange(width) < scalars.rank, lora_a, 0)
 
         lora_a = self.factor("lora_a", init_a, (x.shape[-1], width), (self.axes[0], "rank"))
         lora_b = self.factor("lora_b", nn.initializers.zeros, (width, self.features), ("rank", self.axes[1]))
-        if self.lora.dropout > 0 and not deterministic:
-            share = 1 - self.lora.dropout if own is None or own.keep_prob is None else own.keep_prob
-            chosen = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
-            x = jnp.where(chosen, x.astype(jnp.float32) / share, 0).astype(x.dtype)
-        return dot(kept((scale * dot(x, lora_a)).astype(self.dtype)), lora_b)
+        if lora.dropout > 0 and not deterministic:
+            keep_prob = 1 - lora.dropout if scalars is None or scalars.keep_prob is None else scalars.keep_prob
+            keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, x.shape)
+            x = jnp.where(keep, x.astype(jnp.float32) / keep_prob, 0).astype(x.dtype)
+        scale = lora.scale if scalars is None else scalars.scale
+        return dot(save_for_backward((scale * dot(x, lora_a)).astype(self.dtype)), lora_b)
 
-    def factor(self, name, init, shape, axes) -> jax.Array:
+    def factor(self, name: str, init, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
         # Its own stream of random numbers, so that the base's initial weights do not depend on the adapter.
         make = nn.with_logical_partitioning(init, axes)
         return self.variable("lora", name, lambda: make(self.make_rng("lora"), shape, jnp.float32)).value
 
 
-def project(layer: nn.Module, name: str, axes: tuple[str, str], x, own: dict, deterministic: bool, init_gain=1.0):
-    """Apply `layer`'s projection `name` to x [..., in] -> [..., features], with an adapter if `name` is a target.
-
-    To be called in `layer`'s compact method; `layer` has `config`, `lora` (LoraConfig or None), `dtype` and
-    `param_dtype`. `own` is what this layer has for itself alone (see `decoder.own_of_layers`).
-    """
+def project(
+    layer,  # a Module with `config`, `lora` (LoraConfig or None), `dtype` and `param_dtype`, in its compact method
+    name: str,
+    axes: tuple[str, str],
+    x: jax.Array,
+    scalars: dict[str, LayerScalars],
+    deterministic: bool,
+    init_gain: float = 1.0,
+) -> jax.Array:
+    """Apply the projection `name` of `layer` to x [..., in] -> [..., features], with an adapter if `name` is a target."""
     features = layer.config.projections()[name][1]
     lora = layer.lora if layer.lora is not None and name in layer.lora.targets else None
     parts = (features, axes, name in layer.config.biased, lora, layer.dtype, layer.param_dtype, init_gain)
-    return Projection(*parts, name=name)(x, own.get(name), deterministic)
+    return Projection(*parts, name=name)(x, scalars.get(name), deterministic)

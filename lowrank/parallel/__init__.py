@@ -1,1 +1,1 @@
-"""Where it runs: the device mesh, and the one table that lays logical axes over it."""
+"""Where a program runs: processes, the device mesh and its sharding rules, compiling, memory."""

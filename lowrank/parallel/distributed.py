@@ -1,13 +1,12 @@
 """Several processes that train one run together: how they find each other, agree, and end together.
 
-One idea: words, not arrays. Whatever processes have to tell each other beside the step goes through the key-value store of
-JAX's coordination service, which process 0 holds; so they can talk while their devices wait for each other. A thread in
-each process says every second that it is alive and reads whether the run is over: if one process fails, or is gone without a
-word, all the others end with that message instead of waiting for ever in a sum that nobody else comes to.
+What processes tell each other beside the training step goes through the key-value store of JAX's coordination service,
+which process 0 holds; so they can talk while their devices wait for each other. A thread in each process writes a
+heartbeat every second and reads whether the run is over: if one process fails or vanishes, the others end with that
+message instead of waiting for ever in a collective that it does not join.
 """
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import json
@@ -18,37 +17,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 
 from lowrank.errors import UserError
 from lowrank.parallel.compiling import compile_once
-from lowrank.parallel.launchers import Start, decide, tpu_hosts
+from lowrank.parallel.launchers import Cluster, detect_cluster, tpu_hosts
 
-BEAT = 1.0  # seconds between two signs of life
-GONE_AFTER = 20.0  # seconds without one: long for a thread that a busy machine starves, short for a user who waits
+HEARTBEAT = 1.0  # seconds
+GONE_AFTER = 20.0  # seconds without a heartbeat: long for a thread on a busy machine, short for a user who waits
 PARTING = 10.0  # seconds that process 0, which holds the store, stays for the others to read why the run is over
-LOST, FAILED = (
-    75,
-    1,
-)  # exit codes: another process is lost, start all again (as after SIGTERM); this or another one failed
-GO_ON = "start the same command again, on all of them, to go on from the last checkpoint"
-
+LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds: a process that fails ends the others anyhow
+LOST = 75  # exit code: another process is lost, start all of them again (as after SIGTERM)
+FAILED = 1  # exit code: this process, or another one, failed
+RESTART = "start the same command again, on all of them, to go on from the last checkpoint"
+T = TypeVar("T")
 
 # ---- Beginning and ending --------------------------------------------------------------------------------------------
 
 
 class _Processes:
-    """This process among the others; there is one, or none where a run is one process."""
+    """This process among the others, and the thread that watches them."""
 
-    def __init__(self, index: int, count: int, coordinator: str, store):
-        self.index, self.count, self.coordinator, self.store = index, count, coordinator, store
-        self.name = name_of(index, count, socket.gethostname())
+    def __init__(self, index: int, count: int, store):
+        self.index, self.count, self.store = index, count, store
+        self.name = _name_of(index, count)
         self.calls = itertools.count()
-        self.ending = threading.Lock()  # taken by whoever prints the last line, and never given back
+        self.ending = threading.Lock()  # acquired by the thread that prints the last line, and never released
         self.finished = threading.Event()
         self.gone = 0
-        self.heard = dict.fromkeys(range(count), (None, time.monotonic()))
+        self.heard: dict[int, tuple[str | None, float]] = dict.fromkeys(range(count), (None, time.monotonic()))
         self._put(f"name/{index}", self.name)
         self.thread = threading.Thread(target=self._watch, name="watching the other processes", daemon=True)
         self.thread.start()
@@ -56,35 +55,37 @@ class _Processes:
     def _put(self, key: str, value: str):
         self.store.key_value_set(f"lowrank/{key}", value, allow_overwrite=True)
 
-    def _found(self, folder: str) -> dict[str, str]:
+    def read(self, folder: str) -> dict[str, str]:
         return {key.rsplit("/", 1)[-1]: value for key, value in self.store.key_value_dir_get(f"lowrank/{folder}/")}
 
     def _watch(self):
         for beat in itertools.count():
-            if self.finished.wait(BEAT):
+            if self.finished.wait(HEARTBEAT):
                 return
             try:
                 self._put(f"alive/{self.index}", str(beat))
-                over = self._found("over")
+                over = self.read("over")
                 if not over and self.index == 0:
-                    over = self._missed()
+                    over = self._find_gone()
             except Exception as error:
                 if not self.finished.is_set():
-                    self._end(LOST, f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {GO_ON}")
+                    self._end(
+                        LOST, f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {RESTART}"
+                    )
                 return
             if over:
                 self._end(*json.loads(over["why"]))
 
-    def _missed(self) -> dict[str, str]:
-        """In process 0: whether one of the others has not been heard of for too long. Then all are told."""
-        alive, now = self._found("alive"), time.monotonic()
+    def _find_gone(self) -> dict[str, str]:
+        """In process 0: if a process has been silent for too long, the reason to end, which all others can read."""
+        alive, now = self.read("alive"), time.monotonic()
         for index in range(1, self.count):
             beat = alive.get(str(index))
             if beat != self.heard[index][0]:
                 self.heard[index] = (beat, now)
             if now - self.heard[index][1] > GONE_AFTER:
-                name = self._found("name").get(str(index), f"process {index}")
-                why = json.dumps([LOST, f"{name} is gone without a word (killed, or its machine is); {GO_ON}"])
+                name = self.read("name").get(str(index), f"process {index}")
+                why = json.dumps([LOST, f"{name} is gone without a word (killed, or its machine is); {RESTART}"])
                 self._put("over/why", why)
                 self.gone = 1
                 return {"why": why}
@@ -92,23 +93,22 @@ class _Processes:
 
     def fail(self, message: str, code: int):
         """Tell the others why, and end."""
-        with contextlib.suppress(Exception):
-            # The first to fail is the reason; others only follow.
+        with contextlib.suppress(Exception):  # set already: the first process to fail has given the reason
             self.store.key_value_set("lowrank/over/why", json.dumps([code, message]))
         self._end(code, message)
 
     def _end(self, code: int, message: str):
         if not self.ending.acquire(blocking=False):
-            time.sleep(2 * PARTING)  # another thread is at it
+            time.sleep(2 * PARTING)  # another thread is ending the process
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os.write(2, f"error: {message}\n".encode())
         with contextlib.suppress(Exception):
             self._put(f"left/{self.index}", "")
             deadline = time.monotonic() + PARTING
-            while self.index == 0 and time.monotonic() < deadline and len(self._found("left")) < self.count - self.gone:
+            while self.index == 0 and time.monotonic() < deadline and len(self.read("left")) < self.count - self.gone:
                 time.sleep(0.1)
-        # Not sys.exit: the main thread may wait in a sum that nobody else comes to, and JAX's own farewell for all.
+        # Not sys.exit: the main thread may wait in a collective that cannot complete, and JAX's exit hook for all processes.
         os._exit(code)
 
 
@@ -116,53 +116,57 @@ _processes: _Processes | None = None
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None, timeout: float) -> str | None:
-    """Join the other processes, if there are any; then JAX sees the devices of all -> a line that says how.
+    """Join the other processes, if there are any -> a line that says how; then JAX sees the devices of all.
 
-    To be called before anything asks for a device. Raises UserError; ends the process if the others do not come within
-    `timeout` seconds.
+    Call it before anything asks for a device. Raises UserError; exits with LOST if the others do not come within
+    `timeout` seconds, because they may come if all are started again.
     """
     global _processes
-    how = decide(coordinator, processes, process, os.environ, tpu_hosts)
-    if how is None or _processes is not None:
+    cluster = detect_cluster(coordinator, processes, process, os.environ, tpu_hosts)
+    if cluster is None or _processes is not None:
         return None
-    if how.arguments.get("process_id") == 0:
-        _refuse_busy_port(how.arguments["coordinator_address"])
-    giving_up = threading.Timer(timeout, _give_up, [how, timeout])
-    giving_up.daemon = True
-    giving_up.start()
+    if cluster.arguments.get("process_id") == 0:
+        _refuse_busy_port(cluster.arguments["coordinator_address"])
+    timer = threading.Timer(timeout, _give_up, [cluster, timeout])
+    timer.daemon = True
+    timer.start()
     try:
-        # The runtime ends a process with a page of addresses when its time is out: ours is out before.
+        # JAX's own timeout ends a process with a page of addresses: ours comes first.
         with _interruptible():
-            jax.distributed.initialize(**how.arguments, initialization_timeout=int(timeout) + 60)
+            jax.distributed.initialize(**cluster.arguments, initialization_timeout=int(timeout) + 60)
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the processes (found through {how.how}) could not join: {first_line(error)}") from error
+        through = cluster.found_through
+        raise UserError(f"the processes (found through {through}) could not join: {first_line(error)}") from error
     finally:
-        giving_up.cancel()
-    # The one private name: JAX has no public way to this store, which Orbax takes in the same way.
+        timer.cancel()
+    # The one private name: JAX has no public access to this store; Orbax uses it in the same way.
     from jax._src.distributed import global_state
 
-    _catch_aborts()
-    _processes = _Processes(
-        jax.process_index(), jax.process_count(), global_state.coordinator_address, global_state.client
-    )
-    if jax.process_index():  # what a run says, process 0 says; mistakes go to stderr
+    _processes = _Processes(jax.process_index(), jax.process_count(), global_state.client)
+    if jax.process_index():  # process 0 alone prints; errors go to stderr
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return f"{jax.process_count()}, found through {how.how}; process 0 is at {global_state.coordinator_address}"
+    address = global_state.coordinator_address
+    return f"{jax.process_count()}, found through {cluster.found_through}; process 0 is at {address}"
 
 
-def _give_up(how: Start, timeout: float):
-    index, count = how.arguments.get("process_id"), how.arguments.get("num_processes")
-    address = how.arguments.get("coordinator_address", "the first host of the slice")
+def _give_up(cluster: Cluster, timeout: float):
+    index, count = cluster.arguments.get("process_id"), cluster.arguments.get("num_processes")
+    address = cluster.arguments.get("coordinator_address", "the first host of the slice")
     reason = f"not all of the {count or 'other'} processes came to {address}"
-    if index and (trouble := _unreachable(address)):
-        reason = f"nobody answers at {address} ({trouble}): is process 0 running there, and is that port open?"
-    me = "a process" if index is None else name_of(index, count, socket.gethostname())
-    os.write(2, f"error: {me} waited {timeout:g} s: {reason}\n".encode())
-    os._exit(LOST)  # they may come yet, if all are started again
+    if index:
+        host, port = address.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+        except OSError as error:
+            trouble = error.strerror or str(error)
+            reason = f"nobody answers at {address} ({trouble}): is process 0 running there, and is that port open?"
+    name = "a process" if index is None or count is None else _name_of(index, count)
+    os.write(2, f"error: {name} waited {timeout:g} s: {reason}\n".encode())
+    os._exit(LOST)
 
 
 def _refuse_busy_port(address: str):
-    """JAX's runtime crashes where it cannot open its port."""
+    """UserError if the port is taken: JAX's runtime crashes then."""
     port = int(address.rsplit(":", 1)[1])
     for family in (socket.AF_INET6, socket.AF_INET):
         with contextlib.suppress(OSError), socket.socket(family) as probe:
@@ -179,9 +183,9 @@ def _refuse_busy_port(address: str):
 
 @contextlib.contextmanager
 def _interruptible():
-    """Let Ctrl-C end the process while it waits in C, where Python would notice it only afterwards."""
+    """Let Ctrl-C end the process while it waits in C, where Python's own handler would run only afterwards."""
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # the training loop's: it saves
+    if before is not signal.default_int_handler:  # the training loop's, which saves
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -191,54 +195,25 @@ def _interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def _unreachable(address: str) -> str | None:
-    host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _catch_aborts():
-    """JAX's runtime aborts a process that has lost process 0, and lets nobody in Python know. So the last line is written
-    from the signal: it says what has happened, beneath the runtime's page of addresses."""
-
-    def last_words(_):
-        if _processes is not None and _processes.ending.acquire(blocking=False):
-            trouble = _unreachable(_processes.coordinator) if _processes.index else None
-            lost = f"has lost process 0, which coordinates ({trouble})" if trouble else "was aborted by JAX's runtime"
-            os.write(2, f"error: {_processes.name} {lost}; {GO_ON}\n".encode())
-            os._exit(LOST if trouble else FAILED)
-        os._exit(FAILED)
-
-    global _last_words
-    _last_words = ctypes.CFUNCTYPE(None, ctypes.c_int)(last_words)  # held: C keeps the address alone
-    ctypes.CDLL(None).signal(signal.SIGABRT, _last_words)
-
-
-_last_words = None
-
-
 def is_running() -> bool:
     """Whether this process is one of several."""
     return _processes is not None
 
 
 def fail(message: str, code: int = FAILED):
-    """Where there are several processes: end all of them with this process's message. Elsewhere: nothing."""
+    """End all processes with this one's message; a single process goes on."""
     if _processes is not None:
         _processes.fail(f"{_processes.name}: {message}", code)
 
 
 def wait_for_reason():
-    """After an error that may come of another process's end: wait until that is known, which ends this process, too."""
+    """After an error that another process's end may have caused: wait until that is known, which ends this one too."""
     if _processes is not None:
         time.sleep(GONE_AFTER + 5)
 
 
 def finish():
-    """At the end of a run: all wait for all, then part."""
+    """At the end of a run: wait for all processes, then leave."""
     global _processes
     if _processes is None:
         return
@@ -258,23 +233,23 @@ def is_first() -> bool:
 
 
 def barrier(name: str):
-    """Wait until all processes are here, however long that takes: a process that fails ends the others anyhow."""
+    """Wait until all processes are here, however long that takes."""
     if _processes is not None:
         with _interruptible():
-            _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", 7 * 24 * 3600 * 1000)
+            _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", LONGEST_WAIT)
 
 
-def compile_together(function):
-    """A jitted function -> the same, compiled once (`compiling.ahead`); before it first runs, all processes have done so.
+def compile_together(function) -> Callable:
+    """As `compile_once`, with a barrier between compiling and the first run.
 
-    gloo, which carries sums between CPU processes, waits 30 seconds for the others and no longer; two processes that trace
-    and compile beside other work were seen to be further apart.
+    gloo, which carries collectives between CPU processes, waits 30 seconds for the others and no longer; on a busy
+    machine two processes were further apart after compiling.
     """
     return compile_once(function, lambda: barrier("compiled"))
 
 
-def broadcast_from_first(value: Callable[[], object]):
-    """What `value` gives in process 0, in all processes; as JSON."""
+def broadcast_from_first(value: Callable[[], T]) -> T:
+    """What `value` returns in process 0, in all processes; as JSON."""
     if _processes is None:
         return value()
     key = f"lowrank/from_first/{next(_processes.calls)}"
@@ -283,34 +258,31 @@ def broadcast_from_first(value: Callable[[], object]):
         _processes.store.key_value_set(key, json.dumps(result))
         return result
     with _interruptible():
-        return json.loads(_processes.store.blocking_key_value_get(key, 7 * 24 * 3600 * 1000))
+        return json.loads(_processes.store.blocking_key_value_get(key, LONGEST_WAIT))
 
 
 def refuse_differences(facts: Mapping[str, object], remedy: str):
-    """UserError if `facts` are not the same in all processes; it names each fact and process that differs from process 0."""
+    """UserError unless `facts` are the same in all processes; it names each fact and process that differs from process 0."""
     if _processes is None:
         return
     call = next(_processes.calls)
     _processes.store.key_value_set(f"lowrank/facts/{call}/{_processes.index}", json.dumps([_processes.name, facts]))
     barrier("facts")
-    if _processes.index:
-        barrier("facts are the same")  # or process 0 ends all
-        return
-    found = {int(index): json.loads(text) for index, text in _processes._found(f"facts/{call}").items()}
-    reference = found[0][1]
-    differing = [
-        f"{name} is {there.get(name)} in {who} and {value} in {_processes.name}"
-        for _, (who, there) in sorted(found.items())
-        for name, value in reference.items()
-        if there.get(name) != value
-    ]
-    if differing:
-        raise UserError(f"the processes do not run the same thing: {'; '.join(differing)}; {remedy}")
-    barrier("facts are the same")
+    if _processes.index == 0:
+        found = {int(index): json.loads(text) for index, text in _processes.read(f"facts/{call}").items()}
+        differing = [
+            f"{name} is {theirs.get(name)} in {process} and {value} in {_processes.name}"
+            for _, (process, theirs) in sorted(found.items())
+            for name, value in found[0][1].items()
+            if theirs.get(name) != value
+        ]
+        if differing:
+            raise UserError(f"the processes do not run the same thing: {'; '.join(differing)}; {remedy}")
+    barrier("facts are the same")  # or process 0 ends all of them
 
 
-def name_of(index: int, count: int, host: str) -> str:
-    return f"process {index} of {count} ({host})"
+def _name_of(index: int, count: int) -> str:
+    return f"process {index} of {count} ({socket.gethostname()})"
 
 
 def first_line(error: BaseException) -> str:

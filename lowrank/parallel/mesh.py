@@ -1,8 +1,8 @@
 """The device mesh and the one table from logical axes to mesh axes.
 
-Every array of the program names its logical axes once, where it is declared; everything about placement is
-derived here. There is no catch-all: an axis that the table does not know, or an array whose axes claim one mesh
-axis twice, is an error, because a parameter that is silently replicated costs memory that nobody looks for.
+Every array names its logical axes once, where it is declared; its sharding is derived here. There is no catch-all: an
+axis without a rule, or an array whose axes claim one mesh axis twice, is an error, because a parameter that is silently
+replicated costs memory that nobody looks for.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lowrank.errors import UserError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "group": "data",  # the rows that devices along fsdp look up together, each its part of `embed`
+    "group": "data",  # rows whose embeddings the devices along fsdp look up together, each its part of `embed`
     "length": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -32,7 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices lie along each mesh axis; -1, which one of them may be, takes all that the others leave."""
+    """Number of devices along each mesh axis; one of them may be -1, which takes the rest."""
 
     data: int = -1
     fsdp: int = 1
@@ -40,7 +40,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Lay the devices (all of them, if none are given) out as data x fsdp x tensor."""
+    """A data x fsdp x tensor mesh of the devices (default: all)."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
@@ -51,15 +51,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not use the "
             f"{len(devices)} devices here exactly; choose sizes whose product is {len(devices)}"
         )
-    # Not `jax.make_mesh`, which refuses a mesh whose axes are not whole dimensions of the slice (fsdp=16 x tensor=4 on 8x8).
+    # Not `jax.make_mesh`: it refuses axes that are not whole dimensions of the slice (fsdp=16 x tensor=4 on 8x8).
     grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def put(value, sharding):
-    """An array that every process has whole -> laid out: each process gives its own devices their parts.
+def put(value, sharding: NamedSharding | None) -> jax.Array:
+    """Shard an array that every process holds whole: each process sends its own devices their shards.
 
-    `jax.device_put` would first compare the arrays of all processes, which is a sum over all devices.
+    `jax.device_put` would first compare the arrays of all processes, in a collective over all devices.
     """
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
@@ -75,13 +75,13 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def members_mesh(mesh: Mesh) -> Mesh:
-    """The same devices for a sweep: a fourth axis, `member`, takes those of `data`, so each of them trains other members."""
+    """The same devices for a sweep: a fourth axis, `member`, takes those of `data`, so each trains other members."""
     devices = mesh.devices.reshape(mesh.shape["data"], 1, mesh.shape["fsdp"], mesh.shape["tensor"])
     return Mesh(devices, ("member", *mesh.axis_names), axis_types=(AxisType.Auto,) * 4)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Logical axes of one array -> its PartitionSpec."""
+    """Logical axes of one array -> its PartitionSpec. ValueError for an axis without a rule, or a mesh axis claimed twice."""
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
         raise ValueError(f"logical axes {unknown} of {axes} match no rule in parallel/mesh.py")
@@ -95,11 +95,11 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
     """A tree of logical axes (tuples) and one of shapes -> a tree of NamedShardings.
 
-    Raises UserError that lists every array with an axis that its mesh axes do not divide.
+    UserError that lists every axis whose size its mesh axes do not divide.
     """
     offenders = []
 
-    def one(path, shape, axes):
+    def sharding_of(path, shape, axes):
         sharding = NamedSharding(mesh, spec(axes))
         for size, axis, entry in zip(shape.shape, axes, sharding.spec, strict=True):
             names = (entry,) if isinstance(entry, str) else entry or ()
@@ -109,14 +109,14 @@ def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
                 offenders.append(f"{name} has {size} along {axis}, not divisible by {'x'.join(names)}={parts}")
         return sharding
 
-    tree = jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
+    tree = jax.tree_util.tree_map_with_path(sharding_of, shapes, logical_axes)
     if offenders:
         raise UserError(f"mesh: the model cannot be cut this way: {'; '.join(offenders)}; choose other mesh sizes")
     return tree
 
 
 def with_shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
-    """The tree of ShapeDtypeStructs, each with its sharding."""
+    """The tree of ShapeDtypeStructs with their shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -124,16 +124,16 @@ def with_shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
     )
 
 
-def check_heads(mesh: Mesh, heads: int, kv_heads: int):
-    """Refuse to cut a head in two: `heads * head_dim` may be divisible where `heads` is not."""
+def check_heads(mesh: Mesh, heads: int, kv_heads: int) -> None:
+    """UserError if `tensor` would split a head: `heads * head_dim` may be divisible where `heads` is not."""
     parts = mesh.shape["tensor"]
     cut = [f"{name}={count}" for name, count in (("heads", heads), ("kv_heads", kv_heads)) if count % parts]
     if cut:
         raise UserError(f"mesh.tensor={parts} does not divide the model's {' and '.join(cut)}; choose a smaller one")
 
 
-def check_rows(mesh: Mesh, batch_size: int, microbatches: int):
-    """Refuse micro-batches whose rows the devices cannot share evenly."""
+def check_rows(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+    """UserError if the rows of a micro-batch do not divide over the devices."""
     shards = batch_shards(mesh)
     if batch_size // microbatches % shards:
         raise UserError(
@@ -143,7 +143,7 @@ def check_rows(mesh: Mesh, batch_size: int, microbatches: int):
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's layout under the current mesh (`jax.set_mesh`); without one, do nothing."""
+    """Constrain the sharding of an activation under the ambient mesh (`jax.set_mesh`); without one, return x."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))

@@ -12,8 +12,8 @@ import pytest
 from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.families.config import ModelConfig, RopeScaling, parameter_count
 from lowrank.model import decoder
-from lowrank.model.attention import rotary_frequencies, turns
-from lowrank.model.decoder import Decoder, own_of_layers
+from lowrank.model.attention import LayerInputs, rotary_cos_sin, rotary_frequencies
+from lowrank.model.decoder import Decoder, layer_inputs
 from lowrank.model.kernels import AttentionMask, causal_mask
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.training import partition
@@ -139,13 +139,13 @@ def test_scanned_equals_unrolled(adapted):
     segments = jnp.ones_like(ids)
     params = variables["params"]
     x = params["embed_tokens"]["embedding"][ids]
-    sees = AttentionMask(segments, causal_mask(jnp.arange(7), segments, segments))
+    mask = AttentionMask(segments, causal_mask(jnp.arange(7), segments, segments))
     block = decoder.Block(TINY, model.lora, model.dtype, model.param_dtype, True)
     for layer in range(TINY.layers):
         one = jax.tree.map(
             lambda leaf, layer=layer: leaf[layer], {c: variables[c]["layers"] for c in ("params", "lora")}
         )
-        (x, _), _ = block.apply(one, (x, None), 0, turns(TINY, positions), sees, {})
+        (x, _), _ = block.apply(one, (x, None), 0, rotary_cos_sin(TINY, positions), mask, LayerInputs({}))
     x = decoder.RMSNorm(TINY.norm_eps, model.param_dtype).apply({"params": params["norm"]}, x)
     expected = np.asarray(x @ params["lm_head"]["kernel"])
     np.testing.assert_allclose(logits(model, variables, ids), expected, rtol=0, atol=2e-5)
@@ -246,9 +246,10 @@ UNEVEN = LoraConfig(
 )
 
 
-def test_layers_that_are_alike_leave_no_trace():
-    assert own_of_layers(TINY, LoraConfig()) == own_of_layers(TINY, None) == {}
-    assert set(own_of_layers(QWEN3, UNEVEN)) == {"window", "q_proj", "v_proj", "up_proj"}
+def test_uniform_layers_add_no_arrays_to_the_program():
+    assert jax.tree.leaves([layer_inputs(TINY, LoraConfig()), layer_inputs(TINY, None)]) == []
+    uneven = layer_inputs(QWEN3, UNEVEN)
+    assert uneven.window.tolist() == [4, 0, 5] and set(uneven.adapters) == {"q_proj", "v_proj", "up_proj"}
 
 
 def test_an_uneven_adapter_is_zero_beyond_each_layers_rank():

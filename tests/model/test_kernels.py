@@ -7,7 +7,7 @@ import pytest
 
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
-from lowrank.model import kernels as attend_lib
+from lowrank.model import kernels
 from lowrank.model.kernels import (
     AUTO,
     INTERPRETED,
@@ -15,8 +15,8 @@ from lowrank.model.kernels import (
     attend,
     causal_mask,
     choose_backend,
-    disagreement,
-    suits,
+    compare_with_xla,
+    supports_length,
     verify_backend,
     window_mask,
 )
@@ -28,11 +28,11 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
 def of_lengths(*lengths: int):
     """xla with each of them, the kernels with those that suit them."""
-    kernels = [length for length in lengths if length % 128 == 0]
+    multiples = [length for length in lengths if length % 128 == 0]
     return [
         *[("xla", length) for length in lengths],
-        *[(INTERPRETED, length) for length in kernels],
-        *[pytest.param("cudnn", length, marks=ON_GPU) for length in kernels],
+        *[(INTERPRETED, length) for length in multiples],
+        *[pytest.param("cudnn", length, marks=ON_GPU) for length in multiples],
     ]
 
 
@@ -43,7 +43,7 @@ def drawn(rows: int, length: int, dtype):
     return draw(length, HEADS) / 4, draw(KV_HEADS, length), draw(KV_HEADS, length), draw(length, HEADS)
 
 
-def sees(segments) -> AttentionMask:
+def packed(segments) -> AttentionMask:
     segments = jnp.asarray(segments, jnp.int32)
     return AttentionMask(segments, causal_mask(jnp.arange(segments.shape[1]), segments, segments))
 
@@ -75,9 +75,9 @@ def dtype_of(backend):
 )  # xla: one, two and more kinds of pieces
 def test_results_and_gradients_equal_those_of_jax_nn(backend, length):
     q, k, v, by = drawn(2, length, dtype_of(backend))
-    own = sees(np.random.default_rng(1).integers(1, 3, (2, length)).cumsum(axis=1) // 20)
-    found = with_gradients(lambda q, k, v: attend(backend, q, k, v, own), q, k, v, by)
-    expected = with_gradients(textbook(own.mask, None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
+    mask = packed(np.random.default_rng(1).integers(1, 3, (2, length)).cumsum(axis=1) // 20)
+    found = with_gradients(lambda q, k, v: attend(backend, q, k, v, mask), q, k, v, by)
+    expected = with_gradients(textbook(mask.full, None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
     atol = 2e-5 if q.dtype == jnp.float32 else 3e-2  # values of about 1
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
@@ -87,11 +87,11 @@ def test_results_and_gradients_equal_those_of_jax_nn(backend, length):
 @pytest.mark.parametrize("window", [0, 3, 100])
 def test_a_layers_window_is_chosen_among_those_of_the_model(backend, window):
     q, k, v, by = drawn(1, 256, dtype_of(backend))
-    own = sees(np.full((1, 256), 1))
+    mask = packed(np.full((1, 256), 1))
     windows = (0, 3, 100, 3)
-    run = lambda q, k, v: attend(backend, q, k, v, own, 0, jnp.int32(window), windows)  # noqa: E731
+    run = lambda q, k, v: attend(backend, q, k, v, mask, 0, jnp.int32(window), windows)  # noqa: E731
     found = with_gradients(run, q, k, v, by)
-    expected = with_gradients(textbook(own.mask, window or None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
+    expected = with_gradients(textbook(mask.full, window or None), *(x.astype(jnp.float32) for x in (q, k, v, by)))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 if q.dtype == jnp.float32 else 3e-2)
 
@@ -101,8 +101,8 @@ def test_what_changes_in_one_segment_changes_nothing_in_the_others(backend, leng
     q, k, v, by = drawn(1, length, dtype_of(backend))
     first, last = length // 4, length // 2  # of the middle segment
     place = np.arange(length)
-    own = sees(np.select([place < first, place < last, place < length - 2], [1, 2, 3], 0)[None])
-    run = lambda q, k, v: attend(backend, q, k, v, own)  # noqa: E731
+    mask = packed(np.select([place < first, place < last, place < length - 2], [1, 2, 3], 0)[None])
+    run = lambda q, k, v: attend(backend, q, k, v, mask)  # noqa: E731
     before = with_gradients(run, q, k, v, by)
     changed = [
         x.at[(slice(None),) * axis + (slice(first, last),)].add(3)
@@ -117,24 +117,24 @@ def test_what_changes_in_one_segment_changes_nothing_in_the_others(backend, leng
 
 def test_a_backend_is_tried_before_it_is_trusted(monkeypatch):
     shape = (jnp.bfloat16, 4, 2, 16, (0, 8))
-    assert disagreement(INTERPRETED, *shape) is None
-    assert disagreement("xla", *shape) is None
-    right = attend_lib.attend
+    assert compare_with_xla(INTERPRETED, *shape) is None
+    assert compare_with_xla("xla", *shape) is None
+    right = kernels.attend
 
-    def leaks(backend, q, k, v, own, *rest):
+    def leaks(backend, q, k, v, mask, *rest):
         everything = AttentionMask(
-            jnp.ones_like(own.segments), causal_mask(jnp.arange(q.shape[1]), *[jnp.ones_like(own.segments)] * 2)
+            jnp.ones_like(mask.segment_ids), causal_mask(jnp.arange(q.shape[1]), *[jnp.ones_like(mask.segment_ids)] * 2)
         )
-        return right("xla", q, k, v, everything if backend == "leaks" else own, *rest)
+        return right("xla", q, k, v, everything if backend == "leaks" else mask, *rest)
 
-    def faint(backend, q, k, v, own, *rest):
-        y = right("xla", q, k, v, own, *rest)
+    def faint(backend, q, k, v, mask, *rest):
+        y = right("xla", q, k, v, mask, *rest)
         return y + 1e-3 * jnp.mean(v, (1, 2))[:, None, None] if backend == "faint" else y
 
-    monkeypatch.setattr(attend_lib, "attend", leaks)
-    assert "away from those of 'xla'" in disagreement("leaks", *shape)
-    monkeypatch.setattr(attend_lib, "attend", faint)
-    assert "see each other" in disagreement("faint", *shape)
+    monkeypatch.setattr(kernels, "attend", leaks)
+    assert "away from those of 'xla'" in compare_with_xla("leaks", *shape)
+    monkeypatch.setattr(kernels, "attend", faint)
+    assert "see each other" in compare_with_xla("faint", *shape)
 
 
 def test_the_backend_is_chosen_by_device_and_rows():
@@ -144,7 +144,12 @@ def test_the_backend_is_chosen_by_device_and_rows():
     assert choose_backend(AUTO, "tpu", bf16, 64, 200) == choose_backend(AUTO, "gpu", f32, 64, 256) == "xla"
     assert choose_backend(AUTO, "gpu", bf16, 64, 200) == "cudnn"
     assert choose_backend("splash", "cpu", bf16, 64, 256) == INTERPRETED
-    assert suits("cudnn", 200) and not suits("cudnn", 201) and not suits("splash", 200) and suits("xla", 201)
+    assert (
+        supports_length("cudnn", 200)
+        and not supports_length("cudnn", 201)
+        and not supports_length("splash", 200)
+        and supports_length("xla", 201)
+    )
     for wanted, platform, dtype, head_dim, length, why in (
         ("splash", "tpu", bf16, 64, 200, "config.data.max_length is 200"),
         ("splash", "gpu", bf16, 64, 256, "is for TPUs"),
@@ -159,7 +164,7 @@ def test_the_backend_is_chosen_by_device_and_rows():
 def test_a_backend_that_is_wrong_here_is_not_used(monkeypatch):
     c = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=8)
     assert verify_backend("xla", "xla", jnp.dtype("float32"), c) == "xla"
-    monkeypatch.setattr(attend_lib, "disagreement", lambda *_: "it is wrong")
+    monkeypatch.setattr(kernels, "compare_with_xla", lambda *_: "it is wrong")
     with pytest.warns(UserWarning, match="attention is computed by 'xla', not by 'cudnn': it is wrong"):
         assert verify_backend("cudnn", AUTO, jnp.dtype("bfloat16"), c) == "xla"
     with pytest.raises(
@@ -173,6 +178,6 @@ def test_a_backend_that_fails_here_is_not_used(monkeypatch):
         raise RuntimeError("no such library\nhere")
 
     c = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=8)
-    monkeypatch.setattr(attend_lib, "attend", fails)
+    monkeypatch.setattr(kernels, "attend", fails)
     with pytest.warns(UserWarning, match="computed by 'xla', not by 'splash': RuntimeError: no such library here"):
         assert verify_backend("splash", AUTO, jnp.dtype("bfloat16"), c) == "xla"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank.model.products import KEPT, dot, dot_tied, kept, rows_of
+from lowrank.model.products import SAVED, dot, dot_tied, embedding_lookup, save_for_backward
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
@@ -68,8 +68,8 @@ def test_a_tied_heads_logits_do_not_depend_on_the_rows_beside_them(rows, dtype):
 def test_rows_and_their_gradient(dtype):
     table, ids = drawn(0, (10, 4), dtype), jnp.asarray([[3, 3, 0], [9, 3, 1]])
     by = drawn(1, (2, 3, 4), dtype)
-    np.testing.assert_array_equal(jax.jit(rows_of)(table, ids), table[ids])
-    found = jax.jit(jax.grad(lambda table: jnp.sum((rows_of(table, ids) * by).astype(F32))))(table)
+    np.testing.assert_array_equal(jax.jit(embedding_lookup)(table, ids), table[ids])
+    found = jax.jit(jax.grad(lambda table: jnp.sum((embedding_lookup(table, ids) * by).astype(F32))))(table)
     expected = np.zeros((10, 4), np.float32)
     np.add.at(expected, np.asarray(ids), np.asarray(by, np.float32))
     assert found.dtype == dtype
@@ -79,12 +79,14 @@ def test_rows_and_their_gradient(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_what_is_kept_is_the_number_itself_and_is_not_computed_again(dtype):
     x = jnp.asarray([0.0, -0.0, 1.5, -2e-30, np.inf, np.nan], dtype)
-    np.testing.assert_array_equal(np.asarray(jax.jit(kept)(x)).view(np.uint8), np.asarray(x).view(np.uint8))
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    np.testing.assert_array_equal(
+        np.asarray(jax.jit(save_for_backward)(x)).view(np.uint8), np.asarray(x).view(np.uint8)
+    )
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
 
     def sines(keep):
         return str(
             jax.make_jaxpr(jax.grad(jax.checkpoint(lambda x: jnp.cos(keep(jnp.sin(x))).sum(), policy=policy)))(x[2])
         )
 
-    assert sines(lambda x: x).count(" sin ") - sines(kept).count(" sin ") == 1
+    assert sines(lambda x: x).count(" sin ") - sines(save_for_backward).count(" sin ") == 1

@@ -28,20 +28,20 @@ OPEN_MPI = {
 }
 
 
-def decide(environ=None, coordinator=None, processes=None, process=None, tpu_hosts=1):
-    return launchers.decide(coordinator, processes, process, environ or {}, lambda: tpu_hosts)
+def detect(environ=None, coordinator=None, processes=None, process=None, tpu_hosts=1):
+    return launchers.detect_cluster(coordinator, processes, process, environ or {}, lambda: tpu_hosts)
 
 
 def test_one_process_asks_nobody():
-    assert decide() is None
-    assert decide(processes=1) is None
-    assert decide(processes=1, process=0) is None
-    assert decide(tpu_hosts=1) is None
+    assert detect() is None
+    assert detect(processes=1) is None
+    assert detect(processes=1, process=0) is None
+    assert detect(tpu_hosts=1) is None
 
 
 def test_flags_say_it_all():
-    start = decide(coordinator="10.0.0.1:1234", processes=2, process=0)
-    assert start.how == "flags"
+    start = detect(coordinator="10.0.0.1:1234", processes=2, process=0)
+    assert start.found_through == "flags"
     assert start.arguments == {
         "coordinator_address": "10.0.0.1:1234",
         "num_processes": 2,
@@ -51,8 +51,8 @@ def test_flags_say_it_all():
 
 
 def test_slurm():
-    start = decide(SLURM)
-    assert start.how == "SLURM"
+    start = detect(SLURM)
+    assert start.found_through == "SLURM"
     assert start.arguments == {
         "coordinator_address": "gpu007:61444",  # 61440 + 4100 % 4096
         "num_processes": 2,
@@ -74,29 +74,29 @@ def test_slurm():
     ],
 )
 def test_the_first_node_of_a_slurm_step(nodes, first):
-    assert decide(SLURM | {"SLURM_STEP_NODELIST": nodes}).arguments["coordinator_address"] == f"{first}:61444"
+    assert detect(SLURM | {"SLURM_STEP_NODELIST": nodes}).arguments["coordinator_address"] == f"{first}:61444"
 
 
 def test_a_script_that_sbatch_runs_is_one_process():
     """There SLURM_NTASKS is the job's, and no step is there for the others to run in."""
     batch = {name: value for name, value in SLURM.items() if "STEP" not in name}
-    assert decide(batch) is None
-    assert decide(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty
+    assert detect(batch) is None
+    assert detect(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty
 
 
 def test_tasks_of_one_machine_take_a_gpu_each():
     together = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "5"}
-    assert decide(together).arguments["local_device_ids"] == [5]
+    assert detect(together).arguments["local_device_ids"] == [5]
     assert (
-        "local_device_ids" not in decide(together | {"CUDA_VISIBLE_DEVICES": "5"}).arguments
+        "local_device_ids" not in detect(together | {"CUDA_VISIBLE_DEVICES": "5"}).arguments
     )  # srun --gpus-per-task=1
-    assert decide(together | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}).arguments["local_device_ids"] == [5]
-    assert "local_device_ids" not in decide(SLURM).arguments
+    assert detect(together | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}).arguments["local_device_ids"] == [5]
+    assert "local_device_ids" not in detect(SLURM).arguments
 
 
 def test_open_mpi():
-    start = decide(OPEN_MPI)
-    assert start.how == "Open MPI"
+    start = detect(OPEN_MPI)
+    assert start.found_through == "Open MPI"
     assert start.arguments == {
         "coordinator_address": "10.96.0.1:62624",  # 61440 + 1531576320 / 4096 % 4096
         "num_processes": 4,
@@ -108,24 +108,24 @@ def test_open_mpi():
 
 def test_open_mpi_on_a_machine_whose_first_address_is_its_own():
     uri = "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911"
-    assert decide(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri}).arguments["coordinator_address"] == "10.148.0.1:62624"
+    assert detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri}).arguments["coordinator_address"] == "10.148.0.1:62624"
 
 
 def test_open_mpi_5_does_not_say_where_rank_0_is():
     environ = {name: value for name, value in OPEN_MPI.items() if "orte" not in name}
     with pytest.raises(UserError, match=r"--coordinator is missing \(Open MPI does not say it\)"):
-        decide(environ)
-    assert decide(environ, coordinator="node1:99").arguments["coordinator_address"] == "node1:99"
+        detect(environ)
+    assert detect(environ, coordinator="node1:99").arguments["coordinator_address"] == "node1:99"
 
 
 def test_a_tpu_slice_knows_its_hosts():
-    assert decide(tpu_hosts=4).arguments == {}
-    assert decide({"TPU_WORKER_HOSTNAMES": "a,b"}).how == "the TPU slice"
-    assert decide({"TPU_WORKER_HOSTNAMES": "a"}, tpu_hosts=4) is None  # GKE says one host: no need to ask the machine
-    assert decide({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "1"}).arguments == {}
+    assert detect(tpu_hosts=4).arguments == {}
+    assert detect({"TPU_WORKER_HOSTNAMES": "a,b"}).found_through == "the TPU slice"
+    assert detect({"TPU_WORKER_HOSTNAMES": "a"}, tpu_hosts=4) is None  # GKE says one host: no need to ask the machine
+    assert detect({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "1"}).arguments == {}
     with pytest.raises(UserError, match="2 TPU slices"):
-        decide({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"})
-    assert decide({"JAX_PLATFORMS": "cpu"}, tpu_hosts=4) is None
+        detect({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"})
+    assert detect({"JAX_PLATFORMS": "cpu"}, tpu_hosts=4) is None
 
 
 def test_a_tpu_vm_asks_its_metadata_server(monkeypatch):
@@ -166,7 +166,7 @@ def test_a_tpu_vm_asks_its_metadata_server(monkeypatch):
 )
 def test_too_little_or_wrong_flags(flags, said):
     with pytest.raises(UserError, match=said):
-        decide(**flags)
+        detect(**flags)
 
 
 def test_alone_there_is_nothing_to_agree_on():
