@@ -11,9 +11,9 @@
 #
 #   RESTARTS=20  how often to ask again      MAX_HOURS=12  of all together, waiting included
 #
-# The price said is the one on demand, which Spot stays below. Asks again after exit code 75 (stopped and saved), a lost
-# connection, or a state other than ACTIVE; ends with the training's code after 0 and after any other, because a mistake
-# would only be repeated. Ctrl-C stops the training, which saves; then fetches and deletes.
+# The price said is the one on demand, which Spot stays below. Asks again after exit code 75 (stopped and saved) or 134 (JAX
+# aborted a process that lost process 0), a lost connection, or a state other than ACTIVE; ends with the training's code
+# after 0 and after any other, because a mistake would only be repeated. Ctrl-C stops the training, which saves; then fetches and deletes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/tpu.sh
@@ -60,7 +60,7 @@ for ((restart = 0; ; restart++)); do
   code=0
   attempt "$@" || code=$?
   [ "$code" != 0 ] && [ -z "$stopping" ] || fetch_and_exit "$code"
-  if [ "$code" != 75 ] && [ "$code" != 255 ]; then
+  if [[ $code != 75 && $code != 134 && $code != 255 ]]; then
     # Where one host is taken away, the others fail with errors of their own, before the state says why.
     step sleep "$PAUSE"
     ! alive || fetch_and_exit "$code"

@@ -17,7 +17,7 @@ die() {
 # ---- What is asked for, and what it costs -----------------------------------------------------------------------------
 
 # TYPE -> chips, hosts, price ($ per chip and hour), runtime (image of a TPU VM), accelerator (GKE's name of the chip).
-# Prices: on demand, US regions, as in lowrank/parallel/prices.py (v4: cloud.google.com/tpu/pricing), looked up on 2026-11-24;
+# Prices: on demand, US regions, as in lowrank/planning/prices.py (v4: cloud.google.com/tpu/pricing), looked up on 2026-11-24;
 # Spot costs less, and changes.
 read_type() {
   [[ ${TYPE:=v5litepod-8} =~ ^(v5litepod|v6e|v5p|v4)-([1-9][0-9]*)$ ]] ||

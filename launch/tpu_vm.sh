@@ -14,7 +14,7 @@
 #   TO=runs/FOLDER  where a gs:// workdir is fetched to
 #
 # Ctrl-C stops the training there, which saves; then fetches and deletes. The same command again resumes. The exit code is
-# the training's: 0 done, 75 stopped and saved, 1 a mistake. What is on the machine's own disk is gone with it: if the
+# the training's: 0 done, 75 stopped and saved, 134 process 0 is lost, 1 a mistake. What is on the machine's own disk is gone with it: if the
 # result is worth more than a fetch that may fail, use gs://. Try the arguments with --dry_run on this machine first.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -58,13 +58,3 @@ class ModelConfig:
         fields = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim", "tied_head", "biased", "qk_norm")
         pairs = [(name, getattr(other, name), getattr(self, name)) for name in fields]
         return [f"{name} is {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours]
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters of the base; a tied head counts once."""
-    c = config
-    kernels = sum(inputs * outputs for inputs, outputs in c.projections().values())
-    biases = sum(c.projections()[name][1] for name in c.biased)
-    norms = 2 * c.embed + (2 * c.head_dim if c.qk_norm else 0)
-    layer = kernels + biases + norms
-    return c.layers * layer + c.embed + c.vocab * c.embed * (1 if c.tied_head else 2)

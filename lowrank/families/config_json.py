@@ -110,7 +110,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
         max_length=take.size("max_position_embeddings"),
         bos_id=take.rest.pop("bos_token_id", None),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        # transformers' default was float32
+        # transformers saved float32 by default, and then wrote no dtype
         stored_dtype=str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch."),
         family=family,
         biased=_biased(take, family),
@@ -122,7 +122,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
         if given.get("head_dim") is None:
             take.require(embed % heads == 0, f"hidden_size {embed} is no multiple of num_attention_heads {heads}")
         take.require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of {names[2]} {kv_heads}")
-        take.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd, rotary positions turn pairs")
+        take.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd, rotary positions need pairs")
     take.require(config.stored_dtype in DTYPES, f"dtype {config.stored_dtype} is not one of {', '.join(DTYPES)}")
     ids = [config.bos_id or 0, *config.eos_ids]
     take.require(all(_is_int(i) for i in ids), "bos_token_id and eos_token_id must be integers")
@@ -168,12 +168,12 @@ def _rope(take: "_Fields") -> tuple[float, RopeScaling | None]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         take.problems.append("rope_scaling and rope_parameters must be objects")
         return 1.0, None
-    said = [{} if theta is None else {"rope_theta": theta}, old, new]
-    rope = _Fields({name: value for place in said for name, value in place.items()})
-    for name in rope.rest:
-        values = [json.dumps(place[name]) for place in said if name in place]
-        equal = all(place[name] == rope.rest[name] for place in said if name in place)
-        take.require(equal, f"{name} is said twice and differs: {' and '.join(values)}")
+    sources = [{} if theta is None else {"rope_theta": theta}, old, new]
+    rope = _Fields({name: value for source in sources for name, value in source.items()})
+    for name, value in rope.rest.items():
+        values = [source[name] for source in sources if name in source]
+        text = " and ".join(json.dumps(each) for each in values)
+        take.require(all(each == value for each in values), f"{name} is given twice, with different values: {text}")
     theta, scaling = rope.number("rope_theta", absent=10_000.0), None
     kind = rope.rest.pop("rope_type", rope.rest.get("type", "default"))
     rope.rest.pop("type", None)
@@ -195,7 +195,8 @@ class _Fields:
     """Takes fields out one by one and collects their problems, so that one error lists all."""
 
     def __init__(self, fields: dict[str, Any]):
-        self.rest, self.problems = dict(fields), []
+        self.rest = dict(fields)
+        self.problems: list[str] = []
 
     def require(self, holds: bool, problem: str) -> None:
         if not holds:
@@ -235,7 +236,7 @@ class _Fields:
     def finish(self, where: str) -> None:
         problems = self.problems + self.leftovers()
         if problems:
-            raise UserError(f"{where}: {'; '.join(problems)}; mend config.json or give another base")
+            raise UserError(f"{where}: {'; '.join(problems)}; fix config.json or give another base")
 
 
 def _is_int(value: Any) -> bool:

@@ -8,7 +8,9 @@ from lowrank.families.config import ATTENTION, ModelConfig
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Path in `params` -> (Hugging Face's name, its shape there). `{}` in a name is the layer; our leaves stack layers."""
     c = config
-    table = {"embed_tokens/embedding": ("model.embed_tokens.weight", (c.vocab, c.embed))}
+    table: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embed_tokens/embedding": ("model.embed_tokens.weight", (c.vocab, c.embed))
+    }
 
     def add(path: str, shape: tuple[int, ...]) -> None:
         module, leaf = path.rsplit("/", 1)

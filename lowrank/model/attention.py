@@ -33,7 +33,7 @@ class LayerInputs(NamedTuple):
 
     adapters: dict[str, LayerScalars]  # by target; empty if one scale and rank fit all layers
     window: jax.Array | None = None  # int32, tokens that a query sees; 0: all
-    index: jax.Array | None = None  # int32, the layer's place in the cache
+    cache_index: jax.Array | None = None  # int32, the layer's place in the cache
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """x [B, T, D] -> ([B, T, D], cache). With a cache, this call's keys and values are first written at `layer.index`
+    """x [B, T, D] -> ([B, T, D], cache). With a cache, this call's keys and values are first written at `layer.cache_index`
     and `slot`: in place, where a scan carries the cache of all layers."""
 
     config: ModelConfig
@@ -121,14 +121,15 @@ class Attention(nn.Module):
         q, k = rotate(q, *(part * scale for part in rotary)), rotate(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
-            at = (layer.index, 0, 0, slot, 0)
+            at = (layer.cache_index, 0, 0, slot, 0)
             keys, values = (
                 jax.lax.dynamic_update_slice(held, to_bits(new)[None], at)
                 for held, new in zip(cache, (k, v), strict=True)
             )
             cache = keys, values
             k, v = (
-                from_bits(jax.lax.dynamic_index_in_dim(held, layer.index, keepdims=False), self.dtype) for held in cache
+                from_bits(jax.lax.dynamic_index_in_dim(held, layer.cache_index, keepdims=False), self.dtype)
+                for held in cache
             )
         y = attend(self.backend, q, k, v, mask, slot, layer.window, c.windows)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)

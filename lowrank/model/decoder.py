@@ -80,7 +80,7 @@ def layer_inputs(
     return LayerInputs(
         adapters,
         window=jnp.asarray(config.windows, jnp.int32) if config.windows else None,
-        index=jnp.arange(config.layers) if cached else None,
+        cache_index=jnp.arange(config.layers) if cached else None,
     )
 
 

@@ -53,12 +53,13 @@ def step_flops(
     """FLOPs of a step over `rows` rows of `length` tokens. `lora` is None without an adapter."""
     tokens = rows * length
     full = mode == "full"
-    projections, targets = config.projections(), () if lora is None else lora.targets
+    projections = config.projections()
     kernels = {name: 2 * inputs * outputs for name, (inputs, outputs) in projections.items()}
     base = tokens * config.layers * sum(kernels.values())
     # Each target's FLOPs a token in one layer: of x @ lora_a, and of that @ lora_b.
-    factors_a = {target: 2 * projections[target][0] * lora.width(target) for target in targets}
-    factors_b = {target: 2 * lora.width(target) * projections[target][1] for target in targets}
+    widths = {} if lora is None else {target: lora.width(target) for target in lora.targets}
+    factors_a = {target: 2 * projections[target][0] * width for target, width in widths.items()}
+    factors_b = {target: 2 * width * projections[target][1] for target, width in widths.items()}
     adapter = tokens * config.layers * (sum(factors_a.values()) + sum(factors_b.values()))
     head = tokens * 2 * config.embed * config.vocab
     attention = rows * config.layers * 4 * config.heads * config.head_dim * visible_pairs(length)

@@ -289,7 +289,8 @@ def compare_with_xla(
         return [np.asarray(x, np.float32) for x in (y, *vjp(cotangent))]
 
     tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
-    for size in sorted(set(windows)) or [None]:
+    sizes: list[int | None] = [*sorted(set(windows))] or [None]
+    for size in sizes:
         found, expected = results(backend, size, q, k, v), results("xla", size, q, k, v)
         error = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True))
         if not error <= tolerance:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 
 from lowrank.errors import UserError
 
+# Flags, and what `jax.distributed.initialize` calls them.
+ARGUMENTS = {"coordinator": "coordinator_address", "processes": "num_processes", "process": "process_id"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
@@ -34,14 +37,13 @@ def detect_cluster(
     """
     found = _slurm(environ) or _open_mpi(environ)
     found_through, known = found or ("flags", {})
-    flags = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-    given = {name: value for name, value in flags.items() if value is not None}
+    flags = {"coordinator": coordinator, "processes": processes, "process": process}
+    given = {ARGUMENTS[flag]: value for flag, value in flags.items() if value is not None}
     if processes == 1:
         return None
     if given or known:
         arguments = known | given
-        names = {"coordinator_address": "coordinator", "num_processes": "processes", "process_id": "process"}
-        missing = [f"--{flag}" for name, flag in names.items() if name not in arguments]
+        missing = [f"--{flag}" for flag in flags if ARGUMENTS[flag] not in arguments]
         if missing:
             source = f" ({found_through} does not say it)" if found else ""
             raise UserError(

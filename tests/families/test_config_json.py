@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from lowrank.adapters.lora import TARGETS
 from lowrank.errors import UserError
-from lowrank.families.config import ModelConfig, RopeScaling, parameter_count
+from lowrank.families.config import ModelConfig, RopeScaling
 from lowrank.families.config_json import FAMILIES, hf_config, parse_config, read_config
 from lowrank.families.sizes import SIZES
+from lowrank.families.tensor_names import hf_tensors
 
 LLAMA_31 = {  # as meta-llama/Llama-3.1-8B-Instruct has it
     "architectures": ["LlamaForCausalLM"],
@@ -168,7 +170,12 @@ QWEN3 = {  # as Qwen/Qwen3-0.6B has it
 
 
 def test_named_sizes_have_their_published_parameter_counts():
-    counts = {name: parameter_count(config) for name, config in SIZES.items()}
+    def count(config):
+        return sum(
+            math.prod(shape) * (config.layers if "{}" in name else 1) for name, shape in hf_tensors(config).values()
+        )
+
+    counts = {name: count(config) for name, config in SIZES.items()}
     assert counts == {
         "llama-7b": 6_738_415_616,
         "llama-13b": 13_015_864_320,
@@ -230,8 +237,8 @@ def test_both_spellings_at_once_must_agree():
     both["rope_parameters"] = both["rope_parameters"] | {"factor": 32.0, "rope_theta": 1e4}
     with pytest.raises(UserError) as error:
         parse_config(both, "config.json")
-    assert "rope_theta is said twice and differs: 500000.0 and 10000.0" in str(error.value)
-    assert "factor is said twice and differs: 8.0 and 32.0" in str(error.value)
+    assert "rope_theta is given twice, with different values: 500000.0 and 10000.0" in str(error.value)
+    assert "factor is given twice, with different values: 8.0 and 32.0" in str(error.value)
 
 
 def test_stories260k(shared_data):
@@ -285,7 +292,7 @@ def test_every_offender_is_named_in_one_line():
         'hidden_act = "gelu" is not supported (only "silu"); partial_rotary_factor = 0.5 is not supported (only 1); '
         "sliding_window = 4096 is not supported; no_rope_layers = [1, 1, 1, 0] is not supported; "
         'quantization_config = {"quant_method": "bitsandbytes", "llm_int8_threshold": 6.... is not supported; '
-        "mend config.json or give another base"
+        "fix config.json or give another base"
     )
 
 

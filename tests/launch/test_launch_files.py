@@ -10,6 +10,8 @@ import sys
 import pytest
 from fake_cluster import LAUNCH, MODEL, ROOT, SBATCH, batch, jobset, render, strict_yaml
 
+from lowrank.planning import prices
+
 SHELLS = sorted(file.name for file in [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
@@ -185,7 +187,6 @@ def test_a_jobsets_price_is_said():
 
 
 def test_prices_are_those_of_the_plan():
-    prices = pytest.importorskip("lowrank.parallel.prices")
     there = dict(re.findall(r"(\w+)\) chips=.* price=([0-9.]+)", (LAUNCH / "tpu.sh").read_text()))
     assert {name: float(there[name]) for name in ("v6e", "v5p")} == {
         name: prices.PER_CHIP_HOUR[name] for name in ("v6e", "v5p")
@@ -202,7 +203,7 @@ def test_skypilot_recovers_what_was_stopped_and_not_what_was_wrong():
         *("infra", "accelerators", "use_spot", "max_hourly_cost", "disk_size", "job_recovery"),
     }
     assert resources["use_spot"] is True and resources["max_hourly_cost"] == 40
-    assert resources["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
+    assert resources["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 134]}
     assert all(value is None or isinstance(value, str) for value in task["envs"].values())  # numbers are refused
 
 
@@ -270,13 +271,14 @@ def test_slurms_options_are_options_of_sbatch():
     assert options["signal"] == "TERM@300" and "requeue" in options and options["open-mode"] == "append"
 
 
-def test_slurm_queues_again_what_was_stopped(tmp_path):
-    done, calls = batch(tmp_path, 75, *MODEL, SLURM_RESTART_COUNT="2")
-    assert done.returncode == 75, done.stderr
+@pytest.mark.parametrize("code", [75, 134])  # stopped and saved; aborted because process 0 is lost
+def test_slurm_queues_again_what_was_stopped(tmp_path, code):
+    done, calls = batch(tmp_path, code, *MODEL, SLURM_RESTART_COUNT="2")
+    assert done.returncode == code, done.stderr
     assert calls == ["srun", ".venv/bin/python", "-m", "lowrank.train", *MODEL, "scontrol", "requeue", "7"]
     assert done.stdout.splitlines() == [
         "start 3 of at most 11: 16 GPUs at $3.00 an hour each (PRICE_PER_GPU_HOUR, assumed): $48.00 an hour",
-        "stopped and saved; queued again",
+        f"stopped (code {code}); queued again",
     ]
 
 

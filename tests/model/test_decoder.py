@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import optax
 import pytest
 
 from lowrank.adapters.lora import TARGETS, LoraConfig
-from lowrank.families.config import ModelConfig, RopeScaling, parameter_count
+from lowrank.families.config import ModelConfig, RopeScaling
+from lowrank.families.tensor_names import hf_tensors
 from lowrank.model import decoder
 from lowrank.model.attention import LayerInputs, rotary_cos_sin, rotary_frequencies
 from lowrank.model.decoder import Decoder, layer_inputs
@@ -216,10 +218,15 @@ def test_leaves_of_biases_and_of_head_norms():
     assert axes["self_attn"]["q_norm"]["scale"] == axes["self_attn"]["k_norm"]["scale"] == ("layers", "head_dim")
 
 
-def test_parameter_count_counts_every_leaf():
+def test_the_table_of_names_has_every_leaf():
     for config in (TINY, QWEN3, dataclasses.replace(QWEN3, biased=("up_proj", "down_proj"), tied_head=True)):
         shapes, _ = decoder.abstract(Decoder(config))
-        assert parameter_count(config) == partition.count(shapes["params"])
+        leaves = partition.named_leaves(shapes["params"])
+        assert hf_tensors(config).keys() == leaves.keys()
+        for path, (_, shape) in hf_tensors(config).items():
+            assert math.prod(leaves[path].shape) == math.prod(shape) * (
+                config.layers if path.startswith("layers/") else 1
+            )
 
 
 def test_eight_devices_compute_what_one_does():
