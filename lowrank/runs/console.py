@@ -1,4 +1,4 @@
-"""TODO runs.console"""
+"""What a run shows while it trains: a progress bar on a terminal, elsewhere a plain line for each line of metrics."""
 
 import sys
 
@@ -7,12 +7,10 @@ import rich.progress
 
 from lowrank.formatting import format_number
 
-SHARES = ("mfu", "waiting")
+SHARES = ("mfu", "waiting")  # shown in percent
 
 
 class Console:
-    """A progress bar on a terminal; plain lines elsewhere, one for each line of metrics."""
-
     def __init__(self, steps: int, first: int):
         self.steps = steps
         self.bar = None
@@ -27,25 +25,21 @@ class Console:
             self.task = self.bar.add_task("starting", total=steps, completed=first)
             self.bar.start()
 
-    def say(self, text: str):
+    def say(self, text: str) -> None:
         if self.bar:
             self.bar.console.print(text, markup=False)
         else:
             print(text, flush=True)
 
-    def step(self, step: int, scalars: dict[str, float] | None):
-        """Show that `step` is done; `scalars` are given when they are due."""
-        text = None
-        if scalars is not None:
-            named = {name.split("/")[1]: value for name, value in scalars.items()}
-            text = "  ".join(
-                f"{name} {f'{x:.1%}' if name in SHARES else format_number(x)}" for name, x in named.items()
-            )
+    def show_step(self, step: int, scalars: dict[str, float] | None) -> None:
+        """Show that `step` is done; `scalars` are given where a line is due."""
+        named = {name.split("/")[1]: x for name, x in (scalars or {}).items()}
+        text = "  ".join(f"{name} {f'{x:.1%}' if name in SHARES else format_number(x)}" for name, x in named.items())
         if self.bar:
-            self.bar.update(self.task, completed=step, **({} if text is None else {"description": text}))
-        elif text is not None:
+            self.bar.update(self.task, completed=step, description=text or None)
+        elif text:
             print(f"step {step}/{self.steps}  {text}", flush=True)
 
-    def close(self):
+    def close(self) -> None:
         if self.bar:
             self.bar.stop()

@@ -1,6 +1,6 @@
 """What a config names, found and read before anything is computed: base, tokenizer, examples; and a run's first variables.
 
-Everything that a user can get wrong with these is refused here, so that it is known before anything heavy begins.
+Whatever a user can get wrong with these is refused here, before anything heavy begins.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ from lowrank.weights.load import load_params
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What a run needs to know before it begins. `base` is None where a model is trained from scratch."""
+    """What a run reads before it begins."""
 
-    base: Base | None
+    base: Base | None  # None: a model is trained from scratch
     architecture: ModelConfig
     tokenizer: Tokenizer
     train: Examples
     held_out: Examples | None
-    rows: int  # an epoch has, about
-    fill: float  # share of the rows' places that hold a token
+    rows: int  # of an epoch in file order; shuffled, it differs by a few
+    fill: float  # share of the rows' slots that hold a token
     steps: int  # of the whole run
 
 
@@ -53,10 +53,10 @@ def prepare(config: Config) -> RunInputs:
     return with_steps(RunInputs(base, architecture, tokenizer, train, held_out, rows, fill, 0), config)
 
 
-def with_steps(prepared: RunInputs, config: Config) -> RunInputs:
-    """With the number of steps that the config asks for, over the data that was read."""
-    epochs_steps = math.ceil((config.train.epochs or 0) * prepared.rows / config.train.batch_size)
-    return dataclasses.replace(prepared, steps=config.train.steps or epochs_steps)
+def with_steps(inputs: RunInputs, config: Config) -> RunInputs:
+    """The inputs with the number of steps that the config asks for over the data."""
+    epochs_steps = math.ceil((config.train.epochs or 0) * inputs.rows / config.train.batch_size)
+    return dataclasses.replace(inputs, steps=config.train.steps or epochs_steps)
 
 
 def check_mesh(mesh: Mesh, config: Config, architecture: ModelConfig):
@@ -64,41 +64,39 @@ def check_mesh(mesh: Mesh, config: Config, architecture: ModelConfig):
     mesh_lib.check_heads(mesh, architecture.heads, architecture.kv_heads)
 
 
-def identity(config: Config, prepared: RunInputs) -> dict:
-    """What must stay what it was for a run to go on: by content, not by path."""
+def identity(config: Config, inputs: RunInputs) -> dict:
+    """What must be unchanged for a run to resume: files by content, not by path."""
     return {
-        "base": prepared.base.fingerprint if prepared.base else f"from scratch, seed {config.seed}",
-        "architecture": dataclasses.asdict(prepared.architecture),
-        "tokenizer": workdir_lib.file_hash(prepared.tokenizer.path),
+        "base": inputs.base.fingerprint if inputs.base else f"from scratch, seed {config.seed}",
+        "architecture": dataclasses.asdict(inputs.architecture),
+        "tokenizer": workdir_lib.file_hash(inputs.tokenizer.path),
         "data.train": workdir_lib.file_hash(config.data.train),
         "data.eval": workdir_lib.file_hash(config.data.eval),
     }
 
 
 def facts(config: Config, run_identity: dict) -> dict[str, str]:
-    """What has to be the same in all processes of a run, in words short enough to be shown: files by content, not by path."""
-    settings = {
-        key: value for key, value in workdir_lib.flat(config_lib.to_dict(config)) if key not in workdir_lib.PATHS
-    }
-    settings = {f"config.{key}": repr(value) for key, value in settings.items()}
+    """What must be the same in all processes of a run, as short texts: files by content, not by path."""
+    values = workdir_lib.flat(config_lib.to_dict(config))
+    settings = {f"config.{key}": repr(value) for key, value in values if key not in workdir_lib.PATHS}
     files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
     return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
 
 
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
-    """The base that the config names (or none, and the architecture to train from scratch), and the tokenizer."""
+    """-> (the base, or None where the named architecture is trained from scratch; the architecture; the tokenizer)."""
+    base, architecture = None, named_architecture(config)
     if config.base:
         base = read_base(config.base)
         architecture = base.config
         check_base(config, architecture)
-    elif config.train.mode == "full" and (architecture := named_architecture(config)):
-        if not config.tokenizer:
-            raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
-        base = None
-    else:
+    elif config.train.mode != "full" or architecture is None:
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
-    tokenizer = load_tokenizer(config.tokenizer or config.base)
-    check_vocab(tokenizer, architecture.vocab, config.tokenizer or config.base)
+    place = config.tokenizer or config.base
+    if not place:
+        raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
+    tokenizer = load_tokenizer(place)
+    check_vocab(tokenizer, architecture.vocab, place)
     check_length(config, architecture)
     return base, architecture, tokenizer
 
@@ -129,8 +127,8 @@ def named_architecture(config: Config) -> ModelConfig | None:
     return SIZES[config.architecture] if config.architecture else None
 
 
-def read_data(config: Config, tokenizer: Tokenizer):
-    """-> the training examples, and the held-out ones or None."""
+def read_data(config: Config, tokenizer: Tokenizer) -> tuple[Examples, Examples | None]:
+    """-> the training examples; the held-out ones or None."""
     data = config.data
     if not data.train:
         raise UserError(f"config.data.train is missing; say --config.data.train=FILE, in the {data.format} format")
@@ -172,7 +170,7 @@ def training_batches(config: Config, examples: Examples) -> loader.TrainLoader:
 
 
 def evaluation_batches(config: Config, held_out: Examples | None) -> list[Batch]:
-    """Of as many rows as a micro-batch has; none where nothing is held out."""
+    """Batches of as many rows as a micro-batch has; none if nothing is held out."""
     rows = config.train.batch_size // config.train.microbatches
     if not held_out:
         return []
@@ -196,13 +194,13 @@ def initial_variables(
     if "lora" in made and start:
         variables["lora"] = start.restore({"lora": shapes["lora"]})["lora"]
     elif "lora" in made:
-        # What an adapter starts from depends on its ranks alone: members of a sweep with the same share the program.
+        # Initial values depend on the ranks alone: a sweep's members of equal ranks share the program.
         ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)
         layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
-        variables["lora"] = jax.tree.map(mesh_lib.put, _fresh_adapter(Decoder(model.config, ranks), key), layout)
+        variables["lora"] = jax.tree.map(mesh_lib.put, _init_adapter(Decoder(model.config, ranks), key), layout)
     return variables
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fresh_adapter(model: Decoder, key: jax.Array) -> dict:
+def _init_adapter(model: Decoder, key: jax.Array) -> dict:
     return decoder.init(model, key)["lora"]

@@ -36,7 +36,7 @@ class Tick:
 
     step: int
     state: State
-    results: list[StepResult]  # steps that finished since the last tick, oldest first
+    results: Iterator[StepResult]  # steps since the last tick, oldest first; each is waited for when it is taken
     evaluates: bool
     samples: bool
     saves: bool
@@ -70,40 +70,38 @@ def run_steps(
     `stop` is asked once in each step: several processes then get the same answer at the same step.
     """
     if first == 0:
-        tick = Tick(0, state, [], config.eval.every > 0, config.sample.every > 0, False, None)
+        tick = Tick(0, state, iter(()), config.eval.every > 0, config.sample.every > 0, False, None)
         yield tick
         state = tick.state
-    pending = None
+    waiting: list[StepResult] = []  # steps whose scalars are still on the device
     speed.start()
     for step in range(first + 1, steps + 1):
         position = batches.get_state()
         batch, examples = next(batches)
         arrays = to_devices(batch, mesh)
-        speed.dispatches(idle=pending is None or pending.metrics.loss.is_ready())
+        speed.dispatches(idle=all(result.metrics.loss.is_ready() for result in waiting))
         with speed.paused():
-            profile.before(step)
+            profile.begin(step)
         with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = update(state, arrays, step)
         if step == profile.stop:
             jax.block_until_ready(metrics)
             with speed.paused():
                 profile.close()
-        results = [_read(pending, speed)] if pending else []
-        pending = StepResult(step, metrics, examples, position)
+        waiting.append(StepResult(step, metrics, examples, position))
         every = config.eval.every, config.sample.every, config.checkpoint.every
         evaluates, samples, saves = (due(step, each, steps) for each in every)
-        tick = Tick(step, state, results, evaluates, samples, saves or step == steps, stop(step))
-        if tick.pauses:
-            results.append(_read(pending, speed))
-            pending = None
+        tick = Tick(step, state, iter(()), evaluates, samples, saves or step == steps, stop(step))
+        count = len(waiting) if tick.pauses else len(waiting) - 1
+        tick.results, waiting = (_read(result, speed) for result in waiting[:count]), waiting[count:]
         yield tick
         state = tick.state
         if tick.stopped_by:
             return
 
 
-def _read(pending: StepResult, speed: Speed) -> StepResult:
+def _read(result: StepResult, speed: Speed) -> StepResult:
     """Wait for a step's scalars. In a wave each has a leading axis of members, all of which see the same tokens."""
-    result = pending._replace(metrics=jax.device_get(pending.metrics))
+    result = result._replace(metrics=jax.device_get(result.metrics))
     speed.read(int(np.ravel(result.metrics.tokens)[0]), int(np.ravel(result.metrics.trained_tokens)[0]))
     return result

@@ -1,7 +1,6 @@
-"""What a run tells: `metrics.jsonl` always, the console, and TensorBoard or W&B if asked for.
+"""A run's scalars: evaluation sums, and the writers of `metrics.jsonl` (always), TensorBoard and W&B (if asked for).
 
-The step's scalars stay on the device; the loop hands them over one step late, so that reading them never keeps the
-next step from being dispatched. Of several processes the first one writes; in the others the same calls write nothing.
+Of several processes the first one writes; in the others the same calls write nothing.
 """
 
 import math
@@ -41,7 +40,7 @@ def best_evaluation(workdir: paths.Path) -> tuple[float, int]:
 
 
 class Metrics:
-    """Writes the scalars of a step to every place that was asked for."""
+    """Writes the scalars of a step everywhere the config asks for."""
 
     def __init__(self, workdir: paths.Path, config: Config, step: int):
         """`step`: lines after it are about to be written again."""
@@ -60,7 +59,7 @@ class Metrics:
                 import wandb as wandb_library
             except ImportError:
                 raise UserError("config.log.wandb needs wandb; pip install 'lowrank[logging]'") from None
-            id_file = workdir / "wandb_id"  # the same workdir goes on in the same run
+            id_file = workdir / "wandb_id"  # a resumed workdir continues the same W&B run
             if not id_file.exists():
                 replace(id_file, uuid.uuid4().hex)
             run_id = id_file.read_text()

@@ -8,11 +8,11 @@ import jax
 from lowrank.errors import UserError
 from lowrank.files import paths
 
-GENERAL = "--profile=START:STOP is the first and the last step to trace, as --profile=11:13"
+USAGE = "--profile=START:STOP is the first and the last step to trace, as --profile=11:13"
 
 
 class Profile:
-    """What JAX traces from just before step `start` until step `stop` is done; `text` None: nothing."""
+    """JAX's trace from just before step `start` until step `stop` is done; nothing where `text` is None."""
 
     def __init__(self, text: str | None, workdir: paths.Path):
         self.start = self.stop = 0
@@ -21,36 +21,35 @@ class Profile:
             return
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise UserError(f"--profile={text} is no range of steps; {GENERAL}")
-        if paths.is_remote(workdir):
+            raise UserError(f"--profile={text} is no range of steps; {USAGE}")
+        if not isinstance(workdir, pathlib.Path):
             raise UserError("--profile writes to a disk; leave it out, or name a local --workdir")
         self.start, self.stop = int(found[1]), int(found[2])
-        self.folder = pathlib.Path(workdir) / "profile"
+        self.folder = workdir / "profile"
 
-    def check(self, steps: int):
-        """UserError if a run of so many steps does not do these."""
+    def check(self, steps: int) -> None:
+        """UserError if the run ends before step `stop`."""
         if self.stop > steps:
             raise UserError(f"--profile={self.start}:{self.stop}: this run ends at step {steps}")
 
-    def resumed(self, first: int) -> str | None:
-        """A run that goes on after step `first` traces nothing if some of the steps are behind it; that is said."""
+    def skip_until(self, first: int) -> str | None:
+        """For a run resumed after step `first`: nothing is traced if some of the steps are done -> what to say then."""
         if not 0 < self.start <= first:
             return None
-        said = f"--profile={self.start}:{self.stop}: step {self.start} is done already, so nothing is traced"
+        message = f"--profile={self.start}:{self.stop}: step {self.start} is done already, so nothing is traced"
         self.start = self.stop = 0
-        return said
+        return message
 
-    def before(self, step: int):
+    def begin(self, step: int) -> None:
         if step == self.start:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
 
-    @property
-    def written(self) -> str:
+    def describe(self) -> str:
         return f"profile of steps {self.start} to {self.stop} in {self.folder}; pip install xprof; xprof {self.folder}"
 
-    def close(self):
-        """Write the trace: when step `stop` is done, or what there is of it where a run ends before."""
+    def close(self) -> None:
+        """Write the trace; of a run that ends before step `stop`, what there is of it."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()

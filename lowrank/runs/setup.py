@@ -1,11 +1,10 @@
-"""The training step of a config as a program: everything about it that needs no weights, and the program compiled for
-devices that need not be here.
+"""The training step of a config before there are arrays, compiled also for devices that are not here.
 
-It is the real step: the same model, mask, optimizer, layouts and jit as `lowrank.train` runs, of shapes instead of arrays.
+A run, a plan and a benchmark use the same `Step`: model, mask, optimizer, layouts and jitted function, over shapes.
 """
 
 import dataclasses
-import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from lowrank.adapters.lora import LoraConfig
 from lowrank.config import Config
 from lowrank.data.batch import Batch, abstract_batch
 from lowrank.families.config import ModelConfig
-from lowrank.model import decoder
-from lowrank.model import kernels as attend
+from lowrank.model import decoder, kernels
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
@@ -28,7 +26,7 @@ from lowrank.training.step import State, abstract_state, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step before there are arrays; leaves of trees are ShapeDtypeStructs that know their layout."""
+    """A training step; the leaves of its trees are ShapeDtypeStructs with their shardings."""
 
     mesh: Mesh
     model: Decoder
@@ -39,11 +37,11 @@ class Step:
     state: State
     frozen: dict
     batch: Batch
-    function: typing.Callable  # jitted (state, frozen, batch) -> (state, metrics)
+    function: Callable  # jitted (state, frozen, batch) -> (state, StepMetrics)
 
 
 def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: int) -> Step:
-    """What `lowrank.train` sets up before it loads anything, for a run of so many steps."""
+    """The step of a run of so many steps."""
     model, shapes = model_of(config, architecture, config.adapter, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
     trainable, frozen = partition.split(shapes, mask)
@@ -56,21 +54,21 @@ def abstract_step(config: Config, architecture: ModelConfig, mesh: Mesh, steps: 
 
 
 def model_of(config: Config, architecture: ModelConfig, lora: LoraConfig | None, mesh: Mesh) -> tuple[Decoder, dict]:
-    """-> the model with this adapter, and its variables' shapes, laid out."""
-    # What is trained is held in float32: bfloat16 would swallow small updates.
+    """-> (the model with this adapter, the shapes of its variables with their shardings)."""
+    # Trained weights are held in float32: in bfloat16 an update below 1/256 of a weight is lost.
     param_dtype = jnp.dtype("float32" if config.train.mode == "full" else config.param_dtype)
     device, dtype = mesh.devices.flat[0], jnp.dtype(config.dtype)
-    attention = attend.choose_backend(
+    attention = kernels.choose_backend(
         config.attention, device.platform, dtype, architecture.head_dim, config.data.max_length
     )
     if device in jax.devices():
-        attention = attend.verify_backend(attention, config.attention, dtype, architecture)
+        attention = kernels.verify_backend(attention, config.attention, dtype, architecture)
     model = Decoder(architecture, lora, dtype, param_dtype, config.remat, attention)
     shapes, axes = decoder.abstract(model)
     return model, mesh_lib.with_shardings(mesh, axes, shapes)
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:
-    """May raise jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the program does not fit."""
+    """Raises jax.errors.JaxRuntimeError with RESOURCE_EXHAUSTED if the program does not fit."""
     with jax.set_mesh(step.mesh):
         return compiling.compile_for(step.function, step.state, step.frozen, step.batch)

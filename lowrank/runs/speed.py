@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, the share of what the devices could do at most, and how long they waited."""
+"""How fast a run is: tokens per second, model FLOPs utilisation (MFU), and the share of time that the devices waited."""
 
 import contextlib
 import time
@@ -16,14 +16,14 @@ from lowrank.parallel import distributed
 
 
 class Speed:
-    """Counts between two lines of the log. What runs in `paused` (evaluation, saving) is no part of it.
+    """Counts between two lines of the log, without the time spent in `paused` (evaluation, saving).
 
-    Steps are dispatched while the one before still runs. So a device waits only if, when the next step is ready to be
-    dispatched, the last one is done already: then at most for as long as it is known to have been at work no more.
+    A step is dispatched while the step before still runs. So a device waited only if the last step was done when the next
+    one was ready to be dispatched; then at most since the device was last known to be at work.
     """
 
     def __init__(self, needed_flops: Callable[[int], float], ceiling: float | None):
-        """`needed_flops`: of a step with so many trained tokens; `ceiling`: FLOP/s of all devices at best, None: unknown."""
+        """`needed_flops`: trained tokens of a step -> its FLOPs. `ceiling`: the best FLOP/s of all devices, None if unknown."""
         self.needed_flops, self.ceiling = needed_flops, ceiling
         self.start()
 
@@ -33,13 +33,13 @@ class Speed:
         self.tokens, self.flops, self.waited = 0, 0.0, 0.0
 
     def dispatches(self, idle: bool):
-        """The next step is about to be dispatched; `idle`: the last one is done."""
+        """The next step is about to be dispatched; `idle`: the last step is done."""
         now = time.monotonic()
         self.waited += now - self.at_work if idle else 0.0
         self.at_work = now
 
     def read(self, tokens: int, trained: int):
-        """The results of a step are here, so the next one is at work."""
+        """A step's results have arrived, so the next step is at work."""
         self.tokens, self.flops = self.tokens + tokens, self.flops + self.needed_flops(trained)
         self.at_work = time.monotonic()
 
@@ -51,8 +51,7 @@ class Speed:
         self.began += self.at_work - began
 
     def rates(self) -> dict[str, float]:
-        """-> train/tokens_per_second; train/mfu, the share of the ceiling; train/waiting, the share of the time. Counts anew
-        from now."""
+        """-> train/tokens_per_second, train/mfu (share of the ceiling) and train/waiting (share of the time); restarts."""
         at_work, seconds = self.at_work, max(time.monotonic() - self.began, 1e-9)
         found = {"train/tokens_per_second": self.tokens / seconds}
         if self.ceiling:
@@ -76,22 +75,19 @@ def make_speed(
     return Speed(lambda trained: sum(each.needed(trained / (rows * length)) for each in flops), ceiling)
 
 
-SIZES = {"cpu": 1024}  # of the matrices whose product is timed; elsewhere ELSE
-ELSE = 8192
-
-
 def product_flops(device: jax.Device, dtype: jnp.dtype) -> float:
-    """FLOP/s of one large matrix product as the model asks for it, the best of 5: what a step cannot be faster than."""
-    size = SIZES.get(device.platform, ELSE)
+    """FLOP/s of one large matrix product as the model asks for it, the best of 5: an upper bound for a step."""
+    size = 1024 if device.platform == "cpu" else 8192
     x = jax.device_put(jnp.ones((size, size), dtype), device)
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # as `product` in model/products.py
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # as in model/products.py
     multiply = jax.jit(
         lambda x: jnp.matmul(x, x, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
     )
     return 2 * size**3 / best_seconds(multiply, x)
 
 
-def best_seconds(function, x) -> float:
+def best_seconds(function: Callable, x: jax.Array) -> float:
+    """Seconds of the fastest of 5 calls, after one that compiles."""
     jax.block_until_ready(function(x))
     best = float("inf")
     for _ in range(5):

@@ -159,15 +159,16 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
     batches = training_batches(config, inputs.train)
     first = distributed.broadcast_from_first(checkpoints.latest) or 0
     state, frozen, tokens = _begin(run, checkpoints, batches, first)
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        forget_after(workdir / file, first if first else -1)
+    samples_file = workdir / "samples.jsonl"
+    for file in (workdir / "metrics.jsonl", samples_file):
+        forget_after(file, first or -1)
     if first >= steps:
         plot_curves(workdir)
         print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
         return read_result(workdir, first)
     if first:
         print(f"resumed from step {first}")
-        if left_out := run.profile.resumed(first):
+        if left_out := run.profile.skip_until(first):
             print(left_out)
 
     train_step = distributed.compile_together(setup.function)
@@ -189,7 +190,7 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
         ):  # fmt: skip
             step, state = tick.step, tick.state
             if 0 < step == run.profile.stop:
-                console.say(run.profile.written)
+                console.say(run.profile.describe())
             for done in tick.results:
                 refuse_not_finite(done, checkpoints)
                 tokens += int(done.metrics.tokens)
@@ -197,12 +198,12 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
                 if (config.log.every and done.step == 1) or due(done.step, config.log.every, steps):
                     line = training_scalars(done, tokens) | speed.rates()
                     metrics.write(done.step, {name: line[name] for name in line if name not in NOT_WRITTEN})
-                console.step(done.step, line)
+                console.show_step(done.step, line)
             if not tick.pauses:
                 continue
             with speed.paused():
                 variables = partition.merge(state.trainable, frozen)
-                loss = math.inf
+                loss = None
                 if tick.evaluates and eval_batches:
                     total, count = evaluation_sums(eval_step, eval_batches, mesh, state.trainable, frozen)
                     loss = float(total / count)
@@ -210,29 +211,23 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
                         raise UserError(f"step {step}: the evaluation loss is {loss}; {intact(checkpoints)}; {REMEDY}")
                     scalars = evaluation_scalars(loss)
                     if config.eval.answers:
-                        scalars["eval/exact_match"] = write_answers(
-                            workdir / "samples.jsonl",
-                            step,
-                            model,
-                            variables,
-                            inputs.tokenizer,
-                            inputs.held_out.examples,
-                            config,
-                        )
+                        share = write_answers(samples_file, step, model, variables, inputs, config)
+                        scalars["eval/exact_match"] = share
                     metrics.write(step, scalars)
-                    console.say(f"step {step}/{steps}  {'  '.join(f'{name} {format_number(x)}' for name, x in scalars.items())}")
+                    console.say(
+                        f"step {step}/{steps}  {'  '.join(f'{name} {format_number(x)}' for name, x in scalars.items())}"
+                    )
                 if tick.samples:
-                    for prompt, text in write_samples(
-                        workdir / "samples.jsonl", step, model, variables, inputs.tokenizer, config
-                    ):
+                    for prompt, text in write_samples(samples_file, step, model, variables, inputs, config):
                         console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
                 del variables  # the next step donates the state's arrays
-                better, best = loss < best, min(loss, best)
+                better = loss is not None and loss < best
+                best = loss if better else best
                 if tick.saves or (better and step > 0) or tick.stopped_by:
                     meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                     meta |= {"identity": run.identity, "versions": workdir_lib.versions()}
                     flush_lines()
-                    checkpoints.save(step, state, batches.get_state(), meta, loss if loss < math.inf else None)
+                    checkpoints.save(step, state, batches.get_state(), meta, loss)
             if tick.stopped_by and step < steps:
                 stopped_by = tick.stopped_by
                 checkpoints.wait()

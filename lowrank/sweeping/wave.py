@@ -98,21 +98,21 @@ def train_wave(
         writers = {}
         for member in wave:
             for file in ("metrics.jsonl", "samples.jsonl"):
-                forget_after(places[member.name] / file, first if first else -1)
+                forget_after(places[member.name] / file, first or -1)
             best[member.name] = best_evaluation(places[member.name])
             writers[member.name] = Metrics(places[member.name], member.config, first)
             stack.callback(writers[member.name].close)
         progress = stack.enter_context(Progress(names, steps, first))
         for name, found in diverged.items():
-            progress.diverged(name, found["step"])
-        if left_out := profile.resumed(first):
+            progress.record_divergence(name, found["step"])
+        if left_out := profile.skip_until(first):
             progress.say(left_out)
         eval_batches = evaluation_batches(config, inputs.held_out)
         speed = make_speed(mesh, group.model.dtype, config, [(inputs.architecture, m.config.adapter) for m in wave])
 
         def freeze(name: str, step: int, position: dict, seen: int, why: str):
             diverged[name] = {"step": step, "data": position, "tokens": seen}
-            progress.diverged(name, step)
+            progress.record_divergence(name, step)
             progress.say(f"step {step}/{steps}  {name}: {why}; it is frozen at step {step - 1}, the others go on")
 
         def going_on() -> list[tuple[int, str]]:
@@ -142,12 +142,10 @@ def train_wave(
                     continue
                 scalars = evaluation_scalars(loss)
                 if trainables is not None:
-                    scalars["eval/exact_match"] = write_answers(
-                        places[name] / "samples.jsonl", step, group.model, variables_of(trainables, i),
-                        inputs.tokenizer, inputs.held_out.examples, config,
-                    )  # fmt: skip
+                    file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
+                    scalars["eval/exact_match"] = write_answers(file, step, group.model, variables, inputs, config)
                 writers[name].write(step, scalars)
-                progress.evaluated(name, loss)
+                progress.record_loss(name, loss)
                 if loss < best[name][0]:
                     best[name], improved = (loss, step), True
             progress.show_evaluation(step)
@@ -161,7 +159,7 @@ def train_wave(
         ):  # fmt: skip
             step = tick.step
             if 0 < step == profile.stop:
-                progress.say(profile.written)
+                progress.say(profile.describe())
             for result in tick.results:
                 finite = np.isfinite(result.metrics.loss) & np.isfinite(result.metrics.grad_norm)
                 for i, name in going_on():
@@ -177,8 +175,8 @@ def train_wave(
                     for i, name in going_on():
                         line = training_scalars(result, tokens, i) | written
                         writers[name].write(result.step, line)
-                        progress.trained(name, line["train/loss"])
-                progress.step(result.step, rates)
+                        progress.record_train_loss(name, line["train/loss"])
+                progress.show_step(result.step, rates)
             if tick.pauses:
                 with speed.paused():
                     improved = False
@@ -188,7 +186,7 @@ def train_wave(
                         trainables = jax.device_get(tick.state.trainable)
                         for i, name in going_on():
                             file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
-                            write_samples(file, step, group.model, variables, inputs.tokenizer, config)
+                            write_samples(file, step, group.model, variables, inputs, config)
                     if tick.saves or (improved and step > 0) or tick.stopped_by:
                         meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
                         meta |= {"versions": workdir_lib.versions()}
