@@ -18,7 +18,7 @@ from lowrank.cli import config_file
 from lowrank.cli import run as cli
 from lowrank.config import DTYPES, FORMATS
 from lowrank.errors import UserError
-from lowrank.evaluation.loss import Estimate, Evaluation, write_losses
+from lowrank.evaluation.loss import Evaluation, write_losses
 from lowrank.files import paths
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
@@ -36,6 +36,7 @@ flags.DEFINE_enum("dtype", None, DTYPES, "Held and computed in; default: as the 
 FLAGS = flags.FLAGS
 
 USED = ("config.data.format", "config.data.max_length", "config.data.train_on_prompt", "config.mesh")
+PASSED = ("format", "max_length", "train_on_prompt", "packing", "batch_size", "dtype")  # flags, as `evaluate` has them
 FEW = 30  # examples, below which the normal distribution makes an interval too narrow
 
 
@@ -58,12 +59,7 @@ def main(arguments: list[str]):
         FLAGS.adapter,
         FLAGS.other,
         config=config_file.read(FLAGS.config, arguments) if FLAGS.config else None,
-        format=FLAGS.format,
-        max_length=FLAGS.max_length,
-        train_on_prompt=FLAGS.train_on_prompt,
-        packing=FLAGS.packing,
-        batch_size=FLAGS.batch_size,
-        dtype=FLAGS.dtype,
+        **{name: FLAGS[name].value for name in PASSED},
     )
     print(describe_examples(result, FLAGS.data))
     print(describe_losses(result, FLAGS.adapter or "base", FLAGS.other))
@@ -86,16 +82,14 @@ def describe_examples(result: Evaluation, data: str) -> str:
 def describe_losses(result: Evaluation, name: str, other: str | None) -> str:
     """A line for each model, and how they differ."""
     width = max(len(name), len(other or ""))
-    lines = [f"{name:<{width}}  {_loss_and_perplexity(result.loss)}"]
+    lines = [f"{name:<{width}}  {_loss_and_perplexity(*result.loss)}"]
     if other:
-        lines.append(f"{other:<{width}}  {_loss_and_perplexity(result.other_loss)}")
+        lines.append(f"{other:<{width}}  {_loss_and_perplexity(*result.other_loss)}")
         mean, margin = result.difference
-        line = f"{name} minus {other}: loss {mean:+.6f}"
-        if margin is not None:
-            better = f"{name if mean < 0 else other} is better"
-            verdict = "no difference can be told" if abs(mean) <= margin else better
-            line += f" ± {margin:.6f}, example by example: {verdict}"
-        lines.append(line)
+        better = f"{name if mean < 0 else other} is better"
+        verdict = better if margin is not None and abs(mean) > margin else "no difference can be told"
+        interval = "" if margin is None else f" ± {margin:.6f}, example by example: {verdict}"
+        lines.append(f"{name} minus {other}: loss {mean:+.6f}{interval}")
     count = len(result.tokens)
     if count == 1:
         lines.append("note: there is no interval from one example")
@@ -104,8 +98,7 @@ def describe_losses(result: Evaluation, name: str, other: str | None) -> str:
     return "\n".join(lines)
 
 
-def _loss_and_perplexity(loss: Estimate) -> str:
-    mean, margin = loss
+def _loss_and_perplexity(mean: float, margin: float | None) -> str:
     if margin is None:
         return f"loss {mean:.6f}  perplexity {_perplexity(mean)}"
     interval = f"{_perplexity(mean - margin)} to {_perplexity(mean + margin)}"

@@ -32,15 +32,8 @@ def main(arguments: list[str]):
     missing = [f"--{name}" for name in ("workdir", "format", "to") if not getattr(FLAGS, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; see --help")
-    made = inference.export(
-        FLAGS.workdir,
-        FLAGS.to,
-        FLAGS.format,
-        step=FLAGS.step,
-        base=FLAGS.base,
-        base_name=FLAGS.base_name,
-        dtype=FLAGS.dtype,
-    )
+    options = {name: FLAGS[name].value for name in ("step", "base", "base_name", "dtype")}
+    made = inference.export(FLAGS.workdir, FLAGS.to, FLAGS.format, **options)
     print(
         f"exported to {made.folder}; read back, every tensor equal, logits within {made.difference:.2g} of the largest "
         f"({made.dtype})"

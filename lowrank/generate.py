@@ -8,10 +8,8 @@ The text goes to stdout, everything else to stderr. Prompts are put into the for
 without an adapter, or with --format=text, the model gets them as they are.
 """
 
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
 
 from absl import flags
 
@@ -43,9 +41,6 @@ flags.DEFINE_enum("dtype", None, DTYPES, "Held and computed in; default: as the 
 FLAGS = flags.FLAGS
 
 
-Stream = Callable[[list[list[int]]], Iterator[tuple[int, str]]]  # ids of prompts -> (row, piece of text)
-
-
 def main(arguments: list[str]):
     cli.refuse_unknown(arguments)
     if not FLAGS.base:
@@ -60,35 +55,23 @@ def main(arguments: list[str]):
     if FLAGS.prompts is not None:
         prompts = read_prompts(FLAGS.prompts, FLAGS.input)
     model = load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
-    stream = functools.partial(
-        model.stream,
-        max_new_tokens=FLAGS.max_new_tokens,
-        stop=FLAGS.stop,
-        temperature=FLAGS.temperature,
-        top_k=FLAGS.top_k,
-        top_p=FLAGS.top_p,
-        seed=FLAGS.seed,
-    )
+    names = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")
+    options = {name: FLAGS[name].value for name in names}
     if FLAGS.chat:
         if model.format not in (None, "chat"):
             print(f"the adapter was trained in the {model.format} format, not for chat", file=sys.stderr)
-        return chat(model, stream)
+        return chat(model, options)
     if model.format and not FLAGS.format:
         print(f"prompts are put into the adapter's format: {model.format} (--format changes it)", file=sys.stderr)
     format = FLAGS.format or model.format or "text"
     rows = [model.encode(prompt, input, format) for prompt, input in prompts]
     if len(rows) == 1:
-        for _, piece in stream(rows):
+        for _, piece in model.stream(rows, **options):
             print(piece, end="", flush=True)
         print()
         return None
-    for start in range(
-        0, len(rows), FLAGS.batch_size
-    ):  # of several texts, those of a batch are printed when all are done
-        part = rows[start : start + FLAGS.batch_size]
-        texts = [""] * len(part)
-        for row, piece in stream(part):
-            texts[row] += piece
+    for start in range(0, len(rows), FLAGS.batch_size):
+        texts = model.generate(rows[start : start + FLAGS.batch_size], **options)
         for number, text in enumerate(texts, start=start + 1):
             print(f"=== {number}\n{text}", flush=True)
     return None
@@ -119,7 +102,7 @@ def read_prompts(file: str, input: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def chat(model: Model, stream: Stream) -> None:
+def chat(model: Model, options: dict) -> None:
     """A conversation in the terminal; each turn sees all turns before it."""
     messages: list[dict] = []
     print("/reset begins anew, /exit or Ctrl-D ends.", file=sys.stderr)
@@ -138,7 +121,8 @@ def chat(model: Model, stream: Stream) -> None:
         messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            for _, piece in stream([encode_prompt(format_chat(messages, model.tokenizer), "chat", model.tokenizer)]):
+            prompt = encode_prompt(format_chat(messages, model.tokenizer), "chat", model.tokenizer)
+            for _, piece in model.stream([prompt], **options):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation

@@ -59,12 +59,11 @@ def analyze(adapter, other=None, base=None) -> Analysis:
     `base`: None is the one that the adapter's run names. Raises UserError.
     """
     folders = [paths.path(folder) for folder in (adapter, other) if folder]
-    if not base:
-        opened = read_adapter(folders[0])
-        if opened.step is None:
-            raise UserError(f"base is missing: {folders[0]} is not the workdir of a run, which would name its base")
+    if not base and read_adapter(folders[0]).step is not None:
         base = workdir.read_config(folders[0]).base
-    source = base if isinstance(base, Base) else read_base(base)
+    if not base:
+        raise UserError(f"base is missing: {folders[0]} is not the workdir of a run, which would name its base")
+    source = read_base(base)
     modules, *others = [measure(folder, source) for folder in folders]
     similarities = compare(modules, others[0]) if others else {}
     if others and not similarities:

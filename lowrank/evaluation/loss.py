@@ -77,8 +77,8 @@ def evaluate(
     """Evaluate a base with `adapter` (None: alone) on the file `data`; with `other`, a second adapter on the same examples.
 
     Examples are made as `format`, `max_length` and `train_on_prompt` say, else as `config` does, else as the adapters' runs
-    did. `config` also gives the mesh. `packing` and `batch_size` (rows computed at once) change the speed only. `base`,
-    the adapters and `dtype` are those of `lowrank.load`. Raises UserError.
+    did. `config` also gives the mesh. `packing` and `batch_size` (rows computed at once) change the
+    speed only. `base`, the adapters and `dtype` are those of `lowrank.load`. Raises UserError.
     """
     mesh = mesh_lib.make_mesh(config.mesh if config else mesh_lib.MeshConfig())
     source = read_base(base)
@@ -86,17 +86,30 @@ def evaluate(
     adapters = [read_adapter(name, layers=source.config.layers) if name else None for name in names]
     given = {"format": format, "max_length": max_length, "train_on_prompt": train_on_prompt}
     settings = _choose_settings(config, adapters, {name: value for name, value in given.items() if value is not None})
-    losses, fingerprints = [], set()
+    if settings.max_length > source.config.max_length:
+        raise UserError(
+            f"max_length={settings.max_length} is more than the model reads ({source.config.max_length}); "
+            f"give {source.config.max_length} or less"
+        )
+    records = read_records(data, settings.format)
+    losses: list[np.ndarray] = []
+    fingerprints = set()
     for opened in adapters:
         model = load(source, opened, dtype=dtype, mesh=mesh)
-        examples = _read_examples(data, settings, model)
+        options = (settings.max_length, settings.train_on_prompt, data)
+        examples = encode_examples(records, settings.format, model.tokenizer, *options)
         fingerprints.add(loader.fingerprint(examples))
         if len(fingerprints) > 1:
             raise UserError("the two adapters have different tokenizers, so their losses cannot be compared")
-        losses.append(_example_losses(model, examples, data, settings.max_length, packing, batch_size, mesh))
+        shape = {"batch_size": batch_size, "max_length": settings.max_length, "packing": packing}
+        losses.append(_example_losses(model, examples, mesh, **shape))
         del model  # one at a time
+    sums = np.stack(losses)
+    wrong = [examples.examples[i].index for i in np.flatnonzero(~np.isfinite(sums).all(axis=0))]
+    if wrong:
+        raise UserError(f"the loss of examples {', '.join(map(str, wrong))} of {data} is not finite; look at them")
     tokens = np.array([example.loss_mask.sum() for example in examples.examples], np.float64)
-    return Evaluation(settings, examples, tokens, np.stack(losses))
+    return Evaluation(settings, examples, tokens, sums)
 
 
 def _choose_settings(config: Config | None, adapters: list[Adapter | None], given: dict) -> DataConfig:
@@ -115,34 +128,17 @@ def _choose_settings(config: Config | None, adapters: list[Adapter | None], give
     return found[0]
 
 
-def _read_examples(data, settings: DataConfig, model: Model) -> Examples:
-    limit = model.model.config.max_length
-    if settings.max_length > limit:
-        raise UserError(
-            f"max_length={settings.max_length} is more than the model reads ({limit}); give {limit} or less"
-        )
-    records = read_records(data, settings.format)
-    return encode_examples(
-        records, settings.format, model.tokenizer, settings.max_length, settings.train_on_prompt, path=data
-    )
-
-
-def _example_losses(
-    model: Model, examples: Examples, data, max_length: int, packing: bool, batch_size: int, mesh: Mesh
-) -> np.ndarray:
+def _example_losses(model: Model, examples: Examples, mesh: Mesh, *, batch_size: int, **shape) -> np.ndarray:
     """float64 [examples]: the summed loss of each example's predicted tokens."""
     shards = mesh_lib.batch_shards(mesh)
     rows = -(-batch_size // shards) * shards  # every device gets as many
     step = make_losses_step(model.model)
     place = {example.index: i for i, example in enumerate(examples.examples)}
     sums = np.zeros(len(place))
-    for batch, indices in loader.evaluation_batches(examples, batch_size=rows, max_length=max_length, packing=packing):
+    for batch, indices in loader.evaluation_batches(examples, batch_size=rows, **shape):
         with jax.set_mesh(mesh):
             losses = np.asarray(step(model.variables, to_devices(batch, mesh)), np.float64)
         np.add.at(sums, [place[index] for index in indices[batch.loss_mask]], losses[batch.loss_mask])
-    wrong = [example.index for example in examples.examples if not math.isfinite(sums[place[example.index]])]
-    if wrong:
-        raise UserError(f"the loss of examples {', '.join(map(str, wrong))} of {data} is not finite; look at them")
     return sums
 
 
@@ -163,9 +159,10 @@ def estimate_mean(sums: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 def write_losses(file: paths.Path, evaluation: Evaluation) -> None:
     """Write a JSON line for each example: its index in the data, its predicted tokens, its mean loss under each model."""
-    means = evaluation.losses / evaluation.tokens
-    records = []
-    for i, example in enumerate(evaluation.examples.examples):
-        record = {"example": example.index, "tokens": int(evaluation.tokens[i])}
-        records.append(record | dict(zip(("loss", "other_loss"), means[:, i].tolist(), strict=False)))
-    lines.replace(file, "".join(json.dumps(record) + "\n" for record in records))
+    written = []
+    for example, tokens, losses in zip(
+        evaluation.examples.examples, evaluation.tokens, evaluation.losses.T, strict=True
+    ):
+        means = dict(zip(("loss", "other_loss"), (losses / tokens).tolist(), strict=False))
+        written.append(json.dumps({"example": example.index, "tokens": int(tokens)} | means) + "\n")
+    lines.replace(file, "".join(written))

@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lowrank.files import paths
+from lowrank.files.bucket import BucketPath
 from lowrank.files.lines import writing
 
 if TYPE_CHECKING:  # Matplotlib takes a second to import: only what draws imports it.
@@ -32,10 +33,10 @@ def save(figure: "Figure", path: str | os.PathLike | paths.Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI)
     target = paths.path(path)
+    if isinstance(target, BucketPath):
+        target.write_bytes(content.getvalue())
+        return
+    fresh = target.with_name(f"{target.name}.tmp")
     with writing(target):
-        if paths.is_remote(target):
-            target.write_bytes(content.getvalue())
-        else:
-            fresh = target.with_name(f"{target.name}.tmp")
-            fresh.write_bytes(content.getvalue())
-            fresh.replace(target)
+        fresh.write_bytes(content.getvalue())
+        fresh.replace(target)

@@ -22,7 +22,7 @@ def question_and_answer(example: Example) -> tuple[list[int], list[int]]:
     return example.ids[: start + 1].tolist(), example.ids[start + 1 : end + 2].tolist()  # the mask is over ids[1:]
 
 
-def answers(
+def answer_examples(
     model: Decoder, variables: dict, tokenizer: Tokenizer, examples: Sequence[Example], rows: int
 ) -> list[tuple[str, str, str]]:
     """(prompt, answer, reference) of each example, answered greedily, `rows` side by side.

@@ -1,12 +1,12 @@
-"""Generation with a key-value cache: a prefill over the prompts, then one compiled decode step, token by token.
+"""Generation with a key-value cache: a prefill over the prompts, then one compiled decode step for each token.
 
-Prompts of unequal length are padded on the left, so that every row writes its next token into the same slot; the
-padding has segment 0 and nobody attends to it. Lengths are rounded up, so that a chat compiles a handful of shapes.
+Prompts of unequal length are padded on the left, so that every row writes its next token into the same slot; the padding
+has segment 0, which no token attends to. Lengths are rounded up, so that a chat compiles a handful of shapes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ ROUND = 64  # prompt slots and cache slots are multiples of this
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 leave nothing out."""
+    """How the next token is drawn: temperature 0 takes the most likely one; top_k 0 and top_p 1 exclude nothing."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -32,11 +32,11 @@ class Sampling:
 
 
 def generate_ids(
-    model: Decoder, variables: dict, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
+    model: Decoder, variables: dict, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
 ) -> Iterator[np.ndarray]:
-    """Yield the next token of every row, int [rows], up to `max_new_tokens` times; the caller stops when it has enough.
+    """Yield the next token of every row, int [B], `max_new_tokens` times; the caller may stop earlier.
 
-    A row's tokens do not depend on the rows beside it: each row draws with random numbers of its own.
+    A row's tokens do not depend on the other rows: each row has its own random key.
     """
     longest = max(len(prompt) for prompt in prompts)
     width = -(-longest // ROUND) * ROUND
@@ -52,45 +52,46 @@ def generate_ids(
 
     layouts = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables)]
     meshes = [layout.mesh for layout in layouts if isinstance(layout, NamedSharding)]
-    # Said, so that every process can read the tokens: left to itself, the compiler may spread them over the devices.
-    whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    # Replicated, so that every process can read the tokens: the compiler may shard them over the devices otherwise.
+    sharding = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
 
     draw_key = jax.random.fold_in(key, 0)
-    token, cache = _prefill(model, whole, variables, tokens, segments, pads, draw_key, settings)
+    token, cache = _prefill(model, sharding, variables, tokens, segments, pads, draw_key, settings)
     for drawn in range(1, max_new_tokens + 1):
         yield np.asarray(token)
         if drawn < max_new_tokens:
             slot, draw_key = jnp.int32(width + drawn - 1), jax.random.fold_in(key, drawn)
-            token, cache = _decode(model, whole, variables, token, slot, segments, pads, cache, draw_key, settings)
+            token, cache = _decode(model, sharding, variables, token, slot, segments, pads, cache, draw_key, settings)
 
 
 @functools.partial(lazy_jit, static_argnums=(0, 1))
-def _prefill(model: Decoder, whole: NamedSharding | None, variables, tokens, segments, pads, key, settings):
+def _prefill(model: Decoder, sharding: NamedSharding | None, variables, tokens, segments, pads, key, settings):
     rows, width = tokens.shape
     empty = empty_cache(model.config, rows, segments.shape[1], model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], empty, 0, segments)
-    return _sample(_last_logits(model, hidden, head), key, settings, whole), cache
+    return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
 
 
 @functools.partial(lazy_jit, static_argnums=(0, 1), donate_argnums=7)
-def _decode(model: Decoder, whole: NamedSharding | None, variables, token, slot, segments, pads, cache, key, settings):
+def _decode(
+    model: Decoder, sharding: NamedSharding | None, variables, token, slot, segments, pads, cache, key, settings
+):
     positions = (slot - pads)[:, None]
     hidden, head, cache = model.apply(
         variables, token[:, None], positions, jnp.ones_like(positions), cache, slot, segments
     )
-    return _sample(_last_logits(model, hidden, head), key, settings, whole), cache
+    return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
 
 
 def _last_logits(model: Decoder, hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """hidden [rows, T, D] -> float32 [rows, vocab] of each row's last token."""
+    """hidden [B, T, D], head [D, V] -> float32 [B, V] of each row's last token."""
     last = hidden[:, -1]
     return dot_tied(last, head.T) if model.config.tied_head else dot(last, head)
 
 
-def _sample(logits: jax.Array, key: jax.Array, settings, whole: NamedSharding | None) -> jax.Array:
-    """float32 [rows, vocab] -> int32 [rows], laid out as `whole`. Top-k is taken first, then the smallest set of tokens that
-    holds top_p."""
+def _sample(logits: jax.Array, key: jax.Array, settings, sharding: NamedSharding | None) -> jax.Array:
+    """float32 [B, V] -> int32 [B], laid out as `sharding`. Top-k comes first, then the smallest set that holds top_p."""
     temperature, top_k, top_p = settings
     rows, vocab = logits.shape
 
@@ -108,4 +109,4 @@ def _sample(logits: jax.Array, key: jax.Array, settings, whole: NamedSharding | 
 
     chosen = jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits)
     chosen = chosen.astype(jnp.int32)
-    return chosen if whole is None else jax.lax.with_sharding_constraint(chosen, whole)
+    return chosen if sharding is None else jax.lax.with_sharding_constraint(chosen, sharding)

@@ -5,7 +5,6 @@ folder gets its name last, so a failure leaves nothing that looks like an export
 """
 
 import dataclasses
-import os
 import pathlib
 import warnings
 
@@ -46,12 +45,12 @@ class Export:
 
 
 def export(
-    workdir: str | os.PathLike,
-    to: str | os.PathLike,
+    workdir,
+    to,
     format: str,
     *,
     step: int | None = None,
-    base: str | os.PathLike | None = None,
+    base=None,
     base_name: str | None = None,
     dtype: str | None = None,
 ) -> Export:
@@ -61,9 +60,11 @@ def export(
     `base_name`: what the export calls its base (None: its path). `dtype`: of merged tensors (None: as the base is
     stored). Raises UserError, also where the export computes other logits than the trained model.
     """
-    workdir, to = paths.path(workdir), paths.local(to)
-    run, adapter = workdir_lib.read_config(workdir), read_adapter(workdir, step)
-    if format == "peft" and adapter.lora is None:
+    run_folder, to = paths.path(workdir), paths.local(to)
+    run, adapter = workdir_lib.read_config(run_folder), read_adapter(run_folder, step)
+    lora = adapter.lora
+    assert adapter.step is not None  # of a workdir
+    if format == "peft" and lora is None:
         raise UserError(f"workdir {workdir} is a full fine-tuning: there is no adapter; use format=merged")
     if format == "peft" and dtype not in (None, "float32"):
         raise UserError(f"dtype={dtype} is for format=merged; an adapter is exported in float32, as it is trained")
@@ -71,30 +72,35 @@ def export(
     if source and source.fingerprint != adapter.base:
         raise UserError(f"base {source.folder} has other weights than the adapter was trained over; give that base")
     if source and not base_name and (source.folder / native.MANIFEST).is_file():
-        warnings.warn(
-            f"{source.folder} is a native base, which others cannot load; base_name says what to load", stacklevel=2
-        )
+        message = f"{source.folder} is a native base, which others cannot load; base_name says what to load"
+        warnings.warn(message, stacklevel=2)
     base_name = base_name or str(base or run.base or run.architecture)
     with new_folder(to) as folder:
         model = load_trained(run, adapter, source)
         expected = fixed_logits(model)
         architecture, tokenizer = model.model.config, model.tokenizer
-        trained = jax.device_get(model.variables["lora" if adapter.lora else "params"])
+        trained = jax.device_get(model.variables["lora" if lora else "params"])
         del model  # one model is in memory at a time
-        if format == "peft":
+        if lora and format == "peft":
             dtype = "float32"
-            write_peft(folder, trained, adapter.lora, base_name=base_name)
+            write_peft(folder, trained, lora, base_name=base_name)
         else:
-            dtype = dtype or (architecture.stored_dtype if adapter.lora else "float32")
-            params = merge(source.params, trained, adapter.lora, jnp.dtype(dtype)) if adapter.lora else trained
-            ends = {"bos_id": tokenizer.bos_id, "eos_ids": (tokenizer.eos_id,)} if run.tokenizer else {}
-            write_huggingface(folder, params, dataclasses.replace(architecture, **ends), dtype=dtype)
-            if source and not run.tokenizer:  # its ids would be of another tokenizer
-                carry(source.folder, folder, ["generation_config.json"])
+            dtype = dtype or (architecture.stored_dtype if lora else "float32")
+            params = merge(source.params, trained, lora, jnp.dtype(dtype)) if source and lora else trained
+            if run.tokenizer:  # not the base's, so other ids begin and end a text
+                assert tokenizer.eos_id is not None  # nothing is trained without one
+                ends = dataclasses.replace(architecture, bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,))
+                write_huggingface(folder, params, ends, dtype=dtype)
+            else:
+                write_huggingface(folder, params, architecture, dtype=dtype)
+                if source:
+                    carry(source.folder, folder, ["generation_config.json"])
             del params
         if format == "merged" or run.tokenizer:  # an adapter goes with its base's, unless it has one of its own
             write_tokenizer(tokenizer, folder)
-        found = fixed_logits(load_export(folder, source if format == "peft" else None))
+        under = source if source and format == "peft" else read_base(folder)
+        options = {"dtype": "float32", "param_dtype": under.config.stored_dtype}
+        found = fixed_logits(load(under, folder if format == "peft" else None, **options))
         difference = float(np.abs(expected - found).max() / np.abs(expected).max())
         if not difference <= TOLERANCE[dtype]:
             raise UserError(
@@ -103,11 +109,11 @@ def export(
             )
         facts = {"name": to.absolute().name, "format": format, "dtype": dtype, "difference": difference}
         card = model_card(
-            record=workdir_lib.read_record(workdir),
-            lines=lines.read_lines(workdir / "metrics.jsonl"),
+            record=workdir_lib.read_record(run_folder),
+            lines=lines.read_lines(run_folder / "metrics.jsonl"),
             step=adapter.step,
-            lora=adapter.lora,
-            trained=partition.count(trained) - (padding_size(adapter.lora, architecture) if adapter.lora else 0),
+            lora=lora,
+            trained=partition.count(trained) - (padding_size(lora, architecture) if lora else 0),
             base=base_name,
             export=facts | {"tolerance": TOLERANCE[dtype]},
         )
@@ -115,24 +121,16 @@ def export(
     return Export(to, dtype, difference)
 
 
-# Models are held as they are stored and computed in float32: exact, and half the memory of holding them in float32.
-
-
 def load_trained(run: Config, adapter: Adapter, base: Base | None) -> Model:
+    """Computes in float32; held as stored, which is exact and half the memory."""
     if base is None:  # trained from scratch
+        assert run.architecture and run.tokenizer
         model = Decoder(SIZES[run.architecture])
         return Model(model, adapter.restore(decoder.abstract(model)[0]), load_tokenizer(run.tokenizer))
-    param_dtype = base.config.stored_dtype if adapter.lora else "float32"
-    return load(base, adapter, dtype="float32", param_dtype=param_dtype)
-
-
-def load_export(folder: pathlib.Path, base: Base | None) -> Model:
-    """A PEFT folder over `base`, or (None) a merged model."""
-    source = base or read_base(folder)
-    return load(source, folder if base else None, dtype="float32", param_dtype=source.config.stored_dtype)
+    return load(base, adapter, dtype="float32", param_dtype=base.config.stored_dtype if adapter.lora else "float32")
 
 
 def fixed_logits(model: Model) -> np.ndarray:
-    """float32 [2, 64, V], of tokens that are always the same."""
+    """float32 [2, 64, V], of the same tokens each time."""
     ids = np.random.default_rng(0).integers(0, model.model.config.vocab, (2, 64))
     return np.asarray(model.logits(ids))

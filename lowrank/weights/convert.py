@@ -11,7 +11,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,30 +76,25 @@ def convert(base, to: str | os.PathLike, dtype: str | None = None, *, progress: 
         if wrong:
             raise UserError(f"{to}: reads back other than it was written: {', '.join(sorted(wrong))}; check the disk")
         sizes = [file.stat().st_size for file in partial.glob("*.safetensors")]
-    return Conversion(
-        folder=pathlib.Path(to),
-        parameters=sum(math.prod(shape) for shape in native.shapes(config).values()),
-        dtypes=tuple(sorted({part.dtype.name for part in parts})),
-        fingerprint=identity,
-        files=len(sizes),
-        nbytes=sum(sizes),
-        seconds=time.monotonic() - began,
-    )
+    parameters = sum(math.prod(shape) for shape in native.shapes(config).values())
+    dtypes = tuple(sorted({part.dtype.name for part in parts}))
+    seconds = time.monotonic() - began
+    return Conversion(pathlib.Path(to), parameters, dtypes, identity, len(sizes), sum(sizes), seconds)
 
 
 class Part(NamedTuple):
-    """Some rows of one tensor of a native base."""
+    """Some rows of the tensor `name` of a native base: they are read at `span` of `leaf` and written in `dtype`."""
 
-    name: str  # of the tensor
-    leaf: StoredLeaf  # where the rows are read from
-    index: tuple[slice, ...]  # of the rows in the leaf
-    dtype: np.dtype  # that they are written in
+    name: str
+    leaf: StoredLeaf
+    span: tuple[slice, ...]
+    dtype: np.dtype
 
 
 def parts_of(base: Base, dtype: np.dtype | None = None) -> Iterator[Part]:
     """All rows of all tensors of a native base, in the order of its files."""
     for path, name in native.names(base.config).items():
-        leaf = functools.reduce(operator.getitem, path.split("/"), base.params)
+        leaf: Any = functools.reduce(operator.getitem, path.split("/"), base.params)
         rows, *columns = (slice(0, size) for size in leaf.shape[leaf.stacked :])
         for layer, tensor in enumerate(leaf.tensors):
             held = dtype or tensor.dtype
@@ -113,14 +108,14 @@ def with_memory(parts: Iterable[Part]) -> Iterator[tuple[Part, np.ndarray]]:
     """Each part with an array to read it into; AHEAD + 1 pieces of memory take turns."""
     memory = np.empty((AHEAD + 1, PIECE_BYTES), np.uint8)
     for part, piece in zip(parts, itertools.cycle(memory), strict=False):
-        sizes = [span.stop - span.start for span in part.index]
+        sizes = [span.stop - span.start for span in part.span]
         yield part, piece[: math.prod(sizes) * part.dtype.itemsize].view(part.dtype).reshape(sizes)
 
 
 def read(part: Part, out: np.ndarray) -> np.ndarray:
     """The rows, rounded once to the part's dtype; UserError if it cannot hold them."""
     with np.errstate(over="ignore"):  # checked in the next line
-        part.leaf.read_into(out, part.index)
+        part.leaf.read_into(out, part.span)
     if part.dtype != part.leaf.dtype and not np.isfinite(out).all():
         raise UserError(f"{part.name}: holds infinite or undefined values in {part.dtype}; choose another dtype")
     return out[0] if part.leaf.stacked else out
@@ -139,7 +134,7 @@ def huggingface_tensors(base: Base, dtype: np.dtype) -> dict[str, Tensor]:
     """The tensors that a Hugging Face folder of these weights in `dtype` would hold."""
     tensors = {}
     for path, (name, shape) in hf_tensors(base.config).items():
-        leaf = functools.reduce(operator.getitem, path.split("/"), base.params)
+        leaf: Any = functools.reduce(operator.getitem, path.split("/"), base.params)
         transposed = path.endswith("kernel") and not leaf.transposed
         for layer, tensor in enumerate(leaf.tensors):
 

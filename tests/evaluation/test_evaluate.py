@@ -12,8 +12,8 @@ from lowrank.evaluation.loss import estimate_mean
 
 
 @pytest.fixture(scope="module")
-def base(shared_data):
-    return shared_data / "stories260k" / "hf"
+def base(demo_base):
+    return demo_base
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The exporting command: what it writes computes, in other people's libraries, what was trained here."""
 
 import importlib
+import json
 import resource
 import shutil
 
@@ -19,8 +20,8 @@ IDS = np.random.default_rng(1).integers(3, 512, (2, 24))
 
 
 @pytest.fixture(scope="module")
-def base(shared_data):
-    return shared_data / "stories260k" / "hf"
+def base(demo_base):
+    return demo_base
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,10 @@ def test_the_card_of_an_adapter_says_what_it_is_and_its_code_loads_it(base, trai
     for said in (
         "library_name: peft",
         "# my-adapter",
-        f"| base | `{base}`, fingerprint `bca83376f29f5c2c7a73b7986301a6db` |",
+        f"| base | `{base}`, fingerprint `{read_base(base).fingerprint}` |",
         "| adapter | rank 4, alpha 8, scale 2 (standard) |",
         "| targets | q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj |",
-        "| trained parameters | 23,120 |",
+        "| trained parameters | 38,912 |",
         "| data | `data.json`, sha256 begins `",
         "| data format | completion, 64 tokens at most, loss on responses |",
         "| steps | 6 of 4 rows of packed examples |",
@@ -172,11 +173,11 @@ def test_tokenizer_chat_template_and_generation_config_come_along(base, trained,
     assert lowrank.load(tmp_path / "out").tokenizer.chat_template == "{{ messages[0].content }}"
 
 
-def test_a_run_with_a_tokenizer_of_its_own_hands_that_on(tiny, shared_data, tmp_path):
+def test_a_run_with_a_tokenizer_of_its_own_hands_that_on(tiny, demo_base, tmp_path):
     """Its EOS and BOS, too: a model that is told the base's would never stop."""
     import sentencepiece
 
-    corpus = (shared_data / "corpora" / "tinyshakespeare.txt").read_text()[:50_000].splitlines()
+    corpus = [x["output"] for x in json.loads((demo_base.parent / "instructions.json").read_text())[:2000]]
     (tmp_path / "own").mkdir()
     with open(tmp_path / "own" / "tokenizer.model", "wb") as file:
         options = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}

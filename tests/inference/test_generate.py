@@ -15,11 +15,17 @@ import lowrank
 from lowrank.data.prompts import ALPACA
 from lowrank.inference.decode import Sampling, generate_ids
 
-PROMPTS = ["Once upon a time", "Lily", "One day, a big red dog ran to the park and saw a very small cat", ""]
+PROMPTS = ["One morning Flora had a feast.", "One", "One morning Oscar met Maya at the fair. Oscar carries", ""]
 
 
 @pytest.fixture(scope="module")
-def base(shared_data):
+def base(demo_base):
+    return demo_base
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    """A base of somebody else's, whose text and logits are published."""
     return shared_data / "stories260k" / "hf"
 
 
@@ -39,14 +45,16 @@ def generate(base, *arguments, **options):
     return finished
 
 
-def test_greedy_ids_are_the_published_ones(model, expected):
+def test_greedy_ids_are_the_published_ones(stories, expected):
+    model = lowrank.load(stories)
     ids = [1]
     for tokens in generate_ids(model.model, model.variables, [[1]], len(expected["greedy_ids"]) - 1, Sampling()):
         ids.append(int(tokens[0]))
     assert ids == expected["greedy_ids"]
 
 
-def test_logits_are_the_published_ones(model, expected):
+def test_logits_are_the_published_ones(stories, expected):
+    model = lowrank.load(stories)
     logits = np.asarray(model.logits([expected["prompt_ids"]]))
     assert logits.shape == (1, 16, 512) and logits.dtype == np.float32
     # Float32 on both sides; PyTorch's sums are taken in another order.
@@ -54,9 +62,9 @@ def test_logits_are_the_published_ones(model, expected):
     np.testing.assert_allclose(logits.mean(), expected["logits_mean"], atol=1e-4, rtol=0)
 
 
-def test_the_command_prints_the_published_text_and_nothing_else(base, expected):
+def test_the_command_prints_the_published_text_and_nothing_else(stories, expected):
     tokens = len(expected["greedy_ids"]) - 1
-    finished = generate(base, "--prompt=", f"--max_new_tokens={tokens}")
+    finished = generate(stories, "--prompt=", f"--max_new_tokens={tokens}")
     assert finished.out == expected["greedy_text"] + "\n" and finished.err == ""
 
 
@@ -103,7 +111,7 @@ def test_a_sampled_row_does_not_depend_on_the_length_of_its_neighbour(model):
 
 def test_top_k_and_top_p_leave_out_what_they_say(model):
     """Each of 64 rows draws its first token; all of them are among the kept ones, and more than one is drawn."""
-    prompt = model.encode("Once upon a time, there was a")
+    prompt = model.encode("One morning")
     logits = np.asarray(model.logits([prompt]))[0, -1]
     ranked = np.argsort(-logits)
     probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -113,32 +121,34 @@ def test_top_k_and_top_p_leave_out_what_they_say(model):
         assert set(drawn) <= set(kept.tolist()) and len(set(drawn)) > 1
 
 
-@pytest.mark.parametrize("stop", [", there", "girl", "a time,", "mil"])
+@pytest.mark.parametrize("stop", [" in the barn", "frog", "barns", "oin"])
 def test_a_stop_string_ends_the_text_and_is_left_out(model, stop):
     """Also where it is split over tokens, and where its beginning turns up first without the rest."""
     whole = model.generate(PROMPTS[0], max_new_tokens=40)[0]
     begins = whole.find(stop)
     wanted = whole if begins < 0 else whole[:begins]
-    pieces = [piece for _, piece in model.stream(PROMPTS[:1], max_new_tokens=40, stop=["never there", stop])]
+    pieces = [piece for _, piece in model.stream(PROMPTS[:1], max_new_tokens=40, stop=["never in the", stop])]
     assert "".join(pieces) == wanted
     assert stop not in "".join(pieces)
 
 
-def test_stop_strings_are_found_in_the_published_text(base):
-    assert generate(base, "--prompt=Once upon a time", "--stop=girl", "--stop=zebra").out == ", there was a little \n"
+def test_stop_strings_are_found_in_the_published_text(stories):
+    assert (
+        generate(stories, "--prompt=Once upon a time", "--stop=girl", "--stop=zebra").out == ", there was a little \n"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("p.txt", "Once upon a time\n\nLily\n"),
-        ("p.jsonl", '{"prompt": "Once upon a time"}\n{"instruction": "Lily", "output": "ignored"}\n'),
+        ("p.txt", "One morning\n\nLily\n"),
+        ("p.jsonl", '{"prompt": "One morning"}\n{"instruction": "Lily", "output": "ignored"}\n'),
     ],
 )
 def test_prompts_come_from_a_file(base, model, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     out = generate(base, f"--prompts={tmp_path / name}", "--max_new_tokens=8").out
-    first, second = model.generate(["Once upon a time", "Lily"], max_new_tokens=8)
+    first, second = model.generate(["One morning", "Lily"], max_new_tokens=8)
     assert out == f"=== 1\n{first}\n=== 2\n{second}\n"
     assert generate(base, f"--prompts={tmp_path / name}", "--max_new_tokens=8", "--batch_size=1").out == out
 
@@ -194,7 +204,7 @@ def test_bfloat16_is_asked_for(base):
 
 
 def test_a_text_ends_where_the_model_can_read_no_further(model):
-    prompt = "Once upon a time " * 120
+    prompt = "One morning " * 220
     count = len(model.encode(prompt))
     assert 400 < count < 512
     made = [piece for _, piece in model.stream([prompt], max_new_tokens=200)]
