@@ -3,50 +3,52 @@
     python bench/plan_table.py --to=docs/plan              # hours: some 15 programs are compiled; goes on where it stopped
     python bench/plan_table.py --to=docs/plan --write=docs/plan.md      # puts the tables of what is there into that page
 
-Slices are tried from the smallest up, each with `--search --search_fits=1`: the fastest mesh, remat and micro-batches by hand
-that the compiler then says fits. Every plan's numbers stay in a JSON file; of a slice that is too small, the reason.
+Slices are tried from the smallest up, each with a search that stops at the first plan that fits: of the fastest mesh, remat
+and micro-batches by estimate, the first whose program the compiler fits. Every plan's numbers are kept in a JSON file; of a
+slice that is too small, the reason.
 """
 
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
+import jax
+
+from lowrank import planning
+from lowrank.cli import config_file
+from lowrank.errors import UserError
 from lowrank.planning.chips import CHIPS
 
 CONFIGS = {
-    "llama2_7b": ["--config=configs/llama3.py:8b", "--config.architecture=llama2-7b"],
-    "llama3_8b": ["--config=configs/llama3.py:8b"],
-    "llama3_70b": ["--config=configs/llama3.py:70b"],
-    "llama3_405b": ["--config=configs/llama3.py:405b"],
+    "llama2_7b": ("configs/llama3.py:8b", ["--config.architecture=llama2-7b"]),
+    "llama3_8b": ("configs/llama3.py:8b", []),
+    "llama3_70b": ("configs/llama3.py:70b", []),
+    "llama3_405b": ("configs/llama3.py:405b", []),
 }
 KINDS = ("v5e", "v6e", "v5p")
 BEGIN, END = "<!-- made by bench/plan_table.py -->", "<!-- end -->"
 BUDGET = 100  # dollars: what a run was meant to cost
 
 
-def command(model: str, name: str) -> list[str]:
-    return [*CONFIGS[model], "--topology=" + name, "--search", "--search_fits=1", "--search_most=4"]
+def make_record(model: str, name: str) -> dict:
+    """The numbers of the model's plan on the slice `name`, or why the slice is too small."""
+    print(f"{model} on {name}", flush=True)
+    try:
+        result = planning.plan(config_file.read(*CONFIGS[model]), name, search=True, search_fits=1, search_most=4)
+    except UserError as error:
+        if "is too small" not in str(error):
+            raise
+        return {"slice": name, "fits": False, "reason": str(error).split(";")[0]}
+    return planning.record(result)
 
 
 def smallest(model: str, kind: str, folder: pathlib.Path, run: bool) -> list[dict]:
-    """Records of the slices that were tried, the last of which fits, unless none does."""
-    records = []
+    """Records of the slices that were tried; the last one fits, unless none does."""
+    records: list[dict] = []
     for topology in CHIPS[kind].topologies:
         file = folder / f"{model}_{kind}_{topology}.json"
         if run and not file.exists():
-            words = [sys.executable, "-m", "lowrank.plan", *command(model, f"{kind}:{topology}"), f"--json={file}.part"]
-            print(" ".join(words), flush=True)
-            done = subprocess.run(words, capture_output=True, text=True)
-            written = pathlib.Path(f"{file}.part")
-            if written.exists():
-                written.rename(file)
-            elif "is too small" in done.stderr:
-                reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ").split(";")[0]
-                file.write_text(json.dumps({"slice": f"{kind}:{topology}", "fits": False, "reason": reason}) + "\n")
-            else:
-                sys.exit(done.stdout + done.stderr)
+            file.write_text(json.dumps(make_record(model, f"{kind}:{topology}"), indent=1) + "\n")
         if not file.exists():
             break
         records.append(json.loads(file.read_text()))
@@ -123,6 +125,7 @@ def main():
     )
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_platforms", "cpu")
     kinds = [] if arguments.write else arguments.kinds.split(",")
     found = {(model, kind): smallest(model, kind, arguments.to, kind in kinds) for kind in KINDS for model in CONFIGS}
     page = tables(found) + "\n\n" + verdict(found)

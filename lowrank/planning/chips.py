@@ -1,7 +1,7 @@
-"""One table of TPU chips: how fast, how much memory, what slices exist; each number with its public source.
+"""TPU chips: how fast, how much memory, which slices exist; each number with its public source.
 
-Everything is per chip and in plain units: FLOP/s in bfloat16, bytes, bytes a second. The memory is not the size on the
-data sheet but what XLA lets a program have: the number in its own message when a program is too large (libtpu 0.0.42).
+Numbers are per chip, in plain units: FLOP/s in bfloat16, bytes, bytes a second. Memory is not the data sheet's but what XLA
+lets a program use: the number in its message when a program is too large (libtpu 0.0.42).
 Left out: v4, which ahead-of-time compilation sees as two devices a chip where a real v4 has one; and GPUs, whose programs
 cannot be compiled without one.
 """
@@ -14,15 +14,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """`link`: bytes a second over one link in one direction. A chip has two links along each dimension of the torus."""
+    """`link` is of one link in one direction. A chip has two links along each dimension of the torus."""
 
     name: str
     flops: float
     memory: int
     bandwidth: float
     link: float
-    topologies: tuple[str, ...]  # the slices that can be had, smallest first
-    devices: int = 1  # that JAX sees in one chip; the other numbers are those of all of them together
+    topologies: tuple[str, ...]  # the slices that exist, smallest first
+    devices: int = 1  # as which JAX sees one chip; the other numbers are those of all of them together
     full_torus: int = 4  # a slice's dimensions are rings if all of them are multiples of this
 
     def dimensions(self, topology: str) -> tuple[int, ...]:
@@ -32,9 +32,9 @@ class Chip:
         return math.prod(self.dimensions(topology))
 
     def rings(self, topology: str) -> tuple[bool, ...]:
-        """Of each dimension: whether its ends are joined."""
+        """Whether the ends of each dimension are joined."""
         sizes = self.dimensions(topology)
-        if len(sizes) == 2:  # a 2-D pod is cut: only a dimension that is as long as the pod's is joined
+        if len(sizes) == 2:  # only a dimension as long as the 2-D pod's is joined
             return tuple(size == self.full_torus for size in sizes)
         return (all(size % self.full_torus == 0 for size in sizes),) * len(sizes)
 

@@ -1,35 +1,34 @@
 """A compiled program's text -> its collectives: kind, shapes, who takes part, how often, and the bytes over a chip's links.
 
-The text is XLA's optimized HLO (`jit(f).lower(…).compile().as_text()`), for CPUs and TPUs alike. Its one idea: a walk from
-the entry that multiplies by the trips of every loop on the way, because the text has the body of a scan once. Of a
-conditional, the branch with the most bytes counts, which makes the result an upper bound.
+The text is XLA's optimized HLO (`jit(f).lower(…).compile().as_text()`), of CPUs and TPUs alike. It has the body of a scan
+once, so the program is walked from its entry and every loop's trips are multiplied. Of a conditional, the branch with the
+most bytes counts, which makes the result an upper bound. What the text repeats counts once: a TPU spreads one asynchronous
+gather over several fusions with the same channel, and a `-start` has its `-done`.
 
-What the text has more than once, and counts once: a TPU spreads one asynchronous gather over several fusions, all with the
-same channel in the same computation; a `-start` has its `-done`.
-Left out: what runs at the same time as what. Bytes are those of ring algorithms, whatever the machine really does.
+Bytes are those of ring algorithms, whatever the machine uses; what overlaps with what is not considered.
 """
 
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others: bits at the name's end
+# kind -> bytes that a chip of a ring of n sends, over the bytes of its result
+SENT_SHARE = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: n > 1,
+    "collective-broadcast": lambda n: n > 1,
+}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (([a-z][\w\-]*)\(.*)$")
 _ARRAY = re.compile(r"\b([a-z]\d*[a-z]*\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
@@ -37,41 +36,31 @@ _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program. `times` is how often a step runs it, loops multiplied."""
+    """A collective of a program. `times` is how often a step runs it, loops multiplied."""
 
-    kind: str  # one of KINDS
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, dimensions) of every array that comes out of it
-    group: tuple[int, ...]  # of the first group: places in the mesh's `devices.flat`; of a permute, the first pair
+    kind: str  # a key of SENT_SHARE
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, dimensions) of each array of its result
+    group: tuple[int, ...]  # the first group, as places in the mesh's `devices.flat`; of a permute, the first pair
     times: int
-    op_name: str  # where it comes from in the traced program, as `jit(train_step)/…/q_proj/dot_general`
+    op_name: str  # its origin in the traced program, as `jit(train_step)/…/q_proj/dot_general`
     name: str  # of the instruction in the text
-    channel: str | None  # a number that only instructions of the same collective share
+    channel: str  # a number that only instructions of the same collective share; may be empty
 
     @property
     def result_bytes(self) -> float:
-        """Of what comes out of it on one chip, once."""
+        """Of its result on one chip, once."""
         return sum(dtype_bytes(dtype) * math.prod(dimensions) for dtype, dimensions in self.shapes)
 
     @property
     def link_bytes(self) -> float:
-        """What one chip sends in all its `times`, by a ring over the group."""
-        n = len(self.group)
-        share = {
-            "all-gather": (n - 1) / n,
-            "all-reduce": 2 * (n - 1) / n,
-            "reduce-scatter": n - 1,  # of the result, a part of n
-            "all-to-all": (n - 1) / n,
-            "ragged-all-to-all": (n - 1) / n,
-            "collective-permute": float(n > 1),
-            "collective-broadcast": float(n > 1),
-        }[self.kind]
-        return self.times * self.result_bytes * share
+        """Bytes that one chip sends in all its `times`, by a ring over the group."""
+        return self.times * self.result_bytes * SENT_SHARE[self.kind](len(self.group))
 
 
 def collectives(text: str) -> list[Collective]:
-    """All that one run of the program does, in the order of the walk. ValueError for text that cannot be understood."""
+    """The collectives of one run of the program, in the order of the walk. ValueError for text that cannot be parsed."""
     program = _Program(text)
-    return [dataclasses.replace(one, times=times) for one, times in program.walk(program.entry)]
+    return program.walk(program.entry)
 
 
 def totals(found: list[Collective]) -> dict[str, tuple[int, float]]:
@@ -84,10 +73,8 @@ def totals(found: list[Collective]) -> dict[str, tuple[int, float]]:
 
 
 def dtype_bytes(dtype: str) -> float:
-    """Of one element, from XLA's name: f32, bf16, s8, f8e4m3fn, pred."""
-    if dtype in _BYTES:
-        return _BYTES[dtype]
-    return int(re.match(r"[a-z]+(\d+)", dtype)[1]) / 8
+    """Of one element, from the bits in XLA's name: f32, bf16, s4, c64, f8e4m3fn; pred."""
+    return 1 if dtype == "pred" else _numbers(dtype)[0] / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +82,21 @@ class _Instruction:
     name: str
     opcode: str
     result: str  # its type, as text
-    rest: str  # operands and attributes, as text
+    rest: str  # opcode, operands and attributes, as text
 
-    def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.rest)
-        return found[1] if found else None
-
-    @property
-    def channel(self) -> str | None:
-        return self.attribute(r"channel_id=(\d+)")
+    def attribute(self, pattern: str) -> str:
+        """The first group of the pattern; empty where it does not match."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else ""
 
     @property
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+
+    @property
+    def called(self) -> dict[str, str]:
+        """The computations that it calls, by the attribute that names them."""
+        return dict(_CALLED.findall(self.rest))
 
 
 class _Program:
@@ -122,58 +111,51 @@ class _Program:
                 current = self.computations[header[2]] = []
                 self.entry = header[2] if header[1] else self.entry
             elif found := _INSTRUCTION.match(line):
-                opcode = _OPCODE.search(" " + found[2])
-                if opcode:
-                    at = opcode.start()
-                    current.append(_Instruction(found[1], opcode[1], found[2][:at], found[2][at:]))
+                name, result, rest, opcode = found.groups()
+                current.append(_Instruction(name, opcode, result, rest))
         if not self.entry:
             raise ValueError("this is no HLO text: it has no ENTRY computation")
 
     @functools.cache  # noqa: B019 (a program lives as long as its walk)
-    def walk(self, computation: str) -> list[tuple[Collective, int]]:
-        """What one run of the computation does: (a collective of one time, how often)."""
-        found, inner = {}, []
-        for kind, instruction, times in self._in_order(computation):
-            if kind:
-                found.setdefault(instruction.channel or instruction.name, (_collective(kind, instruction), 1))
-            else:
-                inner += [(parts, count * times) for parts, count in instruction]
-        # An asynchronous gather that begins here may go on inside a loop of this computation: it is still one.
-        return [*found.values(), *((parts, count) for parts, count in inner if parts.channel not in found)]
-
-    def _in_order(self, computation: str):
-        """Of a computation and of the fusions in it: (kind, its instruction, 1), or (None, a walk, how often it runs)."""
-        for instruction in self.computations[computation]:
-            kind = instruction.opcode.removesuffix("-start")
-            called = dict(_CALLED.findall(instruction.rest))
-            if kind in KINDS:
-                yield kind, instruction, 1
-            elif instruction.opcode == "fusion":
-                scattered = called["calls"].startswith("all-reduce-scatter")  # how a TPU writes a reduce-scatter
-                for kind, inner, times in self._in_order(called["calls"]):
-                    if scattered and kind == "all-reduce":
-                        yield "reduce-scatter", dataclasses.replace(inner, result=instruction.result), times
-                    else:
-                        yield kind, inner, times
-            elif instruction.opcode == "while":
-                body = self.walk(called["body"])
-                if body:
-                    yield None, body, self._trips(instruction, computation)
-            elif instruction.opcode in ("call", "async-start"):
-                yield None, self.walk(called.get("to_apply") or called["calls"]), 1
-            elif instruction.opcode == "conditional":
+    def walk(self, computation: str) -> list[Collective]:
+        """The collectives of one run of the computation."""
+        own: dict[str, Collective] = {}
+        inner: list[Collective] = []
+        for instruction in self._unfused(computation):
+            kind, called = instruction.opcode.removesuffix("-start"), instruction.called
+            if kind in SENT_SHARE:
+                one = _collective(kind, instruction)
+                own.setdefault(one.channel or one.name, one)
+            elif kind == "while":
+                if body := self.walk(called["body"]):
+                    trips = self._trips(instruction, computation)
+                    inner += [dataclasses.replace(one, times=one.times * trips) for one in body]
+            elif kind in ("call", "async"):
+                inner += self.walk(called.get("to_apply") or called["calls"])
+            elif kind == "conditional":
                 names = _BRANCHES.search(instruction.rest)
-                branches = re.findall(r"[\w.\-]+", names[1]) if names else [*called.values()]
-                walks = [self.walk(branch) for branch in branches]
-                yield None, max(walks, key=lambda walk: sum(one.link_bytes * times for one, times in walk)), 1
+                branches = re.findall(r"[\w.\-]+", names[1]) if names else called.values()
+                inner += max(map(self.walk, branches), key=lambda walk: sum(one.link_bytes for one in walk))
+        # An asynchronous gather that begins here may continue inside a loop of this computation: it is still one.
+        return [*own.values(), *(one for one in inner if one.channel not in own)]
+
+    def _unfused(self, computation: str) -> Iterator["_Instruction"]:
+        """The computation's instructions, fusions replaced by what they fuse."""
+        for instruction in self.computations[computation]:
+            if instruction.opcode != "fusion":
+                yield instruction
+                continue
+            fused = instruction.called["calls"]
+            for inner in self._unfused(fused):
+                if fused.startswith("all-reduce-scatter") and inner.opcode == "all-reduce":  # a TPU's reduce-scatter
+                    inner = dataclasses.replace(inner, opcode="reduce-scatter", result=instruction.result)
+                yield inner
 
     def _trips(self, loop: _Instruction, caller: str) -> int:
         """As XLA says, or from the counter's start, its limit (the condition is `counter < limit`) and its step."""
-        said = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-        if said:
-            return int(said)
-        condition = loop.attribute(r"condition=%?([\w.\-]+)")
-        body = loop.attribute(r"body=%?([\w.\-]+)")
+        if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
+        condition, body = (loop.attribute(rf"{name}=%?([\w.\-]+)") for name in ("condition", "body"))
         try:
             compare = self.computations[condition][-1]
             if compare.opcode != "compare" or "direction=LT" not in compare.rest:
@@ -181,12 +163,12 @@ class _Program:
             counter, limit = (self._source(condition, operand) for operand in compare.operands)
             place = int(counter.attribute(r"index=(\d+)"))
             start = self._source(caller, self._source(caller, loop.operands[0]).operands[place])
-            step = self._source(body, self.computations[body][-1].operands[place])
-            (step,) = [i for i in (self._source(body, o) for o in step.operands) if i.opcode == "constant"]
-            first, limit, step = (int(i.attribute(r"constant\((\d+)\)")) for i in (start, limit, step))
-        except (LookupError, TypeError, ValueError):
+            addition = self._source(body, self.computations[body][-1].operands[place])
+            (step,) = [i for i in (self._source(body, o) for o in addition.operands) if i.opcode == "constant"]
+            first, end, stride = (int(i.attribute(r"constant\((\d+)\)")) for i in (start, limit, step))
+        except (LookupError, ValueError):
             raise ValueError(f"how often does the loop {loop.name} run? Its counter is not understood") from None
-        return -(-(limit - first) // step)
+        return -(-(end - first) // stride)
 
     def _source(self, computation: str, name: str) -> _Instruction:
         """What makes the value `name`, behind copies."""
@@ -197,33 +179,28 @@ class _Program:
 
 
 def _collective(kind: str, instruction: _Instruction) -> Collective:
-    shapes = [
-        (dtype, tuple(int(size) for size in sizes.split(",") if size))
-        for dtype, sizes in _ARRAY.findall(instruction.result)
-    ]
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # (what goes in, what comes out, counters of the hardware)
+    shapes = [(dtype, tuple(_numbers(sizes))) for dtype, sizes in _ARRAY.findall(instruction.result)]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (arguments, results, counters of the hardware)
         shapes = [shape for shape in shapes if shape != ("u32", ())]
         shapes = shapes[len(shapes) // 2 :]
-    op_name = instruction.attribute(r'op_name="([^"]*)"') or ""
-    group = _group(kind, instruction)
-    return Collective(kind, tuple(shapes), group, 1, op_name, instruction.name, instruction.channel)
+    op_name, channel = instruction.attribute(r'op_name="([^"]*)"'), instruction.attribute(r"channel_id=(\d+)")
+    return Collective(kind, tuple(shapes), _group(kind, instruction), 1, op_name, instruction.name, channel)
 
 
 def _group(kind: str, instruction: _Instruction) -> tuple[int, ...]:
     """The first group of devices that take part together; of a permute, the first pair of two different ones."""
     if kind == "collective-permute":
-        pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(.*?\})\}") or "")
+        pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(.*?\})\}"))
         moved = [(int(source), int(target)) for source, target in pairs if source != target]
         return moved[0] if moved else (int(pairs[0][0]),)
     if text := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
-        return tuple(int(device) for device in text.split(","))
+        return tuple(_numbers(text))
     if text := instruction.attribute(r"replica_groups=(\[[^ ]*)"):  # [groups,size]<=[dimensions]T(order)
         shape, ids = text.rstrip(",").split("<=")
-        return tuple(_iota(ids).reshape([int(size) for size in re.findall(r"\d+", shape)])[0].tolist())
+        return tuple(_iota(ids).reshape(_numbers(shape))[0].tolist())
     if text := instruction.attribute(r"replica_groups=(mesh\[[^}]*\})"):
         return _mesh_group(text)
-    raise ValueError(f"the devices of {instruction.name} are not said in a way that is known: {instruction.rest[:300]}")
+    raise ValueError(f"the devices of {instruction.name} are given in an unknown form: {instruction.rest[:300]}")
 
 
 def _iota(text: str) -> np.ndarray:

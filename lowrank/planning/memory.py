@@ -1,7 +1,8 @@
-"""TODO planning.memory"""
+"""The bytes that a training step takes of one device, by what they hold."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ class Memory:
     """Bytes on one device while a step runs, as the compiler lays them out."""
 
     base: int
-    adapter: int  # in mode "full": the model, which is trained
+    adapter: int  # with train.mode "full": the model, which is trained
     optimizer: int
-    other: int  # the batch, the run's key, and what the layout of arrays in tiles adds to all of these
+    other: int  # the batch, the PRNG key, and the padding of all arrays to tiles
     temporaries: int  # activations, gathered kernels, gradients
     program: int
 
@@ -25,20 +26,22 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def memory_of(step: Step, compiled: jax.stages.Compiled | None) -> Memory:
-    """Of a compiled step; without one, what its arguments alone need."""
-    base, adapter = device_bytes(step.frozen), device_bytes(step.state.trainable)
-    optimizer = device_bytes(step.state.opt_state)
-    if compiled is None:
-        return Memory(base, adapter, optimizer, device_bytes(step.batch), 0, 0)
-    said = compiled.memory_analysis()
-    arguments = said.argument_size_in_bytes - base - adapter - optimizer
-    results = said.output_size_in_bytes - said.alias_size_in_bytes  # the state goes where it came from
-    program = said.generated_code_size_in_bytes
-    return Memory(base, adapter, optimizer, arguments + results, said.temp_size_in_bytes, program)
+def step_memory(step: Step, program: jax.stages.Compiled | None = None) -> Memory:
+    """The memory of a compiled step; without a program, of its arguments alone, unpadded."""
+    base, adapter, optimizer, batch = map(
+        device_bytes, (step.frozen, step.state.trainable, step.state.opt_state, step.batch)
+    )
+    if program is None:
+        return Memory(base, adapter, optimizer, batch, 0, 0)
+    sizes = program.memory_analysis()
+    inputs = sizes.argument_size_in_bytes - base - adapter - optimizer
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # the new state takes the donated one's place
+    return Memory(
+        base, adapter, optimizer, inputs + results, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
+    )
 
 
-def device_bytes(tree) -> int:
-    """Of a tree of laid-out shapes on one device."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in arrays)
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of ShapeDtypeStructs with shardings; PRNG keys are left out."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,34 +1,40 @@
-"""One plan: a config's step compiled for a slice, what it needs there, and what it is estimated to take.
+"""Plan a training: compile its step for a slice, or search the slice's meshes, remat and micro-batches for the fastest."""
 
-And a search over plans: meshes, remat and micro-batches, ranked by hand first, then compiled from the best down.
-"""
-
+import contextlib
 import dataclasses
+import itertools
 import math
-import typing
+import sys
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
+from lowrank.files import paths
 from lowrank.formatting import format_bytes
 from lowrank.model.decoder import REMAT
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.compiling import without_compile_cache
 from lowrank.parallel.mesh import MeshConfig
-from lowrank.planning import roofline as cost
+from lowrank.planning import prices, roofline
 from lowrank.planning.collectives import Collective, collectives
-from lowrank.planning.memory import Memory, memory_of
-from lowrank.planning.roofline import Roofline, Share
-from lowrank.planning.topology import Slice, sizes_in
-from lowrank.runs.inputs import check_mesh
+from lowrank.planning.memory import Memory, step_memory
+from lowrank.planning.roofline import EFFICIENCY, Roofline, Share
+from lowrank.planning.topology import Slice, open_local, open_slice, parse_exhausted
+from lowrank.planning.workload import Bill, Workload, list_workloads
+from lowrank.runs.adapter import refuse_other_layers
+from lowrank.runs.inputs import check_base, check_length, check_mesh, named_architecture
 from lowrank.runs.setup import Step, abstract_step, compile_step
+from lowrank.weights.base import read_base
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where a step does not fit there is no program: `memory` is then what its arguments need, `collectives` are unknown."""
+    """A config's step on a slice. Where it does not fit there is no program, and `memory` is that of its arguments."""
 
     config: Config
     architecture: ModelConfig
@@ -45,58 +51,142 @@ class Plan:
         return self.excess <= 0
 
     @property
-    def mesh(self) -> Mesh:
-        return self.step.mesh
+    def slots(self) -> int:
+        """Tokens of a step, padding included."""
+        return self.config.train.batch_size * self.config.data.max_length
 
 
-def make_plan(config: Config, architecture: ModelConfig, slice: Slice, steps: int) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The plans that were compiled, and what they are priced by."""
+
+    plans: list[Plan]  # best first: those that fit by time, then the others by their excess
+    candidates: int | None  # how many a search ranked; None: there was no search
+    workloads: list[Workload]
+    efficiency: float  # share of the roofline that a real step is taken to reach
+    price: float | None  # dollars per chip and hour; None: none is known
+    is_list_price: bool
+
+    @property
+    def best(self) -> Plan:
+        return self.plans[0]
+
+    def bill(self, workload: Workload, efficiency: float | None = None) -> Bill:
+        """What the workload takes with the best plan, at this share of the roofline (None: the result's)."""
+        seconds = self.best.roofline.seconds / (efficiency or self.efficiency)
+        return workload.bill(self.best.slots, seconds, self.best.slice.chips, self.price)
+
+
+def plan(
+    config: Config,
+    topology: str,
+    *,
+    search: bool = False,
+    search_fits: int = 3,
+    search_most: int = 12,
+    tokens: float | None = None,
+    price_per_chip_hour: float | None = None,
+    efficiency: float = EFFICIENCY,
+    progress: bool = False,
+) -> Result:
+    """Compile the config's training step for `topology`, a slice as "v5e:2x4", or "local": this machine's devices.
+
+    It needs no weights, tokenizer or data; a slice needs libtpu. With `search`, meshes, remat and micro-batches are tried,
+    of the same batch, until `search_fits` fit or `search_most` are compiled; `progress` prints a line for each to stderr.
+    `tokens`: one more amount to price; `price_per_chip_hour`: dollars, in place of the list price.
+
+    Whether the step fits is `result.best.fits`. Bytes and collectives are the compiler's; times and dollars are estimates.
+    Raises UserError for what the config has wrong and for a slice that is unknown or has no mesh for the model.
+
+    JAX's settings are left alone, so that a notebook keeps its accelerators; JAX opens them, even to compile for a slice.
+    The command, which computes nothing itself, sets `jax_platforms` to "cpu" before JAX's first use to leave them free.
+    """
+    if tokens and not math.isfinite(tokens):
+        raise UserError(f"--tokens={tokens} must be a number of tokens, such as 1e9")
+    architecture = find_architecture(config)
+    check_length(config, architecture)
+    refuse_other_layers(config.lora, architecture.layers)
+    slice = open_local(jnp.dtype(config.dtype)) if topology == "local" else open_slice(topology)
+    workloads = list_workloads(config, architecture, tokens)
+    candidates = None
+    if search:
+        ranked = rank_candidates(config, architecture, slice)
+        plans, candidates = [], len(ranked)
+        for compiled in compile_candidates(ranked, architecture, slice, search_fits, search_most):
+            plans.append(compiled)
+            if progress:
+                print(f"compiled {len(plans)} of {candidates} candidates", file=sys.stderr, flush=True)
+        plans.sort(key=lambda plan: (not plan.fits, plan.roofline.seconds if plan.fits else plan.excess))
+    else:
+        plans = [make_plan(config, architecture, slice)]
+    is_list_price = price_per_chip_hour is None
+    price = prices.PER_CHIP_HOUR.get(slice.chip.name) if is_list_price else price_per_chip_hour
+    return Result(plans, candidates, workloads, efficiency, price, is_list_price)
+
+
+def find_architecture(config: Config) -> ModelConfig:
+    """The architecture of the base, where it is here, else the one that the config names."""
+    if config.base and paths.path(config.base).exists():
+        architecture = read_base(config.base).config
+        check_base(config, architecture)
+        return architecture
+    if named := named_architecture(config):
+        return named
+    raise UserError(
+        f"config.base={config.base} is not here, and config.architecture names no model; "
+        "say --config.architecture=llama3-8b, or another name"
+    )
+
+
+def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:
+    """Compile the step, unless its arguments alone exceed a device's memory."""
     mesh = mesh_lib.make_mesh(config.mesh, devices=slice.devices)
     check_mesh(mesh, config, architecture)
-    step = abstract_step(config, architecture, mesh, steps)
+    # The number of steps shapes the learning rate's schedule alone, which no cost depends on.
+    step = abstract_step(config, architecture, mesh, config.train.steps or 1000)
     share = Share(config, architecture, *mesh.devices.shape)
-    arguments = memory_of(step, None)
+    memory = step_memory(step)
+    excess: float = memory.total - slice.memory
+    if excess <= 0:
+        try:
+            # What the cache holds for a TPU cannot be loaded where there is none.
+            with contextlib.nullcontext() if slice.name == "local" else without_compile_cache():
+                program = compile_step(step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sizes = parse_exhausted(str(error))
+            if sizes is None:
+                raise UserError(f"{slice.name}: the step does not fit, {str(error).splitlines()[0]}") from None
+            excess = sizes[0] - sizes[1]
+        else:
+            memory, found = step_memory(step, program), collectives(program.as_text())
+            times = step_roofline(share, slice, collective_seconds(found, slice, mesh))
+            excess = memory.total - slice.memory
+            return Plan(config, architecture, slice, step, memory, excess, found, times, program)
+    return Plan(config, architecture, slice, step, memory, excess, [], step_roofline(share, slice), None)
 
-    def without_program(excess):
-        by_hand = roofline(share, slice, None)
-        return Plan(config, architecture, slice, step, arguments, excess, [], by_hand, None)
 
-    if arguments.total > slice.memory:  # no program can help
-        return without_program(arguments.total - slice.memory)
-    try:
-        with slice.compiling():
-            program = compile_step(step)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sizes = sizes_in(str(error))
-        if sizes is None:
-            raise UserError(f"{slice.name}: the step does not fit, {str(error).splitlines()[0]}") from None
-        return without_program(sizes[0] - sizes[1])
-    memory, found = memory_of(step, program), collectives(program.as_text())
-    times = roofline(share, slice, interconnect_seconds(found, slice, mesh))
-    return Plan(config, architecture, slice, step, memory, memory.total - slice.memory, found, times, program)
-
-
-def roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline:
-    """Without the program's own seconds on the links, they are estimated by hand."""
+def step_roofline(share: Share, slice: Slice, interconnect: float | None = None) -> Roofline:
+    """`interconnect`: seconds that the program's collectives take; without a program they are estimated."""
     chip = slice.chip
     # A TPU makes a float32 product in full precision of six bfloat16 ones; a local device was measured in the run's own dtype.
     products = 6 if share.config.dtype == "float32" and slice.name != "local" else 1
     if interconnect is None:
-        interconnect = cost.link_traffic(share) * chip.devices / slice.bandwidth
+        interconnect = roofline.link_traffic(share) * chip.devices / slice.bandwidth
     return Roofline(
-        compute=cost.flops(share) * products * chip.devices / chip.flops,
-        memory=cost.memory_traffic(share) * chip.devices / chip.bandwidth,
+        compute=roofline.flops(share) * products * chip.devices / chip.flops,
+        memory=roofline.memory_traffic(share) * chip.devices / chip.bandwidth,
         interconnect=interconnect,
     )
 
 
-def interconnect_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> float:
-    """One after the other, each at the bandwidth that its group has in the slice."""
+def collective_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> float:
+    """Seconds of the collectives one after the other, each at its group's bandwidth in the slice."""
     seconds = 0.0
     for one in found:
-        devices = [mesh.devices.flat[place] for place in one.group]
         permute = one.kind == "collective-permute"
+        devices = [mesh.devices.flat[place] for place in one.group]
         bandwidth = slice.pair_bandwidth if permute else slice.group_bandwidth(devices)
         seconds += one.link_bytes * slice.chip.devices / bandwidth
     return seconds
@@ -105,62 +195,66 @@ def interconnect_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> f
 # ---- The search ------------------------------------------------------------------------------------------------------
 
 
-# Above this share of the memory a candidate is not tried. The guess of the temporaries was 0.7 to 1.3 of what the compiler then
-# needed (Llama 2 7B and Llama 3 8B and 70B, over 1 to 16 chips).
-HOPELESS = 1.1
+# A candidate whose estimate exceeds the memory by more than this factor is not compiled. The estimate of the temporaries was 0.7
+# to 1.3 of what the compiler then needed (Llama 2 7B and Llama 3 8B and 70B, over 1 to 16 chips).
+MEMORY_MARGIN = 1.1
 
 
-def candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
-    """Every mesh, remat and number of micro-batches that the model and the batch allow, with the bytes that it needs by hand:
-    first those that fit by a guess, the fastest before the others, of equally fast ones the one whose compute, memory and
-    links together take the least; then those that just may fit."""
-    found, least = [], math.inf
-    count = len(slice.devices)
-    for tensor in _divisors(
-        math.gcd(count, architecture.heads, architecture.kv_heads, architecture.mlp, architecture.vocab)
-    ):
-        for fsdp in _divisors(math.gcd(count // tensor, architecture.embed)):
-            mesh = MeshConfig(count // tensor // fsdp, fsdp, tensor)
-            rows = config.train.batch_size / (mesh.data * fsdp)
-            for microbatches in _divisors(int(rows)) if rows.is_integer() else ():
-                for remat in REMAT:
-                    train = dataclasses.replace(config.train, microbatches=microbatches)
-                    one = dataclasses.replace(config, mesh=mesh, remat=remat, train=train)
-                    share = Share(one, architecture, mesh.data, fsdp, tensor)
-                    needed = cost.arguments(share) + cost.temporaries(share)
-                    least = min(least, needed)
-                    if needed < HOPELESS * slice.memory:
-                        times = roofline(share, slice, None)
-                        together = times.compute + times.memory + times.interconnect
-                        rank = (needed > slice.memory, float(f"{times.seconds:.3g}"), together)
-                        found.append((rank, needed, one))
+def rank_candidates(config: Config, architecture: ModelConfig, slice: Slice) -> list[tuple[float, Config]]:
+    """(estimated bytes on a device, config) for every mesh, remat and number of micro-batches that model and batch allow.
+
+    First those that fit by estimate, the fastest first, and among equally fast ones the one whose compute, memory and links
+    add up to the least; then those that may just fit.
+    """
+    a, count, batch_size = architecture, len(slice.devices), config.train.batch_size
+    ranked, least = [], math.inf
+    tensors, fsdps = (
+        _divisors(math.gcd(count, a.heads, a.kv_heads, a.mlp, a.vocab)),
+        _divisors(math.gcd(count, a.embed)),
+    )
+    for tensor, fsdp in itertools.product(tensors, fsdps):
+        data = count // (tensor * fsdp)
+        if count % (tensor * fsdp) or batch_size % (data * fsdp):
+            continue
+        for microbatches, remat in itertools.product(_divisors(batch_size // (data * fsdp)), REMAT):
+            train = dataclasses.replace(config.train, microbatches=microbatches)
+            candidate = dataclasses.replace(config, mesh=MeshConfig(data, fsdp, tensor), remat=remat, train=train)
+            share = Share(candidate, architecture, data, fsdp, tensor)
+            needed = roofline.arguments(share) + roofline.temporaries(share)
+            least = min(least, needed)
+            if needed < MEMORY_MARGIN * slice.memory:
+                times = step_roofline(share, slice)
+                seconds = float(f"{times.seconds:.3g}"), times.compute + times.memory + times.interconnect
+                ranked.append(((needed > slice.memory, *seconds), needed, candidate))
     if least == math.inf:
         raise UserError(
-            f"{slice.name} has no mesh for this model and a batch of {config.train.batch_size} rows; choose another slice, or a "
+            f"{slice.name} has no mesh for this model and a batch of {batch_size} rows; choose another slice, or a "
             f"config.train.batch_size that {count} devices divide"
         )
-    if not found:
+    if not ranked:
         raise UserError(
             f"{slice.name} is too small: a step needs about {format_bytes(least)} on a device, by hand, and there are "
             f"{format_bytes(slice.memory)}; choose a larger slice, a smaller config.data.max_length or a smaller batch"
         )
-    return [(needed, one) for _, needed, one in sorted(found, key=lambda entry: entry[0])]
+    return [(needed, candidate) for _, needed, candidate in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def search(
-    config: Config, architecture: ModelConfig, slice: Slice, steps: int, wanted: int, most: int
-) -> typing.Iterator[Plan]:
-    """Compile the candidates from the best down until `wanted` of them fit, or `most` are compiled. If none fits before the
-    last, that one is the candidate that needs the least: so a slice is not too small only because guesses were too low."""
+def compile_candidates(
+    ranked: list[tuple[float, Config]], architecture: ModelConfig, slice: Slice, fits: int, most: int
+) -> Iterator[Plan]:
+    """Compile from the best down until `fits` of them fit or `most` are compiled.
+
+    If none fits before the last, that one is the candidate that needs the least memory: a slice must not look too small
+    only because the estimates were too low.
+    """
     fitting = 0
-    ranked = candidates(config, architecture, slice)
     for number in range(min(most, len(ranked))):
         last = number == most - 1 and not fitting
-        _, one = min(ranked[number:], key=lambda entry: entry[0]) if last else ranked[number]
-        plan = make_plan(one, architecture, slice, steps)
-        fitting += plan.fits
-        yield plan
-        if fitting == wanted:
+        _, config = min(ranked[number:], key=lambda entry: entry[0]) if last else ranked[number]
+        compiled = make_plan(config, architecture, slice)
+        fitting += compiled.fits
+        yield compiled
+        if fitting == fits:
             return
 
 

@@ -1,4 +1,4 @@
-"""What `lowrank.plan` prints: one plan as tables, and the ranked table of a search."""
+"""What `lowrank.plan` prints and writes of its result."""
 
 import dataclasses
 
@@ -6,162 +6,142 @@ from lowrank.formatting import format_bytes
 from lowrank.model.flops import step_flops
 from lowrank.planning import prices
 from lowrank.planning.collectives import totals
-from lowrank.planning.plan import Plan
-from lowrank.planning.roofline import bill
-from lowrank.planning.workload import Workload
+from lowrank.planning.plan import Plan, Result
 
 
-def describe(plan: Plan) -> str:
-    """Everything of one plan but the money."""
-    return "\n\n".join([_heading(plan), _memory(plan), _collectives(plan), _flops(plan)])
+def describe(result: Result) -> str:
+    """The ranked table of a search, then the best plan: its memory, collectives, FLOPs, and the estimated time and cost."""
+    plan = result.best
+    parts = [] if result.candidates is None else [_search(result)]
+    return "\n\n".join([*parts, _heading(plan), _memory(plan), _collectives(plan), _flops(plan), _estimate(result)])
+
+
+def _search(result: Result) -> str:
+    fitting, count = sum(plan.fits for plan in result.plans), len(result.plans)
+    lines = [
+        f"{result.candidates} candidates ranked by hand, the best {count} compiled: {fitting} fit, {count - fitting} do not",
+        f"  {'':<9}{'data':>5}{'fsdp':>6}{'tensor':>8}{'remat':>7}{'micro':>7}{'seconds':>10}{'bound by':>14}{'on a device':>13}",
+    ]
+    for rank, plan in enumerate(result.plans, 1):
+        data, fsdp, tensor = plan.step.mesh.devices.shape
+        head = f"{rank}." if plan.fits else "NOT FIT"
+        memory = format_bytes(plan.memory.total) if plan.fits else f"+{format_bytes(plan.excess)}"
+        lines.append(
+            f"  {head:<9}{data:>5}{fsdp:>6}{tensor:>8}{plan.config.remat:>7}{plan.config.train.microbatches:>7}"
+            f"{plan.roofline.seconds:>10.4g}{plan.roofline.bound:>14}{memory:>13}"
+        )
+    return "\n".join(lines)
 
 
 def _heading(plan: Plan) -> str:
-    a, c, mesh = plan.architecture, plan.config, plan.mesh
-    data, fsdp, tensor = mesh.devices.shape
-    rows = c.train.batch_size // c.train.microbatches
+    a, c = plan.architecture, plan.config
+    data, fsdp, tensor = plan.step.mesh.devices.shape
     adapter = f"rank {c.lora.rank} on {', '.join(c.lora.targets)}" if c.adapter else "none: everything is trained"
-    return "\n".join(
-        [
-            f"model      {c.architecture or c.base}: {a.layers} layers, embed {a.embed}, mlp {a.mlp}, "
-            f"heads {a.heads}/{a.kv_heads}, vocab {a.vocab}",
-            f"adapter    {adapter}",
-            f"slice      {plan.slice.name}, {plan.slice.chips} chip{'s' * (plan.slice.chips > 1)}; mesh data {data} x fsdp {fsdp} x tensor {tensor}",
-            f"step       {c.train.batch_size} rows of {c.data.max_length} tokens, {rows} in each of {c.train.microbatches} "
-            f"micro-batches; remat {c.remat}; computed in {c.dtype}, base held in {c.param_dtype}",
-        ]
+    return (
+        f"model      {c.architecture or c.base}: {a.layers} layers, embed {a.embed}, mlp {a.mlp}, "
+        f"heads {a.heads}/{a.kv_heads}, vocab {a.vocab}\n"
+        f"adapter    {adapter}\n"
+        f"slice      {plan.slice.name}, {plan.slice.chips} chip{'s' * (plan.slice.chips > 1)}; "
+        f"mesh data {data} x fsdp {fsdp} x tensor {tensor}\n"
+        f"step       {c.train.batch_size} rows of {c.data.max_length} tokens, {c.train.batch_size // c.train.microbatches} "
+        f"in each of {c.train.microbatches} micro-batches; remat {c.remat}; computed in {c.dtype}, base held in {c.param_dtype}"
     )
 
 
 def _memory(plan: Plan) -> str:
-    memory, available = plan.memory, plan.slice.memory
-    chip = _device(plan)
+    memory, available, devices = plan.memory, format_bytes(plan.slice.memory), plan.slice.chip.devices
+    chip = "chip" if devices == 1 else f"device ({devices} a chip)"
     rows = [
         ("base" if plan.config.adapter else "frozen", memory.base, ""),
         ("adapter" if plan.config.adapter else "model", memory.adapter, "float32"),
         ("optimizer", memory.optimizer, ""),
         ("other", memory.other, "the batch, and what tiles add to all arrays"),
-        ("activations", memory.temporaries, "and gathered kernels, gradients: the program's temporaries"),
-        ("program", memory.program, ""),
     ]
-    if not plan.program:
-        rows = [row for row in rows if row[0] not in ("activations", "program")]
-    lines = [f"on each {chip}"] + [
-        f"  {name:<12}{format_bytes(size):>10}  {what}".rstrip() for name, size, what in rows
-    ]
+    if plan.program:
+        rows += [
+            ("activations", memory.temporaries, "and gathered kernels, gradients: the program's temporaries"),
+            ("program", memory.program, ""),
+        ]
     if plan.fits:
-        lines.append(
-            f"  {'together':<12}{format_bytes(memory.total):>10}  of {format_bytes(available)}: fits, "
-            f"{format_bytes(-plan.excess)} to spare"
-        )
-    else:
-        by = format_bytes(plan.excess)
-        lines.append(
-            f"  does NOT FIT: {by} more than the {format_bytes(available)} that a program may have on one {chip}"
-        )
+        rows.append(("together", memory.total, f"of {available}: fits, {format_bytes(-plan.excess)} to spare"))
+    lines = [f"on each {chip}"]
+    lines += [f"  {name:<12}{format_bytes(size):>10}  {what}".rstrip() for name, size, what in rows]
+    if not plan.fits:
+        over = format_bytes(plan.excess)
+        lines.append(f"  does NOT FIT: {over} more than the {available} that a program may have on one {chip}")
     return "\n".join(lines)
 
 
 def _collectives(plan: Plan) -> str:
     if not plan.program:
         return "collectives  unknown: there is no program"
-    table = totals(plan.collectives)
-    if not table:
+    if not plan.collectives:
         return "collectives  none"
-    lines = [f"collectives of a step{'times':>14}{'sent by each':>20}"]
-    return "\n".join(
-        lines + [f"  {kind:<20}{times:>13,}{format_bytes(sent):>20}" for kind, (times, sent) in table.items()]
-    )
+    table = totals(plan.collectives).items()
+    rows = [f"  {kind:<20}{times:>13,}{format_bytes(sent):>20}" for kind, (times, sent) in table]
+    return "\n".join([f"collectives of a step{'times':>14}{'sent by each':>20}", *rows])
 
 
 def _flops(plan: Plan) -> str:
     c = plan.config
     flops = step_flops(plan.architecture, c.adapter, c.train.batch_size, c.data.max_length, c.remat, c.train.mode)
-    backward = "base, backward, without dW" if c.adapter else "base, backward, with dW"
-    rows = [
-        ("base, forward", flops.base_forward),
-        (backward, flops.base_backward),
-        ("adapter", flops.adapter),
-        ("head and loss", flops.head),
-        ("attention", flops.attention),
-        ("computed again (remat)", flops.recomputation),
-        ("together", flops.total),
-    ]
+    rows = {
+        "base, forward": flops.base_forward,
+        f"base, backward, {'without' if c.adapter else 'with'} dW": flops.base_backward,
+        "adapter": flops.adapter,
+        "head and loss": flops.head,
+        "attention": flops.attention,
+        "computed again (remat)": flops.recomputation,
+        "together": flops.total,
+    }
     lines = ["FLOPs of a step on all chips, by hand"]
-    lines += [f"  {name:<28}{count / 1e12:>12,.6g} TFLOP{count / flops.total:>7.1%}" for name, count in rows]
+    lines += [f"  {name:<28}{count / 1e12:>12,.6g} TFLOP{count / flops.total:>7.1%}" for name, count in rows.items()]
     return "\n".join(lines)
 
 
-def estimate(plan: Plan, workloads: list[Workload], efficiency: float, price: float | None, source: str) -> str:
-    """The roofline and the money; `source` says where the price is from."""
-    r = plan.roofline
-    slots = plan.config.train.batch_size * plan.config.data.max_length
+def _estimate(result: Result) -> str:
+    """Time and cost at the roofline, and at the share of it that a real step is taken to reach."""
+    plan, r, share = result.best, result.best.roofline, result.efficiency
     numbers = "what a device here did just now" if plan.slice.name == "local" else "the chip's published numbers"
-    by_hand = "" if plan.program else " (by hand)"
     lines = [
         f"ESTIMATE, not a measurement: a roofline of {numbers}",
-        f"  seconds a step: compute {r.compute:.4g}, memory {r.memory:.4g}, interconnect {r.interconnect:.4g}{by_hand}; "
-        f"bound by {r.bound}",
-        f"  {'':<44}{'roofline':>14}{f'at {efficiency:.0%} of it':>14}",
-        f"  {'seconds a step':<44}{r.seconds:>14.4g}{r.seconds / efficiency:>14.4g}",
-        f"  {'token slots a second':<44}{slots / r.seconds:>14,.0f}{slots * efficiency / r.seconds:>14,.0f}",
+        f"  seconds a step: compute {r.compute:.4g}, memory {r.memory:.4g}, interconnect {r.interconnect:.4g}"
+        f"{'' if plan.program else ' (by hand)'}; bound by {r.bound}",
+        f"  {'':<44}{'roofline':>14}{f'at {share:.0%} of it':>14}",
+        f"  {'seconds a step':<44}{r.seconds:>14.4g}{r.seconds / share:>14.4g}",
+        f"  {'token slots a second':<44}{plan.slots / r.seconds:>14,.0f}{plan.slots * share / r.seconds:>14,.0f}",
     ]
-    for workload in workloads:
-        best, likely = (
-            bill(workload.tokens, workload.fill, slots, seconds, plan.slice.chips, price)
-            for seconds in (r.seconds, r.seconds / efficiency)
-        )
+    for workload in result.workloads:
+        best, likely = result.bill(workload, 1.0), result.bill(workload)
         lines.append(f"  {workload.name}: {workload.tokens / 1e6:,.4g}M tokens, {best.steps:,} steps")
         lines.append(f"  {'  hours':<44}{best.hours:>14.4g}{likely.hours:>14.4g}")
-        if best.dollars is not None:
+        if best.dollars is not None and likely.dollars is not None:
             lines.append(f"  {'  dollars':<44}{best.dollars:>14,.2f}{likely.dollars:>14,.2f}")
-    return "\n".join([*lines, f"  {source}"] if source else lines)
+    if plan.slice.name == "local" and result.is_list_price:
+        return "\n".join(lines)
+    return "\n".join([*lines, f"  {_price_source(result)}"])
 
 
-def price_source(chip: str, price: float | None, given: bool) -> str:
-    if price is None:
-        return f"no price is known for {chip}: say --price_per_chip_hour"
-    if given:
-        return f"at {price:g} dollars per chip and hour, as --price_per_chip_hour says"
+def _price_source(result: Result) -> str:
+    if result.price is None:
+        return f"no price is known for {result.best.slice.chip.name}: say --price_per_chip_hour"
+    price = f"at {result.price:g} dollars per chip and hour"
+    if not result.is_list_price:
+        return f"{price}, as --price_per_chip_hour says"
     return (
-        f"at {price:g} dollars per chip and hour: the list price on demand, looked up on {prices.DATE} "
-        "(lowrank/parallel/prices.py); check it, or say --price_per_chip_hour"
+        f"{price}: the list price on demand, looked up on {prices.DATE} (lowrank/planning/prices.py); check it, or say "
+        "--price_per_chip_hour"
     )
 
 
-SEARCH_HEADING = f"  {'':<9}{'data':>5}{'fsdp':>6}{'tensor':>8}{'remat':>7}{'micro':>7}{'seconds':>10}{'bound by':>14}{'on a device':>13}"
-
-
-def search_row(plan: Plan, rank: int | None) -> str:
-    """A line of the ranked table; `rank` is None where it does not fit."""
-    data, fsdp, tensor = plan.mesh.devices.shape
-    head = "NOT FIT" if rank is None else f"{rank}."
-    memory = f"+{format_bytes(plan.excess)}" if rank is None else format_bytes(plan.memory.total)
-    return (
-        f"  {head:<9}{data:>5}{fsdp:>6}{tensor:>8}{plan.config.remat:>7}{plan.config.train.microbatches:>7}"
-        f"{plan.roofline.seconds:>10.4g}{plan.roofline.bound:>14}{memory:>13}"
-    )
-
-
-def _device(plan: Plan) -> str:
-    return "chip" if plan.slice.chip.devices == 1 else f"device ({plan.slice.chip.devices} a chip)"
-
-
-def record(plan: Plan, workloads: list[Workload], efficiency: float, price: float | None) -> dict:
-    """The plan's numbers, for a file."""
-    c, r = plan.config, plan.roofline
-    slots = c.train.batch_size * c.data.max_length
-    bills = {
-        workload.name: dataclasses.asdict(
-            bill(workload.tokens, workload.fill, slots, r.seconds / efficiency, plan.slice.chips, price)
-        )
-        for workload in workloads
-    }
+def record(result: Result) -> dict:
+    """The best plan's numbers, for a JSON file."""
+    plan, c, r = result.best, result.best.config, result.best.roofline
     return {
         "model": c.architecture or c.base,
         "slice": plan.slice.name,
         "chips": plan.slice.chips,
-        "mesh": dict(plan.mesh.shape),
+        "mesh": dict(plan.step.mesh.shape),
         "remat": c.remat,
         "batch_size": c.train.batch_size,
         "microbatches": c.train.microbatches,
@@ -173,8 +153,8 @@ def record(plan: Plan, workloads: list[Workload], efficiency: float, price: floa
         "collectives": {
             kind: {"times": times, "sent": sent} for kind, (times, sent) in totals(plan.collectives).items()
         },
-        "seconds": {"compute": r.compute, "memory": r.memory, "interconnect": r.interconnect, "roofline": r.seconds},
-        "efficiency": efficiency,
-        "price_per_chip_hour": price,
-        "at_efficiency": bills,
+        "seconds": dataclasses.asdict(r) | {"roofline": r.seconds},
+        "efficiency": result.efficiency,
+        "price_per_chip_hour": result.price,
+        "at_efficiency": {workload.name: result.bill(workload)._asdict() for workload in result.workloads},
     }

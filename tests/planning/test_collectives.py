@@ -164,6 +164,12 @@ def test_what_a_tpu_spreads_over_fusions_and_loops_is_counted_once():
     assert permute.group == (1, 2)
 
 
+def test_what_a_tpu_gives_to_its_sparse_cores_is_counted():
+    call = 'call-start(%w.1), async_execution_thread="sparsecore", to_apply=%begin'
+    text = TPU.replace("fusion(%w.1), kind=kCustom, calls=%begin", call).replace("calls=%go_on", "calls=%add")
+    assert [(one.kind, one.times) for one in collectives(text) if one.channel == "7"] == [("all-gather", 1)]
+
+
 def test_a_part_of_a_mesh_axis():
     text = TPU.replace("{'n'}", "{'n':(2)2}")
     assert collectives(text)[1].group == (0, 2)  # the faster half of 'n'

@@ -1,16 +1,19 @@
-"""`lowrank.plan`: the real step compiled for a slice of TPUs on a machine that has none, and what is said about it."""
+"""`lowrank.plan`: the real step compiled for a slice of TPUs on a machine that has none; and the same from Python."""
 
 import dataclasses
 import json
+import sys
 
 import jax
 import pytest
 import running
 
+from lowrank import planning
 from lowrank.cli import config_file
+from lowrank.errors import UserError
 from lowrank.families.sizes import SIZES
+from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.planning import plan as planning
 from lowrank.planning import topology
 from lowrank.runs.setup import abstract_step, compile_step
 
@@ -32,7 +35,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """Run the command on the tiny config with these flags -> what it said, and the numbers it wrote."""
+    """Run the command on the tiny config with these flags -> its end and output, and the numbers it wrote."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "tiny.py").write_text(CONFIG)
 
@@ -111,7 +114,7 @@ def test_attention_is_splash_on_a_tpu_forward_and_backward(tmp_path, name):
     architecture = dataclasses.replace(SIZES["demo"], windows=(0, 100, 100, 0))
     step = abstract_step(config, architecture, mesh, 10)
     assert step.model.attention == "splash"
-    with slice.compiling():
+    with compiling.without_compile_cache():
         text = compile_step(step).as_text()
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert kernel in text
@@ -135,6 +138,20 @@ def test_arguments_that_do_not_fit_need_no_compiler(plan):
     assert "does NOT FIT: 20.2 GB more than the 16.9 GB that a program may have on one chip" in finished.out
 
 
+def test_from_python_a_plan_is_a_value(capsys):
+    pytest.importorskip("libtpu", reason="the devices of a slice need the plan extra")
+    config = config_file.read(f"{running.ROOT / 'configs' / 'llama3.py'}:70b", [])
+    result = planning.plan(config, "v5e:2x2", tokens=5e6, price_per_chip_hour=2.0)
+    assert capsys.readouterr() == ("", "")
+    assert (result.best.fits, result.candidates, result.price) == (False, None, 2.0)
+    assert result.best.excess == result.best.memory.total - 15.75 * 2**30
+    assert result.bill(result.workloads[-1]).hours == 2 * result.bill(result.workloads[-1], efficiency=1.0).hours
+    assert "does NOT FIT: 20.2 GB more" in planning.describe(result)
+    assert planning.record(result)["bytes"]["together"] == result.best.memory.total
+    with pytest.raises(UserError, match="a plan for v5e:2x2 cannot run here"):
+        planning.measure_seconds(result.best)
+
+
 def test_a_program_that_does_not_fit_says_by_how_much(plan, monkeypatch):
     pytest.importorskip("libtpu", reason="the devices of a slice need the plan extra")
 
@@ -143,7 +160,7 @@ def test_a_program_that_does_not_fit_says_by_how_much(plan, monkeypatch):
             "RESOURCE_EXHAUSTED: Used 20.75G of 15.75G hbm. Exceeded hbm capacity by 5.00G."
         )
 
-    monkeypatch.setattr(planning, "compile_step", too_large)
+    monkeypatch.setattr(sys.modules["lowrank.planning.plan"], "compile_step", too_large)
     finished, numbers = plan("--topology=v5e:2x2")
     assert finished.code == 1 and numbers["excess"] == 5 * 2**30
     assert "does NOT FIT: 5.4 GB more than the 16.9 GB" in finished.out

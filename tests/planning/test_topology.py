@@ -8,12 +8,12 @@ import pytest
 from lowrank.errors import UserError
 from lowrank.planning import prices, topology
 from lowrank.planning.chips import CHIPS, GIB
-from lowrank.planning.topology import Slice, find, sizes_in
+from lowrank.planning.topology import Slice, parse_exhausted, parse_name
 
 
 def slice_of(name: str) -> Slice:
     """With devices that know their places only, the last dimension counted fastest."""
-    chip, shape = find(name)
+    chip, shape = parse_name(name)
     places = itertools.product(*(range(size) for size in chip.dimensions(shape)))
     return Slice(chip, shape, [types.SimpleNamespace(coords=(*place, 0)[:3]) for place in places])
 
@@ -28,7 +28,7 @@ def test_the_table_of_chips_is_in_order_and_its_prices_are_of_chips_in_it():
 
 
 def test_a_name_is_a_chip_and_a_slice():
-    chip, shape = find("v5p:2x2x4")
+    chip, shape = parse_name("v5p:2x2x4")
     assert (chip.name, shape, chip.chips(shape), slice_of("v5p:2x2x4").chips) == ("v5p", "2x2x4", 16, 16)
 
 
@@ -43,7 +43,7 @@ def test_a_name_is_a_chip_and_a_slice():
 )
 def test_a_name_that_does_not_exist_lists_those_that_do(name, says):
     with pytest.raises(UserError, match=says):
-        find(name)
+        parse_name(name)
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
@@ -76,10 +76,10 @@ def test_all_chips_of_a_slice_are_a_group():
         assert slice_of(name).bandwidth == slice_of(name).group_bandwidth(slice_of(name).devices)
 
 
-def test_the_sizes_in_what_a_compiler_says():
-    # The first as libtpu 0.0.42 says it; the second as it says it of a program whose arguments count.
+def test_the_sizes_in_a_compilers_message():
+    # The first is libtpu 0.0.42's; the second its message for a program whose arguments count.
     one = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (894.07G) exceeds available HBM (15.75G)."
     other = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
-    assert sizes_in(one) == (894.07 * GIB, 15.75 * GIB)
-    assert sizes_in(other) == (20.5 * GIB, 15.75 * GIB)
-    assert sizes_in("RESOURCE_EXHAUSTED: something else") is None
+    assert parse_exhausted(one) == (894.07 * GIB, 15.75 * GIB)
+    assert parse_exhausted(other) == (20.5 * GIB, 15.75 * GIB)
+    assert parse_exhausted("RESOURCE_EXHAUSTED: something else") is None
