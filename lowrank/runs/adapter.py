@@ -92,8 +92,9 @@ def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
 # ---- A run that starts from an adapter --------------------------------------------------------------------------------
 
 
-def read_init_adapter(config: Config, base: Base) -> Adapter:
+def read_init_adapter(config: Config, base: Base | None) -> Adapter:
     """Open `config.init_adapter`; UserError if it holds no adapter or was trained over another base."""
+    assert base is not None and config.init_adapter  # a run from scratch has no adapter
     adapter = read_adapter(config.init_adapter, layers=base.config.layers)
     if adapter.lora is None:
         raise UserError(
@@ -110,6 +111,7 @@ def read_init_adapter(config: Config, base: Base) -> Adapter:
 def check_init_adapter(adapter: Adapter, config: Config, layers: int) -> None:
     """Refuse an adapter to start from that means something else under the config's settings."""
     lora, there = config.lora, adapter.lora
+    assert there is not None  # `read_init_adapter` refuses a whole model
     differing = [
         f"lora.{name} is {getattr(there, name)} there and {getattr(lora, name)} here"
         for name in ("rank", "alpha", "scaling")
@@ -137,9 +139,9 @@ def _alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | 
     return tuple(alpha if rank else None for rank, alpha in pairs)
 
 
-def with_ranks_of(config: Config, lora: LoraConfig) -> Config:
+def with_ranks_of(config: Config, lora: LoraConfig | None) -> Config:
     """The config with the ranks and alphas of the adapter that the run starts from, unless it names its own."""
-    if config.lora.uneven:
+    if lora is None or config.lora.uneven:
         return config
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, ranks=lora.ranks, alphas=lora.alphas))
 

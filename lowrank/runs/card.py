@@ -146,8 +146,8 @@ python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
         "```",
         f"python -m lowrank.generate --base={here} --adapter={name} --format={form} --prompt=TEXT",
     ]
-    rank = next((rank for rank in VLLM_RANKS if rank >= lora.rank), None)
-    if rank and not lora.uneven:  # vLLM takes one rank and one alpha for all modules
+    rank = next((rank for rank in VLLM_RANKS if lora and rank >= lora.rank), None)
+    if rank and lora and not lora.uneven:  # vLLM takes one rank and one alpha for all modules
         lines.append(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}")
     return "\n".join([*lines, "```", *download])
 

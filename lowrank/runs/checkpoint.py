@@ -204,7 +204,7 @@ class Checkpoints:
                     if last is not None
                     else "no checkpoint was written before"
                 )
-                reason = signs[0] if signs else error.strerror
+                reason = signs[0] if signs else os.strerror(error.errno)  # type: ignore[attr-defined]
                 raise UserError(
                     f"checkpoint in {self.folder} could not be written ({reason}); {kept}; make room and run again"
                 ) from error

@@ -33,10 +33,15 @@ def evaluation_scalars(loss: float) -> dict[str, float]:
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
 
 
+def read_evaluations(workdir: paths.Path) -> dict[int, float]:
+    """Step -> evaluation loss, from `metrics.jsonl`."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    return {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+
+
 def best_evaluation(workdir: paths.Path) -> tuple[float, int]:
     """-> (loss, step) of the best evaluation in `metrics.jsonl`; (infinity, 0) before the first one."""
-    lines = [line for line in read_lines(workdir / "metrics.jsonl") if "eval/loss" in line]
-    return min(((line["eval/loss"], line["step"]) for line in lines), default=(math.inf, 0))
+    return min(((loss, step) for step, loss in read_evaluations(workdir).items()), default=(math.inf, 0))
 
 
 class Metrics:

@@ -222,7 +222,7 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
                         console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
                 del variables  # the next step donates the state's arrays
                 better = loss is not None and loss < best
-                best = loss if better else best
+                best = min(best, math.inf if loss is None else loss)
                 if tick.saves or (better and step > 0) or tick.stopped_by:
                     meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
                     meta |= {"identity": run.identity, "versions": workdir_lib.versions()}

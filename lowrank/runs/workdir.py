@@ -1,4 +1,4 @@
-"""A workdir and whose it is: one run, one process at a time, and what may change when the run goes on."""
+"""A workdir: one run, one process at a time; its record `config.json`, and what may change when the run resumes."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,8 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import IO
 
 import jax
 
@@ -25,7 +26,7 @@ from lowrank.parallel import distributed
 
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
-# What a resumed run may change: where things lie (their content is compared), how long, and how often it tells.
+# What a resumed run may change: where files lie (their content is compared), how long it is, and how often it reports.
 FREE_ON_RESUME = (
     *("base", "tokenizer", "data.train", "data.eval"),
     *("train.steps", "train.epochs", "eval.every", "checkpoint.every", "checkpoint.keep", "sample.every"),
@@ -33,7 +34,7 @@ FREE_ON_RESUME = (
 )
 
 
-# Of an architecture's fields, as JSON: those that are newer than a run have these values in it.
+# Defaults of an architecture's fields, as JSON: a run older than a field has its default.
 DEFAULTS = {
     field.name: json.loads(json.dumps(field.default))
     for field in dataclasses.fields(ModelConfig)
@@ -43,7 +44,7 @@ DEFAULTS = {
 
 @contextlib.contextmanager
 def open_workdir(workdir: paths.Path, config: Config, identity: dict, overrides: Sequence[str], command: str):
-    """Make the folder or check that it holds this very run; while it is open, nobody else trains in it."""
+    """Make the folder, or check that it holds this very run; while it is open, no other process trains in it."""
     file = workdir / "config.json"
     if not distributed.is_first():
         refuse_other_folder(workdir, distributed.broadcast_from_first(lambda: None))
@@ -67,8 +68,8 @@ def open_workdir(workdir: paths.Path, config: Config, identity: dict, overrides:
         yield
 
 
-def refuse_other_folder(workdir: pathlib.Path, at: float):
-    """In a process that is not the first: UserError unless process 0's folder, in which a record was written `at`, is this one."""
+def refuse_other_folder(workdir: paths.Path, at: object) -> None:
+    """In another process than the first: UserError unless the workdir is process 0's, which wrote a record at time `at`."""
     for waited in range(NFS_SECONDS):
         time.sleep(min(waited, 1))
         with contextlib.suppress(UserError):
@@ -81,7 +82,7 @@ def refuse_other_folder(workdir: pathlib.Path, at: float):
 
 
 def origin(command: str, overrides: Sequence[str]) -> dict:
-    """Where a record comes from: what was called with which overrides, and on what it runs."""
+    """What was called with which overrides, and on what it runs: for a record."""
     return {
         "at": time.time(),
         "command": command,
@@ -94,43 +95,49 @@ def origin(command: str, overrides: Sequence[str]) -> dict:
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path, file: pathlib.Path, whose: str):
-    """Make the folder if it is not there; refuse one that holds other things than `file`'s; keep others out."""
+def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[None]:
+    """Make the folder, or refuse one that is not empty and has no `file`; keep other processes out."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Looked at before the lock is made, so that nothing is left in a folder that is somebody else's.
+        # Checked before the lock is made, so that nothing is left in somebody else's folder.
         if not file.exists() and any(
             path.name not in (".lock", file.with_suffix(".tmp").name) for path in workdir.iterdir()
         ):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
-        if paths.is_remote(workdir):
+        if isinstance(workdir, pathlib.Path):
+            lock: contextlib.AbstractContextManager = _lock_file(workdir)
+        else:
             workdir.check_bucket()
             lock = bucket_lock.locked(workdir / ".lock", str(workdir))
-        else:
-            lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written to ({error.strerror}); choose another --workdir"
         ) from error
     with lock:
-        try:
-            if not paths.is_remote(workdir):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
         yield
 
 
+def _lock_file(workdir: pathlib.Path) -> IO[str]:
+    """The workdir's lock, held until it is closed."""
+    lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
+    return lock
+
+
 def resume_differences(before: dict, config: Config, identity: dict, free=FREE_ON_RESUME) -> list[str]:
-    """What differs between the run in a workdir and this one, beyond the keys that are `free` to: a line each."""
+    """How the run in a workdir differs from this one beyond the keys that are `free` to: a line each."""
     differences = []
     known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
     for name, value in json.loads(json.dumps(identity)).items():
         if known.get(name) != value:
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
-    # Through the config and back, so that keys which are newer than the run have their defaults in it.
+    # Through the config and back: keys that are newer than the run get their defaults.
     configs = (config_lib.to_dict(config_lib.from_values(before["config"])), config_lib.to_dict(config))
     was, now = (dict(flat(json.loads(json.dumps(values)))) for values in configs)
     for key in sorted(was.keys() | now.keys()):
@@ -156,7 +163,7 @@ def file_hash(file) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _hash_of(file: str, modified: int, size: int) -> str:
-    """Asked again for each member of a sweep; `modified` and `size` are there to tell when it is another file."""
+    """Cached for the members of a sweep; `modified` and `size` tell when it is another file."""
     with paths.path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
@@ -195,7 +202,7 @@ def git_revision() -> str | None:
         return None
 
 
-def read_record(workdir: pathlib.Path) -> dict:
+def read_record(workdir: paths.Path) -> dict:
     """What `open_workdir` wrote: command, config, identity, versions."""
     file = workdir / "config.json"
     if not file.is_file():
@@ -208,6 +215,6 @@ def read_record(workdir: pathlib.Path) -> dict:
     return record
 
 
-def read_config(workdir: pathlib.Path) -> Config:
+def read_config(workdir: paths.Path) -> Config:
     """The config of the run whose workdir this is."""
     return config_lib.from_values(read_record(workdir)["config"])

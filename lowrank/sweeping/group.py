@@ -70,8 +70,8 @@ class Group:
 def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     """Find what the members name, and choose how many of them train at once. `known` keeps what earlier groups have read."""
     config = members[0].config
-    key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, config.train.mode)
-    key = key if config.architecture else key[:-1]  # from scratch is for mode full only, which `prepare` looks at
+    mode = config.train.mode if config.architecture else None  # only from scratch does `prepare` depend on the mode
+    key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, mode)
     known[key] = inputs = with_steps(known[key], config) if key in known else prepare(config)
     start = None
     if config.init_adapter:
@@ -95,7 +95,8 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
 def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
     """-> members whose rank is above the size of every matrix it is for; those with a rank above the size of some."""
     sizes = {target: min(shape) for target, shape in group.inputs.architecture.projections().items()}
-    above_all, above_some = [], []
+    above_all: list[str] = []
+    above_some: list[str] = []
     for member in group.members if group.config.adapter else ():
         lora = member.config.lora
         above = [target for target in lora.targets if lora.width(target) > sizes[target]]

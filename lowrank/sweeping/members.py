@@ -124,7 +124,7 @@ def make_members_step(model: Decoder, config: Config, mask: dict, layout: State,
         updated, metrics = update(state, frozen, batch)
         goes_on = (state.step == step) & jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         kept = jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), updated[:3], state[:3])
-        return State(*kept, key=state.key), metrics
+        return State(kept[0], kept[1], kept[2], state.key), metrics
 
     def members_step(state, hyperparams, frozen, batch, step):
         return _mapped(

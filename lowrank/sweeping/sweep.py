@@ -18,7 +18,7 @@ from lowrank.runs.inputs import identity
 from lowrank.runs.profiling import Profile
 from lowrank.sweeping import grid as grid_lib
 from lowrank.sweeping import group as group_lib
-from lowrank.sweeping import picture, ranking, tables
+from lowrank.sweeping import picture, ranking, tables, workdirs
 from lowrank.sweeping import wave as wave_lib
 from lowrank.sweeping.grid import Grid
 from lowrank.sweeping.group import Group
@@ -80,7 +80,7 @@ def plan_groups(grid: Grid) -> list[Group]:
             f"config.log.wandb={wandb}: a sweep's members train at once, W&B knows one run at a time; leave it out"
         )
     known: dict = {}
-    groups = [group_lib.plan(members, grid.sweep, known) for members in grid_lib.groups(grid.members)]
+    groups = [group_lib.plan(members, grid.sweep, known) for members in grid_lib.group_members(grid.members)]
     refuse_unusable_ranks(groups)
     refuse_without_evaluation(groups)
     return groups
@@ -158,6 +158,7 @@ class Bases:
         if group.config.train.mode == "full":
             self._key = self._frozen = None
             return shapes  # all holes
+        assert group.inputs.base is not None  # adapters need a base
         key = (group.inputs.base.fingerprint, group.model.param_dtype, group.mesh)
         if key != self._key:
             self._key = self._frozen = None  # the one before goes before the next one comes
@@ -249,7 +250,7 @@ def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, wa
     damaged = []
     for member, result in zip(wave, results, strict=True):
         place = workdir / "members" / member.name
-        if result.steps and not wave_lib.adapter_is_whole(group, member, place, result.steps):
+        if result.steps and not workdirs.adapter_is_whole(group, member, place, result.steps):
             damaged.append(f"{place}/checkpoints/{result.steps}")
     if damaged:
         raise UserError(
@@ -280,7 +281,7 @@ def read_json(file: pathlib.Path):
 def title(group: Group) -> str:
     """What the members of the group have in common, of what is swept."""
     keys = [key for key in group.members[0].swept if len({str(m.swept.get(key)) for m in group.members}) == 1]
-    shared = [f"{key} {grid_lib.text(group.members[0].swept[key])}" for key in keys]
+    shared = [f"{key} {grid_lib.name_value(group.members[0].swept[key])}" for key in keys]
     return ", ".join(shared) or "all of the grid"
 
 

@@ -14,27 +14,25 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank import config as config_lib
-from lowrank.adapters.lora import padding_size
 from lowrank.errors import UserError
-from lowrank.files.lines import forget_after, read_lines
+from lowrank.files.lines import forget_after
 from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.checkpoint import Checkpoints
 from lowrank.runs.inputs import evaluation_batches, identity, training_batches
 from lowrank.runs.loop import due, run_steps
-from lowrank.runs.metrics import Metrics, best_evaluation, evaluation_scalars, evaluation_sums
+from lowrank.runs.metrics import Metrics, best_evaluation, evaluation_scalars, evaluation_sums, read_evaluations
 from lowrank.runs.profiling import Profile
 from lowrank.runs.samples import write_answers, write_samples
 from lowrank.runs.speed import make_speed
 from lowrank.runs.train import NOT_WRITTEN, training_scalars
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member
-from lowrank.sweeping.group import Group, Programs, filled_up, initial_state, keys_of, own_model, shardings_of
+from lowrank.sweeping.group import Group, Programs, filled_up, initial_state, keys_of, shardings_of
 from lowrank.sweeping.progress import Progress
 from lowrank.sweeping.ranking import Result
+from lowrank.sweeping.workdirs import MemberCheckpoint, member_result, write_member
 from lowrank.training import partition
-from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.step import State, abstract_state
+from lowrank.training.step import State
 
 
 class Stopped(Exception):
@@ -171,9 +169,9 @@ def train_wave(
                 rates = None
                 if (config.log.every and result.step == 1) or due(result.step, config.log.every, steps):
                     rates = speed.rates()
-                    written = {name: rate for name, rate in rates.items() if name not in NOT_WRITTEN}
+                    logged = {key: rate for key, rate in rates.items() if key not in NOT_WRITTEN}
                     for i, name in going_on():
-                        line = training_scalars(result, tokens, i) | written
+                        line = training_scalars(result, tokens, i) | logged
                         writers[name].write(result.step, line)
                         progress.record_train_loss(name, line["train/loss"])
                 progress.show_step(result.step, rates)
@@ -185,8 +183,8 @@ def train_wave(
                     if tick.samples:
                         trainables = jax.device_get(tick.state.trainable)
                         for i, name in going_on():
-                            file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
-                            write_samples(file, step, group.model, variables, inputs, config)
+                            samples, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
+                            write_samples(samples, step, group.model, variables, inputs, config)
                     if tick.saves or (improved and step > 0) or tick.stopped_by:
                         meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
                         meta |= {"versions": workdir_lib.versions()}
@@ -201,38 +199,36 @@ def train_wave(
         checkpoints.wait()
 
         # ---- Every member becomes an ordinary workdir.
-        results, host_state = [], jax.device_get(state._replace(key=None))
-        earlier = {at for name, (_, at) in best.items() if 0 < at < _last_step(diverged.get(name), steps)}
-        saved = {at: _host_checkpoint(checkpoints, at, group, programs, wave) for at in sorted(earlier)}
+        last_state, results = jax.device_get(state._replace(key=None)), []
+        best_steps = sorted({step for _, step in best.values()} - {0})
+        earlier = {
+            step: _restore_on_host(checkpoints, step, group, programs, wave) for step in best_steps if step < steps
+        }
         for i, member in enumerate(wave):
-            name, found = member.name, diverged.get(member.name)
-            last = _last_step(found, steps)
-            at = {"step": last, "tokens": found["tokens"] if found else tokens}
-            at |= {"data": found["data"] if found else batches.get_state()}
-            evaluated = [line for line in read_lines(places[name] / "metrics.jsonl") if "eval/loss" in line]
-            at_end = [line["eval/loss"] for line in evaluated if line["step"] == last]
-            written = [(host_state, at | {"eval_loss": at_end[-1] if at_end else None})]
-            loss, best_step = best[name]
-            if best_step in saved and best_step < last:
-                best_state, best_at = saved[best_step]
-                written.insert(0, (best_state, best_at | {"step": best_step, "eval_loss": loss}))
-            own = [(jax.tree.map(lambda leaf, i=i: leaf[i], states), place) for states, place in written]
+            name, divergence = member.name, diverged.get(member.name)
+            evaluations = read_evaluations(places[name])
+            last, seen, position = steps, tokens, batches.get_state()
+            if divergence:
+                last, seen, position = divergence["step"] - 1, divergence["tokens"], divergence["data"]
+            written = [MemberCheckpoint(last, last_state, seen, position, evaluations.get(last))]
+            if best[name][1] in earlier and best[name][1] < last:
+                written.insert(0, earlier[best[name][1]]._replace(eval_loss=best[name][0]))
+            own = [one._replace(state=jax.tree.map(lambda leaf, i=i: leaf[i], one.state)) for one in written]
             trainable = write_member(group, member, places[name], own)
-            results.append(result_of(group, member, places[name], trainable, last, found and found["step"]))
+            results.append(
+                member_result(group, member, places[name], trainable, last, divergence["step"] if divergence else None)
+            )
         return results
 
 
-def _last_step(found: dict | None, steps: int) -> int:
-    """The last step of a member; `found` says where it diverged."""
-    return found["step"] - 1 if found else steps
-
-
-def _host_checkpoint(checkpoints: Checkpoints, step: int, group: Group, programs: Programs, wave) -> tuple[State, dict]:
-    """-> the wave's state at `step`, on the host; its tokens and the data's position."""
+def _restore_on_host(
+    checkpoints: Checkpoints, step: int, group: Group, programs: Programs, wave: tuple[Member, ...]
+) -> MemberCheckpoint:
+    """The wave's checkpoint of `step`, stacked, on the host."""
     state, position = restore_wave(checkpoints, step, group, programs, wave)
-    at = np.full(group.count, step, np.int32)
-    host = jax.device_get(state._replace(step=None, key=None))._replace(step=at)
-    return host, {"tokens": checkpoints.meta(step)["tokens"], "data": position}
+    host = jax.device_get(state._replace(step=None, key=None))
+    host = host._replace(step=np.full(group.count, step, np.int32))
+    return MemberCheckpoint(step, host, checkpoints.meta(step)["tokens"], position, None)
 
 
 def restore_wave(
@@ -257,60 +253,3 @@ def _members_only(state: State, count: int) -> State:
     if count == len(state.step):
         return state
     return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))
-
-
-def write_member(group: Group, member: Member, place: pathlib.Path, states: list[tuple[State, dict]]) -> dict:
-    """Write the member's own checkpoints, as the same run alone would have -> what it trained, without padding.
-
-    `states`: in the order of their steps, each with its step, tokens, data and eval_loss.
-    """
-    _, shapes = own_model(group, member)
-    trainable, _ = partition.split(shapes, group.mask)
-    config = member.config
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, group.inputs.steps), group.mask)
-    wanted = abstract_state(optimizer, trainable, group.mesh)
-    owns = [(State(*members_lib.cut(state[:3], wanted[:3]), key=None), at) for state, at in states]
-    with Checkpoints(place) as checkpoints:
-        checkpoints.forget()  # of a sweep that was killed here, or of a group that is trained again
-        for own, at in owns:
-            if at["step"] > 0:
-                meta = {"step": at["step"], "tokens": at["tokens"], "config": config_lib.to_dict(config)}
-                meta |= {"identity": identity(config, group.inputs), "versions": workdir_lib.versions()}
-                checkpoints.save(at["step"], own, at["data"], meta, at["eval_loss"])
-    return owns[-1][0].trainable
-
-
-def adapter_is_whole(group: Group, member: Member, place: pathlib.Path, step: int) -> bool:
-    """Whether what the member trained can be read, from the checkpoint of `step` or, if it went on alone, its last one."""
-    _, shapes = own_model(group, member)
-    try:
-        with Checkpoints(place, read_only=True) as checkpoints:
-            step = max(step, checkpoints.latest() or 0)
-            checkpoints.check(step)
-            checkpoints.restore_adapter(step, partition.split(shapes, group.mask)[0])
-    except UserError:
-        return False
-    return True
-
-
-def result_of(group: Group, member: Member, place: pathlib.Path, trainable: dict, step: int, diverged: int | None):
-    lines = read_lines(place / "metrics.jsonl")
-    of = {name: [(line["step"], line[name]) for line in lines if name in line] for name in RECORDED}
-    config = member.config
-    zeros = padding_size(config.lora, group.inputs.architecture) if config.adapter else 0
-    parameters = partition.count(trainable) - zeros
-    return Result(
-        name=member.name,
-        swept=member.swept,
-        mode=config.train.mode,
-        trainable=parameters,
-        adapter_bytes=4 * parameters,
-        steps=step,
-        train_loss=of["train/loss"][-1][1] if of["train/loss"] else None,
-        curve=tuple(of["eval/loss"]),
-        diverged=diverged,
-        exact_match=of["eval/exact_match"][-1][1] if of["eval/exact_match"] else None,
-    )
-
-
-RECORDED = ("train/loss", "eval/loss", "eval/exact_match")
