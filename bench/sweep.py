@@ -104,7 +104,7 @@ def make_group() -> Group:
     count = len(members)
     group = Group(members, prepared, mesh, model, shapes, mask, count, 1)
     # The size is given, as what is compared is one step of all members: a sweep may have to part them.
-    _, at_once = group_lib.chosen_sizes(
+    _, at_once = group_lib.choose_sizes(
         group, SweepConfig(count, FLAGS.at_once), memory.free_bytes(mesh), mesh.devices.flat[0].platform
     )
     group = dataclasses.replace(group, at_once=at_once)

@@ -36,7 +36,7 @@ from lowrank.weights.load import load_params
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What is known of a group before anything is computed."""
+    """A group before anything is computed."""
 
     members: tuple[Member, ...]
     inputs: RunInputs
@@ -45,17 +45,17 @@ class Group:
     shapes: dict  # of one member's variables in that model
     mask: dict
     size: int  # members in one compiled step
-    at_once: int  # of these, in the model at one time on each device
+    at_once: int  # of these, the members that a device computes side by side
     init_adapter: Adapter | None  # that all members start from
 
     @property
     def config(self) -> Config:
-        """Of the first member, for what all have in common."""
+        """The first member's, for what all have in common."""
         return self.members[0].config
 
     @property
     def count(self) -> int:
-        """Members in the stacked state: `size`, filled up so that all devices have as many."""
+        """Members in the stacked state: `size`, padded so that every device has the same number."""
         together = self.mesh.shape["member"] * self.at_once
         return -(-self.size // together) * together
 
@@ -68,7 +68,7 @@ class Group:
 
 
 def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
-    """Find what the members name, and choose how many of them train at once. `known` keeps what earlier groups have read."""
+    """Read what the members name and choose how many train at once. `known` caches what earlier groups have read."""
     config = members[0].config
     mode = config.train.mode if config.architecture else None  # only from scratch does `prepare` depend on the mode
     key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, mode)
@@ -88,12 +88,12 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     model, shapes = model_of(config, architecture, lora, mesh)
     mask = partition.trainable_mask(shapes, config.train.mode)
     group = Group(tuple(members), inputs, mesh, model, shapes, mask, len(members), 1, start)
-    size, at_once = chosen_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
+    size, at_once = choose_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
     return dataclasses.replace(group, size=size, at_once=at_once)
 
 
 def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
-    """-> members whose rank is above the size of every matrix it is for; those with a rank above the size of some."""
+    """-> (members whose rank exceeds every matrix that it adapts, members whose rank exceeds some): a line each."""
     sizes = {target: min(shape) for target, shape in group.inputs.architecture.projections().items()}
     above_all: list[str] = []
     above_some: list[str] = []
@@ -102,25 +102,25 @@ def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
         above = [target for target in lora.targets if lora.width(target) > sizes[target]]
         if above:
             text = f"rank {max(map(lora.width, above))} above {', '.join(f'{t} ({sizes[t]})' for t in above)}"
-            for_it_alone = [target for target in above if target in dict(lora.ranks)]
-            (above_all if for_it_alone or len(above) == len(lora.targets) else above_some).append(text)
+            named = any(target in dict(lora.ranks) for target in above)  # a rank for this very target
+            (above_all if named or len(above) == len(lora.targets) else above_some).append(text)
     return list(dict.fromkeys(above_all)), list(dict.fromkeys(above_some))
 
 
-def chosen_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> tuple[int, int]:
-    """-> (members in one compiled step, members in the model at one time on each device), for `free` bytes a device.
+def choose_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> tuple[int, int]:
+    """-> (members in one compiled step, members that a device computes side by side), for `free` bytes per device.
 
-    On a CPU one at a time is fastest (15M shape, 2 rows of 256, CPU seconds a member: 0.31 for one at a time, 0.44 for
-    eight at once: `bench/sweep.py`); elsewhere as many as fit.
+    On a CPU one at a time is fastest (15M shape, 2 rows of 256, CPU seconds per member: 0.31 for one at a time, 0.44 for
+    eight: `bench/sweep.py`); elsewhere as many as fit.
     """
     mesh, count = group.mesh, len(group.members)
     lanes, cuts = mesh.shape["member"], mesh.shape["fsdp"] * mesh.shape["tensor"]
     trainable, frozen = partition.split(group.shapes, group.mask)
-    # Weights, gradient, two moments; and all of them twice, where the step hands new ones on before the old ones go.
+    # Weights, gradient and two moments, all of them twice: the step makes new ones before the old ones are freed.
     state = 8 * partition.nbytes(trainable) // cuts
     left = max(0, free - partition.nbytes(frozen) // cuts)
     size = sweep.group_size or max(lanes, lanes * int(0.5 * left / state))
-    size = -(-count // -(-count // min(size, count)))  # parts of about the same size
+    size = -(-count // -(-count // min(size, count)))  # waves of about the same size
     each = -(-size // lanes)
     if sweep.at_once:
         return size, min(sweep.at_once, each)
@@ -131,10 +131,8 @@ def chosen_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> 
 
 
 def activation_bytes(group: Group) -> int:
-    """About what one member's forward and backward pass need on a device, beside weights and state.
-
-    What the backward pass keeps of a micro-batch, what it works with in one layer, a chunk's logits and their gradient.
-    """
+    """An estimate of the bytes that one member's forward and backward pass need on a device, beside weights and state:
+    the residuals of a micro-batch, one layer's intermediate values, a chunk's logits and their gradient."""
     config, shards = group.config, mesh_lib.batch_shards(group.mesh)
     rows = config.train.batch_size // config.train.microbatches
     trainable, frozen = partition.split(group.shapes, group.mask)
@@ -150,7 +148,7 @@ def activation_bytes(group: Group) -> int:
 
         return memory.residual_bytes(loss, trainable)
 
-    # The differences: weights are kept, too, but once for all members, whatever the rows.
+    # Differences between row counts, because residuals include the weights, which all members share.
     layer = (kept(2 * rows, "none") - kept(rows, "none")) // group.inputs.architecture.layers
     whole = kept(2 * rows, config.remat) - kept(rows, config.remat)
     tokens = min(CHUNK_TOKENS, rows // shards * config.data.max_length)
@@ -161,7 +159,7 @@ def activation_bytes(group: Group) -> int:
 
 
 class Programs:
-    """A group's compiled steps and the layout of its stacked state: made once, for all of its parts."""
+    """A group's jitted steps and the layout of its stacked state, made once for all of its waves."""
 
     def __init__(self, group: Group):
         config, mesh = group.config, group.mesh
@@ -180,18 +178,20 @@ def shardings_of(shapes):
 
 
 def initial_state(group: Group, programs: Programs, wave: tuple[Member, ...]) -> State:
-    """The members' states before step 1, each what the same run alone begins with."""
+    """The members' states before step 1; each equals that of the same run alone."""
     layout = programs.layout
-    trainable = jax.device_put(filled_up(initial_trainables(group, wave), group.count), shardings_of(layout.trainable))
+    trainable = jax.device_put(
+        pad_members(initial_trainables(group, wave), group.count), shardings_of(layout.trainable)
+    )
     step = jax.device_put(jnp.zeros(group.count, jnp.int32), layout.step.sharding)
-    return State(step, trainable, programs.init(trainable), keys_of(group, programs, wave))
+    return State(step, trainable, programs.init(trainable), member_keys(group, programs, wave))
 
 
 def initial_trainables(group: Group, wave: tuple[Member, ...]):
-    """What the members train, stacked [members of the wave, …]."""
+    """The members' trainable trees, stacked [members of the wave, …]."""
     config, base = group.config, group.inputs.base
     wide, _ = partition.split(group.shapes, group.mask)
-    if config.train.mode == "full" and base:  # all begin with the base
+    if config.train.mode == "full" and base:  # all start from the base
         params = load_params(base, group.shapes["params"])
         return partition.split(
             {"params": jax.tree.map(lambda leaf: jnp.stack([leaf] * len(wave)), params)}, group.mask
@@ -207,21 +207,21 @@ def initial_trainables(group: Group, wave: tuple[Member, ...]):
 
 
 def own_model(group: Group, member: Member) -> tuple[Decoder, dict]:
-    """The model that the member would have alone, and its variables' shapes."""
+    """-> (the model of the member alone, the shapes of its variables)."""
     return model_of(member.config, group.inputs.architecture, member.config.adapter, group.mesh)
 
 
-def keys_of(group: Group, programs: Programs, wave: tuple[Member, ...]) -> jax.Array:
+def member_keys(group: Group, programs: Programs, wave: tuple[Member, ...]) -> jax.Array:
     seeds = [member.config.seed for member in wave]
     keys = jax.vmap(jax.random.key)(np.uint32(seeds + seeds[:1] * (group.count - len(wave))))
     return jax.device_put(keys, programs.layout.key.sharding)
 
 
-def filled_up(tree, count: int):
-    """Stacked leaves, filled up with the first member to `count`: what those compute is thrown away."""
+def pad_members(tree, count: int):
+    """Stacked leaves, padded to `count` members with copies of the first one, whose results are discarded."""
 
-    def filled(leaf):
-        ghosts = count - len(leaf)
-        return jnp.concatenate([leaf, jnp.repeat(leaf[:1], ghosts, axis=0)]) if ghosts else leaf
+    def pad(leaf):
+        missing = count - len(leaf)
+        return jnp.concatenate([leaf, jnp.repeat(leaf[:1], missing, axis=0)]) if missing else leaf
 
-    return jax.tree.map(filled, tree)
+    return jax.tree.map(pad, tree)

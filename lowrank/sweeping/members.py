@@ -1,12 +1,11 @@
 """Many members over one frozen base in one compiled step: what a sweep trains, stacked.
 
-One idea: zero padding. Factors of a smaller rank are filled up with zeros to the largest one. There lora_a and lora_b
-are both zero, so neither has a gradient, Adam leaves both alone, and the sum x A B is what it was. Every leaf of the
-state then leads with an axis `members`; scale, rates, clip, decay and dropout are arrays beside it; and the very
-update that a run alone makes is mapped over that axis, with the base as an argument that is not mapped.
+The members' factors are padded with zeros to the largest rank. Where lora_a and lora_b are both zero, neither has a gradient,
+Adam leaves both unchanged, and x A B is the same sum. Every leaf of the state then has a leading axis of members; scale, rates,
+clip, decay and dropout are arrays beside it; and the update of a run alone is vmapped over that axis, with the base unmapped.
 
-Members go through the model `at_once` at a time: mapped side by side they share each product with the base, one after
-the other they share the memory of one run's activations.
+Each device computes `at_once` members side by side, which share each product with the base; groups of them follow one after
+another and share the memory of one run's activations.
 """
 
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank.adapters.lora import LayerScalars, LoraConfig
 from lowrank.config import Config
+from lowrank.data.batch import Batch
 from lowrank.model.decoder import Decoder
 from lowrank.parallel.compiling import jit, platform_of
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
@@ -25,7 +25,7 @@ from lowrank.training.step import State, loss_sum, make_update
 
 
 class MemberHyperparams(NamedTuple):
-    """What a member has of its own and no step changes; every leaf leads with `members`."""
+    """The members' hyperparameters, which no step changes; every leaf has a leading axis of members."""
 
     rates: jax.Array  # float32 [members, steps], the learning rate of each step
     weight_decay: jax.Array  # float32 [members]
@@ -36,7 +36,7 @@ class MemberHyperparams(NamedTuple):
 
 
 def widest(loras: list[LoraConfig]) -> LoraConfig:
-    """The adapter that each of these fits into: as wide as the widest, with a scale of 1."""
+    """The adapter into which each of these fits: as wide as the widest, with a scale of 1."""
     first = loras[0]
     ranks = tuple((target, (max(lora.width(target) for lora in loras),)) for target in first.targets)
     return LoraConfig(
@@ -49,7 +49,7 @@ def widest(loras: list[LoraConfig]) -> LoraConfig:
 
 
 def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHyperparams:
-    """The members' own hyperparams, as arrays on the host."""
+    """The members' hyperparameters, as arrays on the host."""
     step = jnp.arange(steps)
     schedules = [learning_rate_schedule(config.optim, steps) for config in configs]
     of_layers = [
@@ -60,7 +60,7 @@ def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHype
         for lora, table in ((config.lora, config.lora.layer_scalars(layers)) for config in configs if config.adapter)
     ]
     return MemberHyperparams(
-        # Evaluated here and not in the step, so that schedules may differ in any way, their kind too.
+        # Evaluated here and not in the step, so that schedules may differ in every way, in their kind too.
         rates=np.stack([np.broadcast_to(jax.vmap(schedule)(step), steps) for schedule in schedules]).astype(np.float32),
         weight_decay=np.float32([config.optim.weight_decay for config in configs]),
         clip_norm=np.float32([config.optim.clip_norm or np.inf for config in configs]),
@@ -72,7 +72,7 @@ def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHype
 
 
 def stacked_shapes(shapes, members: int, mesh: Mesh):
-    """A tree of one member's ShapeDtypeStructs -> the members', whose axis lies over the mesh axis `member`."""
+    """One member's ShapeDtypeStructs -> all members', with their axis over the mesh axis `member`."""
 
     def stacked(leaf):
         spec = PartitionSpec("member", *leaf.sharding.spec)
@@ -82,7 +82,7 @@ def stacked_shapes(shapes, members: int, mesh: Mesh):
 
 
 def padded(tree, shapes):
-    """Each leaf filled up with zeros behind, to the leaf's shape in `shapes`; the inverse of `cut`."""
+    """Pad each leaf with zeros at the end of every axis to its shape in `shapes`; the inverse of `cut`."""
     return jax.tree.map(
         lambda leaf, wanted: np.pad(leaf, [(0, n - m) for m, n in zip(leaf.shape, wanted.shape, strict=True)]),
         tree,
@@ -91,7 +91,7 @@ def padded(tree, shapes):
 
 
 def cut(tree, shapes):
-    """The first elements of each leaf along each axis, as many as the leaf's shape in `shapes` has."""
+    """Cut each leaf along every axis to its shape in `shapes`."""
     return jax.tree.map(lambda leaf, wanted: leaf[tuple(slice(n) for n in wanted.shape)], tree, shapes)
 
 
@@ -109,13 +109,13 @@ def scaled(trainable: dict, scales: dict[str, jax.Array]) -> dict:
 
 
 def make_members_step(model: Decoder, config: Config, mask: dict, layout: State, at_once: int):
-    """-> jitted (state, hyperparams, frozen, batch, step) -> (state, metrics), each leaf of which leads with `members`.
+    """-> jitted (state, hyperparams, frozen, batch, step) -> (state, StepMetrics), whose leaves have a leading axis of members.
 
-    `step`: updates made so far. A member whose loss or gradient is not finite stays what it was, at that step and at all
-    that follow: its own `state.step` then lags behind. `state` is donated.
+    `step`: updates made so far. A member whose loss or gradient is not finite is not updated at that step, nor at any later
+    one: its own `state.step` then lags behind. `state` is donated.
     """
 
-    def one(state: State, hyperparams: MemberHyperparams, frozen: dict, batch: dict, step):
+    def one(state: State, hyperparams: MemberHyperparams, frozen: dict, batch: Batch, step):
         schedule = lambda count: hyperparams.rates[count]  # noqa: E731
         optimizer = make_optimizer(
             config.optim, schedule, mask, clip_norm=hyperparams.clip_norm, weight_decay=hyperparams.weight_decay
@@ -151,7 +151,7 @@ def make_members_eval_step(model: Decoder, at_once: int):
 
 
 def _mapped(function, at_once: int, *trees):
-    """`function` over the leading axis, for `at_once` members of each device at a time."""
+    """Map `function` over the leading axis, `at_once` members of each device at a time."""
     mapped = jax.vmap(function, spmd_axis_name="member")
     members = len(jax.tree.leaves(trees)[0])
     lanes = jax.sharding.get_abstract_mesh().shape["member"]

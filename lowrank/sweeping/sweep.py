@@ -138,7 +138,7 @@ def wave_folder(workdir: pathlib.Path, group: int, wave: int) -> tuple[pathlib.P
 
 
 def allow_open_files(members: int):
-    """Each member's workdir is locked while it trains, with a file."""
+    """Raise the limit of open files: each member's workdir is locked with one while it trains."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = members + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -148,7 +148,7 @@ def allow_open_files(members: int):
 
 
 class Bases:
-    """The frozen base on the devices: read when a group needs another one than the group before, and held once."""
+    """The frozen base on the devices, held once; read again when a group needs another one than the group before."""
 
     def __init__(self):
         self._key = self._frozen = None
@@ -161,7 +161,7 @@ class Bases:
         assert group.inputs.base is not None  # adapters need a base
         key = (group.inputs.base.fingerprint, group.model.param_dtype, group.mesh)
         if key != self._key:
-            self._key = self._frozen = None  # the one before goes before the next one comes
+            self._key = self._frozen = None  # freed before the next one is read
             self._frozen = {"params": load_params(group.inputs.base, shapes["params"])}
             self._key = key
         return shapes | self._frozen
@@ -171,7 +171,7 @@ class Bases:
 
 
 def refuse_unusable_ranks(groups: list[Group]):
-    """A rank above the size of every matrix it adapts is a mistake; above the size of some of them, worth a word."""
+    """Refuse a rank that exceeds every matrix it adapts; print a note for one that exceeds some of them."""
     found = [group_lib.unusable_ranks(group) for group in groups]
     above_all = list(dict.fromkeys(line for lines, _ in found for line in lines))
     if above_all:
@@ -181,7 +181,7 @@ def refuse_unusable_ranks(groups: list[Group]):
 
 
 def refuse_without_evaluation(groups: list[Group]):
-    """What is held out and never looked at would leave the members ranked by the loss of one training batch."""
+    """Refuse held-out data that is never evaluated: members would be ranked by the loss of one training batch."""
     if any(group.inputs.held_out and not group.config.eval.every for group in groups):
         raise UserError(
             "config.eval.every=0: a sweep compares its members by what is held out; say --config.eval.every=N"
@@ -189,7 +189,7 @@ def refuse_without_evaluation(groups: list[Group]):
 
 
 def refuse_other_grid(file: pathlib.Path, before: dict, now: dict):
-    """A sweep goes on with the very members that it began with, split up as it was."""
+    """A sweep resumes with exactly the members and the waves that it began with."""
     if not isinstance(before, dict) or before.keys() < now.keys():
         raise UserError(f"{file} is not the sweep.json of a sweep; choose another --workdir")
     lines = []
@@ -211,7 +211,7 @@ def refuse_other_grid(file: pathlib.Path, before: dict, now: dict):
 
 
 def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
-    """A member that was begun must be the run that it would be now, and as long. (A finished one may have gone on alone.)"""
+    """A member that was begun must be the same run, of the same length; a finished one may have gone on alone."""
     of_members: dict[str, list[str]] = {}
     begun = [
         (group, member, wave_folder(workdir, number, i)[1].exists())
@@ -235,7 +235,7 @@ def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
 
 
 def refuse_other_length(workdir: pathlib.Path, group: Group, results: list[Result]):
-    """A finished wave is not trained again, so it must have been trained for as long as is asked for now."""
+    """A finished wave is not trained again, so it must be as long as the config asks for."""
     steps = group.inputs.steps
     other = [result for result in results if result.diverged is None and result.steps != steps]
     if other:
@@ -246,7 +246,7 @@ def refuse_other_length(workdir: pathlib.Path, group: Group, results: list[Resul
 
 
 def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, wave, results: list[Result]):
-    """A finished member must still have what it was finished with."""
+    """Refuse a finished member whose last checkpoint cannot be read."""
     damaged = []
     for member, result in zip(wave, results, strict=True):
         place = workdir / "members" / member.name
@@ -260,7 +260,7 @@ def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, wa
 
 
 def read_results(file: pathlib.Path, wave) -> list[Result]:
-    """What came of the members of a finished wave; what was swept is taken from the grid: JSON knows no tuples."""
+    """The results of a finished wave; swept values come from the grid, because JSON has no tuples."""
     found = read_json(file)
     try:
         return [Result(**one | {"swept": member.swept}) for member, one in zip(wave, found, strict=True)]
@@ -279,7 +279,7 @@ def read_json(file: pathlib.Path):
 
 
 def title(group: Group) -> str:
-    """What the members of the group have in common, of what is swept."""
+    """The swept values that all members of the group share."""
     keys = [key for key in group.members[0].swept if len({str(m.swept.get(key)) for m in group.members}) == 1]
     shared = [f"{key} {grid_lib.name_value(group.members[0].swept[key])}" for key in keys]
     return ", ".join(shared) or "all of the grid"

@@ -27,7 +27,7 @@ from lowrank.runs.speed import make_speed
 from lowrank.runs.train import NOT_WRITTEN, training_scalars
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member
-from lowrank.sweeping.group import Group, Programs, filled_up, initial_state, keys_of, shardings_of
+from lowrank.sweeping.group import Group, Programs, pad_members, initial_state, member_keys, shardings_of
 from lowrank.sweeping.progress import Progress
 from lowrank.sweeping.ranking import Result
 from lowrank.sweeping.workdirs import MemberCheckpoint, member_result, write_member
@@ -92,7 +92,7 @@ def train_wave(
             state = initial_state(group, programs, wave)
         own_hyperparams = members_lib.hyperparams_of([m.config for m in wave], steps, inputs.architecture.layers)
         by_member = NamedSharding(mesh, PartitionSpec("member"))
-        hyperparams = jax.device_put(filled_up(own_hyperparams, group.count), by_member)
+        hyperparams = jax.device_put(pad_members(own_hyperparams, group.count), by_member)
         writers = {}
         for member in wave:
             for file in ("metrics.jsonl", "samples.jsonl"):
@@ -236,20 +236,20 @@ def restore_wave(
 ) -> tuple[State, dict]:
     """-> the wave's state at `step`, whose `step` is still a shape; the data's position."""
     saved = programs.layout
-    if group.count != len(wave):  # what fills it up is not saved
+    if group.count != len(wave):  # padding is not saved
         whole = NamedSharding(group.mesh, PartitionSpec())
         saved = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((len(wave), *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
         )
     state, position = checkpoints.restore(step, saved)
-    filled = filled_up((state.trainable, state.opt_state), group.count)
+    filled = pad_members((state.trainable, state.opt_state), group.count)
     layout = programs.layout
     trainable, opt_state = jax.device_put(filled, shardings_of((layout.trainable, layout.opt_state)))
-    return State(layout.step, trainable, opt_state, keys_of(group, programs, wave)), position
+    return State(layout.step, trainable, opt_state, member_keys(group, programs, wave)), position
 
 
 def _members_only(state: State, count: int) -> State:
-    """Without what fills the state up."""
+    """The state without its padding."""
     if count == len(state.step):
         return state
     return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))

@@ -45,7 +45,7 @@ def test_members_are_the_product_in_the_configs_order_whatever_order_the_grid_ha
     last = found.members[-1]
     assert last.swept == {"lora.rank": 16, "optim.learning_rate": 3e-3, "seed": 1}
     assert (last.config.lora.rank, last.config.optim.learning_rate, last.config.seed) == (16, 3e-3, 1)
-    assert len(grid.groups(found.members)) == 1
+    assert len(grid.group_members(found.members)) == 1
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_order_of_data_is_one_for_all_seeds_unless_it_is_swept_itself(read):
     assert [m.config.data.seed for m in read({"seed": (3, 4)}, "data.seed=9").members] == [9, 9]
     found = read({"seed": (3, 4), "data": {"seed": (0, 1)}})
     assert names(found) == ["data.seed=0,seed=3", "data.seed=0,seed=4", "data.seed=1,seed=3", "data.seed=1,seed=4"]
-    assert [len(members) for members in grid.groups(found.members)] == [2, 2]
+    assert [len(members) for members in grid.group_members(found.members)] == [2, 2]
     assert read({"lora": {"rank": (1, 2)}}).members[0].config.data.seed == 7
 
 
@@ -102,7 +102,7 @@ def test_what_means_nothing_in_full_fine_tuning_makes_no_members_of_it(read):
     full = [member for member in found.members if member.config.train.mode == "full"]
     assert [member.name for member in full] == ["mode=full,learning_rate=0.001", "mode=full,learning_rate=0.0001"]
     assert full[0].swept == {"train.mode": "full", "optim.learning_rate": 1e-3}
-    assert [len(members) for members in grid.groups(found.members)] == [8, 2]
+    assert [len(members) for members in grid.group_members(found.members)] == [8, 2]
 
 
 def test_a_seed_matters_where_a_model_is_trained_from_scratch(read):
@@ -127,7 +127,7 @@ def test_a_seed_matters_where_a_model_is_trained_from_scratch(read):
     ],
 )
 def test_what_members_of_a_group_may_differ_in(read, key, values):
-    assert [len(members) for members in grid.groups(read(nested(key, values)).members)] == [2]
+    assert [len(members) for members in grid.group_members(read(nested(key, values)).members)] == [2]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_members_of_a_group_may_differ_in(read, key, values):
     ],
 )
 def test_what_makes_another_group(read, key, values):
-    assert [len(members) for members in grid.groups(read(nested(key, values)).members)] == [1, 1]
+    assert [len(members) for members in grid.group_members(read(nested(key, values)).members)] == [1, 1]
 
 
 def nested(key, values):

@@ -30,7 +30,7 @@ def planned(tiny, monkeypatch):
 
 
 def sizes(found, free, platform="gpu", **sweep):
-    return group.chosen_sizes(found, SweepConfig(**sweep), free, platform)
+    return group.choose_sizes(found, SweepConfig(**sweep), free, platform)
 
 
 def test_all_at_once_where_memory_allows_and_one_at_a_time_on_a_cpu(planned):

@@ -266,7 +266,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tiny, tmp_path)
     assert finished.code == 0, finished.err
     assert "5 members over lora.rank, train.mode, seed, in 2 groups" in finished.out
     assert "3 combinations are left out: in mode full neither the adapter nor the seed matters" in finished.out
-    assert "4 members, 1 part of 4 in one compiled step" in finished.out
+    assert "4 members, 1 wave of 4 in one compiled step" in finished.out
 
 
 # ---- Divergence ------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_tables_after_resuming_are_those_of_an_uninterrupted_sweep(tiny, tmp_pat
         if parts.count(1) == 1:
             raise Killed
 
-    shutil.rmtree(tmp_path / "run" / "groups" / "0.1")  # the second part is to be trained again
+    shutil.rmtree(tmp_path / "run" / "groups" / "0.1")  # the second wave is to be trained again
     (tmp_path / "run" / "groups" / "0.0" / "checkpoints" / "1").mkdir(parents=True)  # killed before it was tidied up
     spied(kill)
     with pytest.raises(Killed):
