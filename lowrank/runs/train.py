@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -85,7 +86,7 @@ class Result:
 
 
 def train(
-    config: Config,
+    config: Config | ml_collections.ConfigDict,
     workdir: str | paths.Path,
     *,
     profile: str | None = None,
@@ -107,8 +108,11 @@ def train(
         return _train(run, checkpoints)
 
 
-def prepare_run(config: Config, workdir: str | paths.Path | None, profile: str | None = None) -> Run:
+def prepare_run(
+    config: Config | ml_collections.ConfigDict, workdir: str | paths.Path | None, profile: str | None = None
+) -> Run:
     """Find and check what the config names. Without a workdir the run can only be described."""
+    config = config_lib.check(config) if isinstance(config, Config) else config_lib.from_values(config)
     folder = paths.path(workdir or "")
     if config.log.tensorboard and paths.is_remote(folder):
         raise UserError(

@@ -58,10 +58,10 @@ class Grid:
 
 def read(path: str | None, overrides: list[str]) -> Grid:
     """`FILE[:ARG]` and the arguments left on the command line -> the grid. UserError lists all offenders."""
-    return from_values(config_file.read_values(path, overrides))
+    return make_grid(config_file.read_values(path, overrides))
 
 
-def from_values(values: Mapping | ml_collections.ConfigDict) -> Grid:
+def make_grid(values: Mapping | ml_collections.ConfigDict) -> Grid:
     """A config's nested values, with `sweep` among them -> the grid. UserError lists all offenders."""
     values = config_lib.plain(values)
     swept = values.pop("sweep", None) or {}
@@ -80,7 +80,7 @@ def from_values(values: Mapping | ml_collections.ConfigDict) -> Grid:
     return Grid(sweep, tuple(axes), members, repeated)
 
 
-def groups(members: tuple[Member, ...]) -> list[list[Member]]:
+def group_members(members: tuple[Member, ...]) -> list[list[Member]]:
     """Members that can share a compiled step, in the order of the grid."""
     found: dict[Config, list[Member]] = {}
     for member in members:
@@ -173,7 +173,7 @@ def _make_name(swept: dict[str, Any]) -> str:
     """`rank=4,learning_rate=0.001,seed=0`: the last part of each key, or the whole key where two have the same last part."""
     lasts = [key.split(".")[-1] for key in swept]
     parts = [
-        f"{key if lasts.count(last) > 1 else last}={text(value)}"
+        f"{key if lasts.count(last) > 1 else last}={name_value(value)}"
         for (key, value), last in zip(swept.items(), lasts, strict=True)
     ]
     name = re.sub(r"[^A-Za-z0-9._+=,-]", "_", ",".join(parts)) or "one"
@@ -182,7 +182,7 @@ def _make_name(swept: dict[str, Any]) -> str:
     return f"{name[: MAX_NAME_BYTES - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def text(value: Any) -> str:
+def name_value(value: Any) -> str:
     """A swept value as it stands in a member's name."""
     if isinstance(value, float):
         return f"{value:.10g}"
@@ -190,5 +190,5 @@ def text(value: Any) -> str:
         return pathlib.PurePath(value).name
     if isinstance(value, tuple):
         target_sets = {ATTENTION: "attention", MLP: "mlp", TARGETS: "all"}
-        return target_sets.get(value) or "+".join(text(part) for part in value) or "none"
+        return target_sets.get(value) or "+".join(name_value(part) for part in value) or "none"
     return "none" if value is None else str(value)

@@ -1,6 +1,6 @@
-"""What a sweep shows while it trains: on a terminal a live table of its members, elsewhere a line where one is due."""
+"""What a sweep shows while it trains: a live table of its members on a terminal, otherwise a line for each logged step."""
 
-import math
+import contextlib
 import sys
 
 import rich.console
@@ -10,87 +10,78 @@ import rich.table
 
 from lowrank.formatting import format_number
 
-SHOWN = 20  # members in the table, the best ones
+MAX_ROWS = 20  # members in the live table, the best ones
 
 
 class Progress:
-    """The members' losses, best first. A context manager; what is said goes above the table."""
+    """The members' losses, the best first. A context manager; `say` prints above the live table."""
 
     def __init__(self, names: list[str], steps: int, first: int):
-        self.steps = steps
+        self.names, self.steps = names, steps
         self.losses: dict[str, float] = {}  # of the last evaluation
         self.train_losses: dict[str, float] = {}
-        self.stopped: dict[str, int] = {}
-        self.names = names
-        self.live = None
-        if sys.stdout.isatty():
-            console = rich.console.Console(highlight=False)
-            self.bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(),
-                rich.progress.TimeRemainingColumn(),
-                console=console,
-            )
-            self.task = self.bar.add_task("", total=steps, completed=first)
-            self.live = rich.live.Live(console=console, get_renderable=self._table, refresh_per_second=2)
+        self.stopped: dict[str, int] = {}  # diverged member -> the step whose loss was not finite
+        self.console = rich.console.Console(highlight=False, force_jupyter=False)
+        self.bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed}/{task.total}"),
+            rich.progress.BarColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task("", total=steps, completed=first)
+        self.is_live = sys.stdout.isatty()
+        self.live: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.is_live:
+            self.live = rich.live.Live(console=self.console, get_renderable=self._make_table, refresh_per_second=2)
 
-    def __enter__(self):
-        if self.live:
-            self.live.start()
+    def __enter__(self) -> "Progress":
+        self.live.__enter__()
         return self
 
-    def __exit__(self, *_):
-        if self.live:
-            self.live.stop()
+    def __exit__(self, *error) -> None:
+        self.live.__exit__(*error)
 
-    def say(self, text: str):
-        if self.live:
-            self.live.console.print(text, markup=False)
-        else:
-            print(text, flush=True)
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
-    def trained(self, name: str, loss: float):
+    def record_train_loss(self, name: str, loss: float) -> None:
         self.train_losses[name] = loss
 
-    def evaluated(self, name: str, loss: float):
+    def record_loss(self, name: str, loss: float) -> None:
         self.losses[name] = loss
 
-    def diverged(self, name: str, step: int):
+    def record_divergence(self, name: str, step: int) -> None:
         self.stopped[name] = step
 
-    def step(self, step: int, logs: bool):
-        """Show that `step` is done; `logs`: its losses are due."""
-        if self.live:
-            self.bar.update(self.task, completed=step)
-        elif logs and (losses := self._going_on(self.train_losses)):
-            print(
-                f"step {step}/{self.steps}  train loss {format_number(min(losses))} to {format_number(max(losses))}",
-                flush=True,
-            )
+    def show_step(self, step: int, rates: dict[str, float] | None) -> None:
+        """Show that `step` is done; `rates`, its speeds, where its losses are logged."""
+        self.bar.update(self.task, completed=step)
+        losses = [loss for name, loss in self.train_losses.items() if name not in self.stopped]
+        if not self.is_live and rates is not None and losses:
+            line = f"step {step}/{self.steps}  train loss {format_number(min(losses))} to {format_number(max(losses))}"
+            speeds = (("train/tokens_per_second", ",.0f", " tokens/s"), ("train/mfu", ".1%", " MFU"))
+            self.say(line + "".join(f"  {rates[key]:{form}}{unit}" for key, form, unit in speeds if key in rates))
 
-    def show_evaluation(self, step: int):
-        ranked = self.ranked()
-        if not self.live and ranked:
-            best, worst = ranked[0], ranked[-1]
-            text = f"step {step}/{self.steps}  eval loss {format_number(self.losses[best])} ({best})"
-            print(text + (f" to {format_number(self.losses[worst])} ({worst})" if worst != best else ""), flush=True)
+    def show_evaluation(self, step: int) -> None:
+        ranked = self._rank_members()
+        if not self.is_live and ranked:
+            ends = dict.fromkeys((ranked[0], ranked[-1]))
+            shown = " to ".join(f"{format_number(self.losses[name])} ({name})" for name in ends)
+            self.say(f"step {step}/{self.steps}  eval loss {shown}")
 
-    def ranked(self) -> list[str]:
-        """Members that go on and have been evaluated, best first."""
-        return sorted((name for name in self.losses if name not in self.stopped), key=self.losses.get)
+    def _rank_members(self) -> list[str]:
+        """Members that were evaluated and did not diverge, the best first."""
+        return sorted((name for name in self.losses if name not in self.stopped), key=lambda name: self.losses[name])
 
-    def _going_on(self, losses: dict[str, float]) -> list[float]:
-        return [loss for name, loss in losses.items() if name not in self.stopped]
-
-    def _table(self):
+    def _make_table(self) -> rich.console.Group:
         table = rich.table.Table("", "member", "eval loss", "train loss", box=None, pad_edge=False)
-        order = self.ranked()
+        order = self._rank_members()
         order += [name for name in self.names if name not in self.losses and name not in self.stopped]
-        for place, name in enumerate(order[:SHOWN], start=1):
-            values = (losses.get(name, math.nan) for losses in (self.losses, self.train_losses))
-            table.add_row(str(place), name, *("" if math.isnan(value) else f"{value:.4f}" for value in values))
-        if len(order) > SHOWN:
-            table.add_row("", f"and {len(order) - SHOWN} more")
+        for place, name in enumerate(order[:MAX_ROWS], start=1):
+            cells = (f"{losses[name]:.4f}" if name in losses else "" for losses in (self.losses, self.train_losses))
+            table.add_row(str(place), name, *cells)
+        if len(order) > MAX_ROWS:
+            table.add_row("", f"and {len(order) - MAX_ROWS} more")
         for name, step in self.stopped.items():
             table.add_row("", name, f"diverged at step {step}")
         return rich.console.Group(table, self.bar)

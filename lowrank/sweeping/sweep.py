@@ -7,6 +7,8 @@ import resource
 import shutil
 from collections.abc import Sequence
 
+import ml_collections
+
 from lowrank.cli.signals import stop_signals
 from lowrank.errors import UserError
 from lowrank.files import paths
@@ -37,7 +39,7 @@ class SweepResult:
 
 
 def sweep(
-    grid: Grid,
+    grid: Grid | ml_collections.ConfigDict,
     workdir: str | pathlib.Path,
     *,
     profile: str | None = None,
@@ -46,10 +48,11 @@ def sweep(
 ) -> SweepResult:
     """Train a sweep's members to their end, or resume the sweep that `workdir` holds; what is finished is not run again.
 
-    `grid`: from `lowrank.sweeping.make_grid` or, of a config file, `grid.read`. SIGTERM and Ctrl-C finish the step and save.
+    `grid`: from `make_grid`, or a ConfigDict with `sweep` among its keys. SIGTERM and Ctrl-C finish the step and save.
     `profile`: "START:STOP", the steps to trace for xprof, of the first wave that trains. Raises UserError.
     """
     folder = paths.local(workdir)
+    grid = grid if isinstance(grid, Grid) else grid_lib.make_grid(grid)
     groups = plan_groups(grid)
     profiled = Profile(profile, folder)
     profiled.check(max(group.inputs.steps for group in groups))

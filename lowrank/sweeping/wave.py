@@ -27,7 +27,7 @@ from lowrank.runs.speed import make_speed
 from lowrank.runs.train import NOT_WRITTEN, training_scalars
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member
-from lowrank.sweeping.group import Group, Programs, pad_members, initial_state, member_keys, shardings_of
+from lowrank.sweeping.group import Group, Programs, initial_state, member_keys, pad_members, shardings_of
 from lowrank.sweeping.progress import Progress
 from lowrank.sweeping.ranking import Result
 from lowrank.sweeping.workdirs import MemberCheckpoint, member_result, write_member
