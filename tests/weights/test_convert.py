@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import running
 from safetensors.numpy import load_file, save_file
-from test_train import largest_file
+from running import largest_file
 
 import lowrank
 from lowrank.weights import native as native_files
@@ -105,7 +105,7 @@ def test_exports_over_the_native_base_are_the_same(trained, base, native, tmp_pa
             )
             assert finished.code == 0, finished.err
     for form, file in (("peft", "adapter_model.safetensors"), ("merged", "model.safetensors")):
-        made, expected = (load_file(tmp_path / f"{name}-{form}" / file) for name in ("native", "hf"))
+        made, expected = (load_file(tmp_path / f"{name}-{form}" / file) for name in ("native", "base"))
         assert made.keys() == expected.keys()
         for name in made:
             np.testing.assert_array_equal(made[name], expected[name])
@@ -155,7 +155,7 @@ def test_flags_that_are_missing_or_unknown(base, tmp_path):
 
 
 def test_a_folder_is_not_converted_into_itself_or_over_another(base, tmp_path):
-    refused(convert(base, base.parent / "x" / ".." / "hf"), "is the folder to convert; give another one")
+    refused(convert(base, base.parent / "x" / ".." / base.name), "is the folder to convert; give another one")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     refused(convert(base, tmp_path / "out"), "out: exists and is not an empty folder")
@@ -212,5 +212,5 @@ def test_a_writer_that_errs_is_found_out(base, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_files, "write", wrong)
-        refused(convert(base, tmp_path / "out"), "reads back other than it was written: params.layers.1.")
+        refused(convert(base, tmp_path / "out"), "reads back other than it was written: params.layers.2.")
     assert list(tmp_path.iterdir()) == []
