@@ -1,12 +1,15 @@
 """Commands as a user runs them: in this process (`run`, on one device, to the exit code) or in another (`start`)."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
 import json
 import os
 import pathlib
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,21 +19,25 @@ from unittest import mock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.numpy
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 
 from lowrank.cli import run as cli
-from lowrank.parallel import mesh
+from lowrank.model import decoder
+from lowrank.parallel import compiling, mesh
+from lowrank.runs import setup
+from lowrank.sweeping import group, members
 from lowrank.training.partition import named_leaves
+from lowrank.training.step import make_eval_step
 
 COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze", "plan")
 ROOT = pathlib.Path(__file__).parents[1]
-CACHE = {  # compiled programs that the commands share, in this run of the suite and in the next
-    "jax_compilation_cache_dir": str(ROOT / ".pytest_cache" / "compiled"),
+CACHE = {  # compiled programs that tests and commands share, in this run of the suite and in the next
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled")),
     "jax_persistent_cache_min_compile_time_secs": 0.1,
 }
 
-# A run of a few seconds on the real small base: 60 instructions, of which the last ten are held out.
+# A run of a few seconds over the embedded base: 60 instructions about lists of words, of which the last ten are held out.
 TINY = """
 import ml_collections
 
@@ -52,15 +59,92 @@ def get_config():
 """
 
 
-def write_tiny(folder: pathlib.Path, shared_data: pathlib.Path) -> str:
+def write_tiny(folder: pathlib.Path) -> str:
     """Write the tiny run's data and config into a folder -> its --config flag."""
-    alpaca = json.loads((shared_data / "alpaca" / "alpaca_9k.json").read_text())
-    records = [{"prompt": f"{x['instruction']}\n", "completion": x["output"]} for x in alpaca if not x["input"]]
-    short = [record for record in records if len(record["prompt"]) < 60]
-    (folder / "data.json").write_text(json.dumps(short[:60]))
-    base, data = repr(str(shared_data / "stories260k" / "hf")), repr(str(folder / "data.json"))
-    (folder / "tiny.py").write_text(TINY.replace("BASE", base).replace("DATA", data))
+    demo = ROOT / "configs" / "demo"
+    records = [
+        {"prompt": f"{x['instruction']} {x['input']}\n", "completion": x["output"]}
+        for x in json.loads((demo / "instructions.json").read_text())
+        if "\n" not in x["input"]
+    ]
+    (folder / "data.json").write_text(json.dumps(records[:60]))
+    config = TINY.replace("BASE", repr(str(demo / "base"))).replace("DATA", repr(str(folder / "data.json")))
+    (folder / "tiny.py").write_text(config)
     return f"--config={folder / 'tiny.py'}"
+
+
+@functools.cache
+def init(model: decoder.Decoder, seed: int = 0) -> dict:
+    """`decoder.init` under jit: one program of one second instead of a hundred small ones of ten. -> NumPy arrays, so that
+    no test donates those of another."""
+    return jax.device_get(jax.jit(lambda key: decoder.init(model, key))(jax.random.key(seed)))
+
+
+# ---- Programs ----------------------------------------------------------------------------------------------------------
+# Tracing and compiling a step is most of a short run. Runs of this process whose steps are the same share one.
+
+_shared = {}
+
+
+def shared(function, key=lambda *arguments: arguments):
+    """`function`, called once for each `key` of its arguments."""
+
+    def call(*arguments):
+        made = (function, key(*arguments))
+        if made not in _shared:
+            _shared[made] = function(*arguments)
+        return _shared[made]
+
+    return call
+
+
+def forget_programs():
+    _shared.clear()
+    init.cache_clear()
+    jax.clear_caches()
+
+
+def _signature(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+
+
+def _step_key(config, architecture, mesh, steps):
+    own = (config.lora, config.train, config.optim, config.dtype, config.param_dtype, config.remat, config.attention)
+    return (setup.make_train_step, own, config.data.max_length, architecture, mesh, steps)
+
+
+def _members_optim(config):
+    """Of the optimizer, what is the same for all members; the rest is an argument of their step."""
+    optim = dataclasses.replace(config.optim, learning_rate=1.0, schedule="constant", warmup_steps=0)
+    return (config.train.mode, config.train.microbatches, optim)
+
+
+def _programs_key(made):
+    own = (made.model, made.mesh, made.count, made.at_once)
+    return (group.members_lib.make_members_step, _members_optim(made.config), *own)
+
+
+def _members_step_key(model, config, mask, layout, at_once):
+    return (model, _members_optim(config), at_once, _signature(layout))
+
+
+abstract_step = shared(setup.abstract_step, _step_key)
+make_members_step = shared(members.make_members_step, _members_step_key)
+make_members_eval_step = shared(members.make_members_eval_step)
+
+
+SHARING = {  # what stands in for what while a command runs
+    "lowrank.runs.train.abstract_step": abstract_step,
+    "lowrank.runs.train.make_eval_step": shared(make_eval_step),
+    "lowrank.sweeping.group.Programs": shared(group.Programs, _programs_key),
+    "lowrank.parallel.compiling.compile_for": shared(
+        compiling.compile_for, lambda function, *arguments: (function, _signature(arguments))
+    ),
+}
+
+
+# ---- Commands ----------------------------------------------------------------------------------------------------------
 
 
 class Finished(NamedTuple):
@@ -81,7 +165,7 @@ def load(name: str):
 
 
 def run(name: str, *arguments: str, stdin: str = "", changes: dict | None = None, devices: int = 1) -> Finished:
-    """Run a command in this process, through `lowrank.command.run`; `changes` replaces names of its module.
+    """Run a command in this process, through `lowrank.command.run`; `changes` replaces what dotted names stand for.
 
     On one device, as a user's laptop has it: what eight compute is tested elsewhere, and takes them far longer.
     """
@@ -89,12 +173,12 @@ def run(name: str, *arguments: str, stdin: str = "", changes: dict | None = None
     out, err = io.StringIO(), io.StringIO()
     make_mesh = functools.partial(mesh.make_mesh, devices=jax.devices()[:devices])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_compile_cache())
         stack.enter_context(mock.patch.object(sys, "argv", [f"lowrank.{name}", *arguments]))
         stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO(stdin)))
         stack.enter_context(mock.patch.object(mesh, "make_mesh", make_mesh))
-        for key, value in (changes or {}).items():
-            stack.enter_context(mock.patch.object(module, key, value))
+        for key, value in (SHARING | (changes or {})).items():
+            place, _, attribute = key.rpartition(".")
+            stack.enter_context(mock.patch.object(importlib.import_module(place), attribute, value))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         code = 0
@@ -103,22 +187,6 @@ def run(name: str, *arguments: str, stdin: str = "", changes: dict | None = None
         except SystemExit as ended:
             code = ended.code or 0
     return Finished(code, out.getvalue(), err.getvalue())
-
-
-@contextlib.contextmanager
-def _compile_cache():
-    before = {name: getattr(jax.config, name) for name in CACHE}
-
-    def use(values):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it asks for the folder once only
-
-    use(CACHE)
-    try:
-        yield
-    finally:
-        use(before)
 
 
 def environment(devices: int, code: pathlib.Path = ROOT) -> dict[str, str]:
@@ -160,6 +228,25 @@ def lines(file: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+TRAIN_KEYS = {f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second")}
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Of a run's checkpoints."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """A disk on which no file can be longer than `size`: to a program it looks like a full one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def metrics(workdir: pathlib.Path) -> list[dict]:
     """Without the one number that is not the run's but the machine's."""
     return [
@@ -177,16 +264,34 @@ def arrays(workdir: pathlib.Path, step: int, item: str) -> dict[str, np.ndarray]
         return named_leaves(checkpointer.restore(folder, restore_args=as_numpy))
 
 
+@functools.cache
+def kept_arrays(workdir: pathlib.Path, step: int, item: str) -> dict[str, np.ndarray]:
+    """`arrays` of a run that does not change any more."""
+    return arrays(workdir, step, item)
+
+
 def assert_same_run(workdir: pathlib.Path, other: pathlib.Path, step: int = 6):
     """Bitwise: metrics, samples, adapter, optimizer state."""
     assert metrics(workdir) == metrics(other)
     samples, expected = (folder / "samples.jsonl" for folder in (workdir, other))
     assert not expected.exists() or samples.read_bytes() == expected.read_bytes()
     for item in ("adapter", "opt_state"):
-        found, expected = arrays(workdir, step, item), arrays(other, step, item)
+        found, expected = arrays(workdir, step, item), kept_arrays(other, step, item)
         assert found.keys() == expected.keys()
         for name in expected:
             assert found[name].tobytes() == expected[name].tobytes(), name
+
+
+def without_last_layer(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A copy of a base in the format of Hugging Face, without its last layer: another architecture."""
+    shutil.copytree(base, folder, copy_function=shutil.copyfile)
+    fields = json.loads((base / "config.json").read_text())
+    last = fields["num_hidden_layers"] - 1
+    (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": last}))
+    tensors = safetensors.numpy.load_file(base / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if f".layers.{last}." not in name}
+    safetensors.numpy.save_file(kept, folder / "model.safetensors")
+    return folder
 
 
 class Uncompiled:

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import running
-from safetensors.numpy import load_file, save_file
 from running import largest_file
+from safetensors.numpy import load_file, save_file
 
 import lowrank
 from lowrank.weights import native as native_files
