@@ -15,15 +15,12 @@ ORDER = (
     ("model",),
     ("training", "weights"),
     ("config",),
-    ("cli",),
-    ("inference to text",),
+    ("cli", "generation"),
     ("runs",),
     ("inference",),
     ("analysis", "planning", "evaluation", "serving"),
     ("sweeping",),
 )
-# Runs write samples and answers: these files of inference/ come before runs/, and import nothing of it.
-TO_TEXT = {"inference.decode", "inference.text", "inference.answers"}
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
@@ -31,8 +28,7 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 def room_of(module: str) -> str:
     """Of a dotted name below the package: "runs.loop.train" -> "runs"."""
-    first, *rest = module.split(".")
-    return "inference to text" if ".".join((first, *rest[:1])) in TO_TEXT else first
+    return module.split(".")[0]
 
 
 def own_room(file: pathlib.Path) -> str:

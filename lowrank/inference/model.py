@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from lowrank.inference.decode import Sampling
-from lowrank.inference.text import encode_prompt, stream_text
+from lowrank.generation.decode import Sampling
+from lowrank.generation.text import encode_prompt, stream_text
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot

@@ -6,7 +6,7 @@ import numpy as np
 
 from lowrank.data.examples import Example
 from lowrank.data.tokenizer import Tokenizer
-from lowrank.inference.text import complete
+from lowrank.generation.text import complete
 from lowrank.model.decoder import Decoder
 
 

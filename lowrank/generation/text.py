@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from lowrank.data import examples, prompts
 from lowrank.data.tokenizer import Tokenizer
 from lowrank.errors import UserError
-from lowrank.inference.decode import Sampling, generate_ids
+from lowrank.generation.decode import Sampling, generate_ids
 from lowrank.model.decoder import Decoder
 
 
