@@ -26,7 +26,7 @@ COLUMNS = (
     ("model",),
     ("training", "weights"),
     ("config",),
-    ("cli",),
+    ("cli", "generation"),
     ("runs",),
     ("inference",),
     ("analysis", "planning", "evaluation", "serving"),
