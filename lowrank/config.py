@@ -43,10 +43,7 @@ def at_least(least: int, note: str = "") -> Check:
 
 
 def one_of(choices: Sequence[str]) -> Check:
-    def check(value: str) -> str | None:
-        return None if value in choices else f"one of {', '.join(choices)}{_meant(value, choices)}"
-
-    return check
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}{_meant(value, choices)}"
 
 
 def _meant(text: str, choices: Iterable[str]) -> str:
@@ -220,11 +217,12 @@ def plain(values: Mapping | ml_collections.ConfigDict) -> dict:
     return {key: plain(values[key]) if isinstance(values[key], nested) else values[key] for key in values}
 
 
-def wrong_values(config: Any, prefix: str = "", checks: Mapping[str, Check] = types.MappingProxyType({})) -> list[str]:
+def wrong_values(config: Any, prefix: str = "", checks: Mapping[str, Any] = types.MappingProxyType({})) -> list[str]:
     """Every field that fails its check, the nested ones too; `checks` are those of a dataclass without its own."""
     errors = []
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        own, (check, *_) = getattr(config, name), getattr(hint, "__metadata__", (checks.get(name),))
+        own = getattr(config, name)
+        check: Any = getattr(hint, "__metadata__", (checks.get(name),))[0]
         if dataclasses.is_dataclass(own):
             errors += wrong_values(own, f"{prefix}{name}.", check or {})
         elif check and (should := check(own)):
@@ -238,10 +236,8 @@ def _contradictions(c: Config) -> list[str]:
     for key, table in (("lora.ranks", c.lora.ranks), ("lora.alphas", c.lora.alphas)):
         stray = [target for target, _ in table if target not in c.lora.targets]
         if stray:
-            meant = _meant(stray[0], c.lora.targets)
-            errors.append(
-                f"config.{key} names {', '.join(stray)}, which config.lora.targets does not{meant}; leave it out"
-            )
+            others = f"config.lora.targets does not{_meant(stray[0], c.lora.targets)}"
+            errors.append(f"config.{key} names {', '.join(stray)}, which {others}; leave it out")
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         errors.append("only one of config.mesh.data, config.mesh.fsdp and config.mesh.tensor can be -1 (the rest)")
     if c.train.steps is None and c.train.epochs is None:
@@ -316,13 +312,11 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
     raise ValueError({int: "a whole number", float: "a number", bool: "True or False"}[kind])
 
 
-# Of `lora.ranks` and `lora.alphas`: the annotation -> the type of a value, and what an error asks for.
+# Of `lora.ranks` and `lora.alphas`: the annotation -> the type of a value, and what it should be.
+RANKS, ALPHAS = tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[str, tuple[float, ...]], ...]
 PER_TARGET = {
-    tuple[tuple[str, tuple[int, ...]], ...]: (
-        int,
-        "ranks of targets such as {'down_proj': 32, 'q_proj': (8, 8, 4, 0)}",
-    ),
-    tuple[tuple[str, tuple[float, ...]], ...]: (float, "alphas of targets such as {'down_proj': 64.0}"),
+    RANKS: (int, "ranks of targets such as {'down_proj': 32, 'q_proj': (8, 8, 4, 0)}"),
+    ALPHAS: (float, "alphas of targets such as {'down_proj': 64.0}"),
 }
 
 

@@ -10,8 +10,11 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import running
+import safetensors.numpy as numpy_file
+import tokenizers
 
 CASES = []
 
@@ -26,7 +29,7 @@ def case(*said: str, command: str = "train", devices: int = 1):
 
 @dataclasses.dataclass
 class Given:
-    """What a case starts from: an empty folder, the real small base, the config of a tiny run and its finished workdir."""
+    """What a case starts from: an empty folder, the embedded base, the config of a tiny run and its finished workdir."""
 
     folder: pathlib.Path
     base: pathlib.Path
@@ -36,8 +39,8 @@ class Given:
     def train(self, *overrides: str) -> list[str]:
         return [self.tiny, f"--workdir={self.folder / 'run'}", *(f"--config.{override}" for override in overrides)]
 
-    def copy(self, source: str = "hf") -> pathlib.Path:
-        copy = shutil.copytree(self.base.parent / source, self.folder / "base", copy_function=shutil.copyfile)
+    def copy(self) -> pathlib.Path:
+        copy = shutil.copytree(self.base, self.folder / "base", copy_function=shutil.copyfile)
         copy.chmod(0o755)
         return copy
 
@@ -114,9 +117,10 @@ def unknown_architecture(given):
     return given.train("base=None", "architecture=tiny", "train.mode=full", "tokenizer=x")
 
 
-@case("is no demo, which config.architecture says it is: vocab is 512, not 1024; embed is 64, not 128")
+@case("is no demo, which config.architecture says it is: layers is 3, not 4")
 def architecture_of_another_base(given):
-    return given.train("architecture=demo")
+    smaller = running.without_last_layer(given.base, given.folder / "base")
+    return given.train(f"base={smaller}", "architecture=demo")
 
 
 @case("config.base is missing; say --config.base=DIR")
@@ -156,7 +160,11 @@ def base_with_an_unsupported_field(given):
 
 @case("missing, model.safetensors.index.json names them")
 def base_with_a_missing_shard(given):
-    next(iter(sorted(given.copy("hf_sharded").glob("model-*.safetensors")))).unlink()
+    copy = given.copy()
+    tensors = numpy_file.load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+    index = {name: f"model-0000{1 + ('norm' in name)}-of-00002.safetensors" for name in tensors}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return given.train(f"base={given.folder / 'base'}")
 
 
@@ -184,9 +192,12 @@ def tokenizer_broken(given):
     return given.train(f"base={given.folder / 'base'}")
 
 
-@case("has 32000 tokens but the model's vocabulary has 512")
+@case("has 2000 tokens but the model's vocabulary has 1024")
 def tokenizer_too_large(given):
-    return given.train(f"tokenizer={given.base.parents[1] / 'tokenizers' / 'llama2'}")
+    words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 2000)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[])).save(str(given.folder / "tokenizer.json"))
+    (given.folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return given.train(f"tokenizer={given.folder}")
 
 
 # ---- The data --------------------------------------------------------------------------------------------------------
@@ -234,7 +245,7 @@ def data_in_another_encoding(given):
     return given.train(f"data.train={given.folder / 'latin.json'}")
 
 
-@case("all 1 records", "have nothing to learn within data.max_length=64: make it larger")
+@case("all 1 records", "have nothing to learn within data.max_length=64: set a larger one")
 def data_all_dropped(given):
     return given.data(json.dumps([{"prompt": "long " * 200, "completion": "b"}]), form="completion")
 
@@ -408,20 +419,19 @@ def adapter_without_a_checkpoint(given):
 
 @case(
     "does not fit the model",
-    "lora/layers/mlp/up_proj/lora_b is (5, 4, 172) there and (2, 4, 100) here",
+    "lora/layers/mlp/up_proj/lora_b is (4, 4, 384) there and (2, 4, 100) here",
     command="generate",
 )
 def adapter_of_another_base(given):
     """The same vocabulary, another shape: every leaf that differs is listed."""
-    np, numpy_file = pytest.importorskip("numpy"), pytest.importorskip("safetensors.numpy")
     copy = given.copy()
     config = json.loads((copy / "config.json").read_text())
     config |= {"num_hidden_layers": 2, "intermediate_size": 100}
     (copy / "config.json").write_text(json.dumps(config))
     tensors = {
-        name: tensor[tuple(slice(0, 100 if size == 172 else size) for size in tensor.shape)]
+        name: tensor[tuple(slice(0, 100 if size == 384 else size) for size in tensor.shape)]
         for name, tensor in numpy_file.load_file(copy / "model.safetensors").items()
-        if not any(f"layers.{layer}." in name for layer in (2, 3, 4))
+        if not any(f"layers.{layer}." in name for layer in (2, 3))
     }
     numpy_file.save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, copy / "model.safetensors")
     return [f"--base={copy}", "--prompt=x", f"--adapter={given.trained}"]
@@ -455,8 +465,8 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def given(tmp_path, shared_data, tiny, trained):
-    return Given(tmp_path, shared_data / "stories260k" / "hf", tiny, trained)
+def given(tmp_path, demo_base, tiny, trained):
+    return Given(tmp_path, demo_base, tiny, trained)
 
 
 def assert_one_line(finished: running.Finished, said):

@@ -35,7 +35,7 @@ def _call_get_config(path: str) -> dict:
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} is not there; --config takes FILE or FILE:ARGUMENT")
     module_spec = importlib.util.spec_from_file_location(f"lowrank_config_{pathlib.Path(file).stem}", file)
-    if module_spec is None:
+    if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {file} is no Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
     try:

@@ -1,12 +1,11 @@
-"""A record becomes an example: the ids of BOS + prompt + response + EOS, and a mask of what is learnt.
+"""Encode records as examples: the ids of BOS + prompt + response + EOS, and a loss mask.
 
-One idea: a model that has read ids[:-1] predicts ids[1:], so the mask belongs to the *targets*: the first True is
-the response's first token, predicted from the prompt's last; the last True is EOS, without which the model would
-never learn to stop. Prompt and response are encoded apart, so the prompt has the ids it will have in generation.
+One idea: a model that has read ids[:-1] predicts ids[1:], so the mask belongs to the *targets*: the first True is the
+response's first token, predicted from the prompt's last; the last True is EOS, which teaches the model to stop. Prompt and
+response are encoded separately, so the prompt has the same ids as in generation.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from lowrank.data.prompts import Segment, segments
 from lowrank.data.records import Record, refuse
 from lowrank.data.tokenizer import Tokenizer
 from lowrank.errors import UserError
+from lowrank.files import paths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What can be trained on, in file order, and how many records could not (`dropped`: no trained token fits)."""
+    """The examples in file order, and how many records were dropped because no trained token fits."""
 
     examples: list[Example]
     dropped: int = 0
@@ -40,7 +40,7 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """Inputs, which is also targets: the positions an epoch computes, without padding."""
+        """Inputs (and so targets) of an epoch, without padding."""
         return sum(len(example.loss_mask) for example in self.examples)
 
     @property
@@ -54,14 +54,11 @@ def encode_examples(
     tokenizer: Tokenizer,
     max_length: int,
     train_on_prompt: bool = False,
-    path: str | pathlib.Path = "the data",
+    path: paths.PathLike = "the data",
 ) -> Examples:
-    """Encode records, cut them to `max_length` inputs at the response's end, and drop those with nothing left to learn.
-
-    `path` names the file in errors.
-    """
+    """Encode records, truncate them to `max_length` inputs, drop those without a trained token. `path` is for errors."""
     if max_length < 2:
-        raise UserError(f"data.max_length={max_length} leaves no room for a prompt and a response: make it 2 or more")
+        raise UserError(f"data.max_length={max_length} leaves no room for a prompt and a response: set 2 or more")
     if tokenizer.eos_id is None:
         raise UserError(
             "the tokenizer has no end-of-sequence token, so a model cannot learn to stop: "
@@ -79,19 +76,19 @@ def encode_examples(
     if not examples:
         raise UserError(
             f"all {dropped} records of {path} have nothing to learn within data.max_length={max_length}: "
-            "make it larger, or set data.train_on_prompt"
+            "set a larger one, or data.train_on_prompt"
         )
     return Examples(examples, dropped)
 
 
 def encode_prompt(text: str, format: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids generation starts from: those an example of this format begins with."""
+    """The ids that generation starts from: those that an example of this format begins with."""
     ids = tokenizer.encode_markup([text])[0][0] if format == "chat" else tokenizer.encode(text)
     return [*_bos(ids, tokenizer), *ids]
 
 
 def split(examples: Examples, n: int) -> tuple[Examples, Examples]:
-    """The last `n` examples of the file become evaluation data: always the same ones."""
+    """Training data, and the last `n` examples as evaluation data."""
     count = len(examples.examples)
     if not 0 < n < count:
         raise UserError(f"data.eval_examples={n} leaves nothing to train on or evaluate: choose 1 to {count - 1}")
@@ -99,7 +96,7 @@ def split(examples: Examples, n: int) -> tuple[Examples, Examples]:
 
 
 def _encode(records, format, tokenizer, path) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each record's ids and, beside each id, whether it is trained."""
+    """Each record's ids, and for each id whether it is trained."""
     cut, problems = [], []
     for record in records:
         try:
@@ -112,11 +109,11 @@ def _encode(records, format, tokenizer, path) -> Iterator[tuple[list[int], list[
 
 
 def _encode_apart(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Segment by segment, the later ones as continuations: together they give the ids of the whole text."""
+    """Encode segment by segment, later ones as continuations: together the ids of the whole text."""
     first = tokenizer.encode_batch([parts[0].text for parts in cut])
     later = iter(tokenizer.encode_batch([part.text for parts in cut for part in parts[1:]], continues=True))
     for parts, start in zip(cut, first, strict=True):
-        ids = _bos(start, tokenizer)
+        ids: list = _bos(start, tokenizer)
         trained = [False] * len(ids)
         for part in parts:
             new = start if part is parts[0] else next(later)
@@ -126,17 +123,17 @@ def _encode_apart(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _encode_chats(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """The whole text at once, as Hugging Face does; a token is trained if it holds a trained character."""
+    """Encode the whole text, as Hugging Face does; a token is trained if it has a trained character."""
     texts = ["".join(part.text for part in parts) for parts in cut]
     for parts, text, (ids, offsets) in zip(cut, texts, tokenizer.encode_markup(texts), strict=True):
         flags = np.repeat([part.trained for part in parts], [len(part.text) for part in parts])
         count = np.append(0, np.cumsum(flags))  # trained characters before each character
         start, end = np.array(offsets, int).reshape(-1, 2).T
-        end = np.clip(end, start + 1, len(text))  # of a character spelt in bytes only the last has a width
+        end = np.clip(end, start + 1, len(text))  # of a character in byte tokens only the last one has a width
         bos = _bos(ids, tokenizer)
         yield bos + ids, [False] * len(bos) + (count[end] > count[start]).tolist()
 
 
 def _bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """What to put before ids: nothing if there is no BOS, or if a chat template has written it already."""
+    """[BOS], or [] where there is none or a chat template has written it."""
     return [] if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]

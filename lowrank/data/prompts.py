@@ -1,15 +1,15 @@
-"""How a record becomes text: the four formats, and which part of the text the model is to learn.
+"""Format records as text: the four formats, and which part of the text is trained.
 
-One idea: every format is a list of `Segment`s, text that is trained on or not, and a prompt for generation is
-made by the same lines, so that a model is asked in exactly the words it was trained with.
+One idea: every format is a list of `Segment`s, trained or not, and the same code makes the prompts of generation, so that a
+model is prompted with exactly the text it was trained on.
 
     alpaca      {"instruction", "input" (optional), "output"}    the prompt of alpaca-lora, line for line
     completion  {"prompt", "completion"}                         joined as they are: mind the space between them
     chat        {"messages": [{"role", "content"}, ...]}         the model's own chat template, or the one below
-    text        {"text"}, or a .txt file                         all of it is learnt
+    text        {"text"}, or a .txt file                         all of it is trained
 
-In a chat the assistant's turns are trained, each with the token that ends it. A template says where they are by its
-`{% generation %}` tag; without the tag they are found by rendering the chat turn by turn. Left out: tools and images.
+In a chat the assistant's turns are trained, each with its end token. A template marks them by its `{% generation %}` tag;
+without the tag they are found by rendering the chat turn by turn. Left out: tools and images.
 """
 
 import datetime
@@ -48,7 +48,7 @@ Write a response that appropriately completes the request.
 ### Response:
 """
 
-# For a base without a template: headings any tokenizer can spell, and EOS after each of the assistant's turns.
+# For a base without a template: headings that any tokenizer can encode, and EOS after each of the assistant's turns.
 DEFAULT_CHAT_TEMPLATE = """\
 {% for message in messages %}
 ### {{ message.role | capitalize }}:
@@ -63,23 +63,23 @@ DEFAULT_CHAT_TEMPLATE = """\
 {% endif %}
 """
 
-# Unicode keeps these two for a program's own use: they frame what `{% generation %}` holds until it is cut out again.
+# Unicode reserves these two for a program's own use: they mark what `{% generation %}` encloses until it is cut out.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
-# Llama 3's templates write today's date into the prompt. A run that resumes after midnight must see the same examples,
-# and generation the prompt that was trained, so the day is always the one those templates fall back to.
+# Llama 3's templates write today's date into the prompt. A resumed run must see the same examples, and generation the
+# prompt that was trained, so the date is always the one those templates fall back to.
 TODAY = datetime.datetime(2024, 7, 26)
 
 
 class Segment(NamedTuple):
-    """A stretch of an example's text, and whether the model learns to write it."""
+    """A part of an example's text, and whether it is trained."""
 
     text: str
     trained: bool
 
 
 def segments(fields: dict, format: str, tokenizer: Tokenizer) -> list[Segment]:
-    """A record's text, in order. BOS and a last EOS are not in it, unless a chat template writes them itself."""
+    """A record's text in order, without BOS and the last EOS, unless a chat template writes them."""
     if format == "alpaca":
         prompt = format_prompt("alpaca", fields["instruction"], fields.get("input") or "")
         return [Segment(prompt, False), Segment(fields["output"], True)]
@@ -91,20 +91,23 @@ def segments(fields: dict, format: str, tokenizer: Tokenizer) -> list[Segment]:
 
 
 def format_prompt(format: str, instruction: str, input: str = "", tokenizer: Tokenizer | None = None) -> str:
-    """The text of a prompt for generation; `chat` needs the tokenizer, whose template it uses."""
+    """The text of a prompt for generation; `chat` needs the tokenizer for its template."""
     if format == "alpaca":
         return (ALPACA_WITH_INPUT if input else ALPACA).format(instruction=instruction, input=input)
     question = f"{instruction}\n\n{input}" if input else instruction
-    return format_chat([{"role": "user", "content": question}], tokenizer) if format == "chat" else question
+    if format != "chat":
+        return question
+    assert tokenizer
+    return format_chat([{"role": "user", "content": question}], tokenizer)
 
 
 def format_chat(messages: list[dict], tokenizer: Tokenizer) -> str:
-    """A conversation as the model sees it when the next turn is its own."""
+    """A conversation up to the start of the assistant's next turn."""
     return _strip_frames(_render(messages, tokenizer, add_generation_prompt=True))
 
 
 def chat_segments(messages: list[dict], tokenizer: Tokenizer) -> list[Segment]:
-    """A conversation cut into the assistant's turns, with their end tokens, and everything else."""
+    """A conversation as segments: the assistant's turns with their end tokens, and everything else."""
     text = _render(messages, tokenizer)
     if _frames_generation(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE):
         turn = f"({OPEN}.*?{CLOSE}(?:{re.escape(tokenizer.eos_token)})?)"  # some templates leave the end token outside
@@ -124,19 +127,19 @@ def chat_segments(messages: list[dict], tokenizer: Tokenizer) -> list[Segment]:
             )
         turn = after[len(before) :]
         if _has_end(turn, tokenizer):
-            turn = turn.rstrip()  # without the line break that ChatML and others put after the end token
+            turn = turn.rstrip()  # ChatML and others put a line break after the end token
         found += [Segment(text[at : len(before)], False), Segment(turn, True)]
         at = len(before) + len(turn)
     return _stopped([*found, Segment(text[at:], False)], tokenizer)
 
 
 def _has_end(text: str, tokenizer: Tokenizer) -> bool:
-    """Whether a special token ends this text: what tells the model to stop."""
+    """Whether the text ends with a special token, which tells the model to stop."""
     return text.rstrip().endswith(tuple(tokenizer.markers))
 
 
 def _stopped(parts: list[Segment], tokenizer: Tokenizer) -> list[Segment]:
-    """The same, with EOS after a last turn of the assistant's that the template leaves without an end token."""
+    """The segments, with EOS added where the template leaves the assistant's last turn without an end token."""
     last = max((i for i, part in enumerate(parts) if part.trained), default=None)
     if last is None or _has_end(parts[last].text, tokenizer) or any(part.text.strip() for part in parts[last + 1 :]):
         return parts
@@ -150,7 +153,7 @@ def _render(messages: list[dict], tokenizer: Tokenizer, add_generation_prompt: b
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             add_generation_prompt=add_generation_prompt,
-            tools=None,  # templates ask `tools is not none`, and a name that is not there is not none
+            tools=None,  # templates test `tools is not none`, which an undefined name passes
             documents=None,
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -159,7 +162,7 @@ def _render(messages: list[dict], tokenizer: Tokenizer, add_generation_prompt: b
 
 @functools.cache
 def _compile(template: str) -> jinja2.Template:
-    """A template in the sandbox and with the extras that Hugging Face gives it: it comes with weights from anywhere."""
+    """A template in a sandbox (it comes with somebody's weights), with the extensions that Hugging Face gives it."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -168,13 +171,13 @@ def _compile(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template cannot be read ({error}): mend it in the base's folder") from None
+        raise UserError(f"the chat template cannot be read ({error}): correct it in the base's folder") from None
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: frames its content in OPEN and CLOSE."""
+    """`{% generation %}` ... `{% endgeneration %}`: puts its content between OPEN and CLOSE."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -198,5 +201,5 @@ def _raise_exception(message: str):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter escapes <, > and & for the web; a model is to read them."""
+    """Jinja's own filter escapes <, > and & for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,13 +1,11 @@
-"""Files of records: JSON lists, JSON lines and plain text, read whole and checked field by field.
+"""Read files of records (JSON lists, JSON lines, plain text) and check every field.
 
-One idea: a broken record is found here, before anything is computed, and is named by file, line (or item of the
-list, counted from 1) and field; all of them are named at once. Left out: other columns than a format's own,
-which are ignored, and downloading.
+One idea: a broken record is found before anything is computed, and named by file, line (or item of the list, from 1) and
+field; all of them at once. Left out: columns other than the format's own, which are ignored.
 """
 
 import dataclasses
 import json
-import pathlib
 import re
 from collections.abc import Iterator
 
@@ -16,44 +14,42 @@ from lowrank.files import paths
 
 ROLES = ("system", "user", "assistant")
 REQUIRED = {"alpaca": ("instruction", "output"), "completion": ("prompt", "completion"), "text": ("text",)}
-OPTIONAL = {"alpaca": ("input",)}  # missing and null both mean: none
+OPTIONAL = {"alpaca": ("input",)}  # may be missing or null
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One checked record, and where it stands: `line 7` of a file of lines or text, `item 7` of a list."""
+    """A checked record and its place: `line 7` of a file of lines or text, `item 7` of a list."""
 
     fields: dict
     where: str
 
 
-def read_records(path: str | pathlib.Path, format: str) -> list[Record]:
-    """Every record of a file. `.txt` holds documents parted by blank lines (format `text`), anything else JSON."""
-    path = paths.path(path)
+def read_records(where: paths.PathLike, format: str) -> list[Record]:
+    """Every record of a file. `.txt` holds documents separated by blank lines (format `text`), any other file JSON."""
+    path = paths.path(where)
     text = _read_text(path)
     if path.suffix == ".txt":
         if format != "text":
-            raise UserError(
-                f"{path} is plain text, not JSON records for data.format={format!r}: use data.format='text'"
-            )
+            raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
         records = list(_documents(text))
     else:
         records = _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
     if not records:
-        raise UserError(f"{path} holds no records: put at least one into it")
+        raise UserError(f"{path} holds no records: give it at least one")
     refuse(path, [(r.where, problem) for r in records for problem in _problems(r.fields, format)])
     return records
 
 
-def refuse(path: str | pathlib.Path, problems: list[tuple[str, str]]) -> None:
-    """Raise one UserError that lists the first ten problems (where, what) and the number of all, if there are any."""
+def refuse(path: paths.PathLike, problems: list[tuple[str, str]]) -> None:
+    """One UserError for the first ten of the problems (where, what) and the number of the others, if there are any."""
     if problems:
         shown = "; ".join(f"{where}: {what}" for where, what in problems[:10])
         rest = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{path} has broken records, mend or remove them: {shown}{rest}")
+        raise UserError(f"{path} has broken records, correct or remove them: {shown}{rest}")
 
 
-def _read_text(path: pathlib.Path) -> str:
+def _read_text(path: paths.Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -67,39 +63,37 @@ def _read_text(path: pathlib.Path) -> str:
 
 def _documents(text: str) -> Iterator[Record]:
     line = 1
-    for block in re.split(r"(\n(?:[^\S\n]*\n)+)", text):  # blank lines, kept so that lines can be counted
+    for block in re.split(r"(\n(?:[^\S\n]*\n)+)", text):  # keeps the blank lines, to count lines
         if block.strip():
             first = line + len(block) - len(block.lstrip("\n"))
             yield Record({"text": block.strip("\n")}, f"line {first}")
         line += block.count("\n")
 
 
-def _json_list(path: pathlib.Path, text: str) -> list[Record]:
+def _json_list(path: paths.Path, text: str) -> list[Record]:
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}): mend it, or write one record a line") from None
+        raise UserError(f"{path}: not valid JSON ({error}): correct it, or write one record per line") from None
     return [Record(item, f"item {i}") for i, item in enumerate(items, 1)]
 
 
-def _json_lines(path: pathlib.Path, text: str) -> list[Record]:
+def _json_lines(path: paths.Path, text: str) -> list[Record]:
     records, broken = [], []
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON string may hold U+2028 and its like
+    for i, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON string may hold U+2028
         if line.strip():
             try:
                 records.append(Record(json.loads(line), f"line {i}"))
             except (ValueError, RecursionError) as error:
                 broken.append((f"line {i}", f"not valid JSON ({error})"))
     if broken and not records:
-        raise UserError(
-            f"{path} is neither a JSON list nor JSON lines ({': '.join(broken[0])}): write one record a line"
-        )
+        raise UserError(f"{path} is neither a JSON list nor JSON lines ({': '.join(broken[0])}): one record per line")
     refuse(path, broken)
     return records
 
 
 def _problems(fields: object, format: str) -> Iterator[str]:
-    """What keeps a record from being one of its format, field by field."""
+    """What is wrong with a record of this format, field by field."""
     if not isinstance(fields, dict):
         yield f"a record is a JSON object, this is {_kind(fields)}"
     elif format == "chat":
@@ -134,15 +128,8 @@ def _string_problems(fields: dict, name: str, path: str) -> Iterator[str]:
         yield f"field '{path}' is missing"
     elif not isinstance(fields[name], str):
         yield f"field '{path}' must be text, not {_kind(fields[name])}"
-    elif not _is_unicode(fields[name]):
+    elif re.search("[\ud800-\udfff]", fields[name]):
         yield f"field '{path}' holds half a character (a lone surrogate such as \\ud83d)"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return text.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def _kind(value: object) -> str:

@@ -1,11 +1,11 @@
-"""A SentencePiece model (Llama 1 and 2, Mistral) as the tokenizer.json that Hugging Face would have made of it.
+"""Convert a SentencePiece model (Llama 1 and 2, Mistral) to a tokenizer.json.
 
 One idea: SentencePiece's byte-pair encoding joins the two neighbours whose concatenation has the best score, so its
-merges are every way to cut a piece into two pieces, the best score first. transformers 5 makes the same of a bare
-tokenizer.model but goes by ids instead of scores, and so cuts "two  spaces" as no model was trained on.
+merges are every split of a piece into two pieces, the best score first. transformers 5 converts a bare
+tokenizer.model too, but by ids instead of scores, and so splits "two  spaces" as no model was trained on.
 
-Left out: SentencePiece's other algorithm (unigram), text normalization, and pieces set by a user; `tokenizer_json` tries
-its result on the whole vocabulary, and where it gives other ids than SentencePiece there is no result.
+Left out: SentencePiece's other algorithm (unigram), text normalization, and pieces set by a user; `tokenizer_json` tests
+its result on the whole vocabulary, and returns None where the ids differ from SentencePiece's.
 """
 
 import json
@@ -17,23 +17,21 @@ SPACE = "▁"  # how SentencePiece writes a space
 
 
 def tokenizer_json(model: sentencepiece.SentencePieceProcessor, markers: dict[str, int]) -> dict | None:
-    """The content of a tokenizer.json that gives the model's ids, or None where that cannot be had.
+    """The content of a tokenizer.json that gives the model's ids; None for a model that cannot be converted.
 
-    `markers` are the special tokens and their ids, the model's own control pieces and those added behind them.
+    `markers` are the special tokens and their ids: the model's control pieces, and tokens added after them.
     """
     ids = range(model.vocab_size())
     vocab = {model.id_to_piece(i): i for i in ids}
-    spelt = {
-        model.id_to_piece(i): i for i in ids if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-    }
+    special = {i for i in ids if model.is_control(i) or model.is_unknown(i) or model.is_byte(i)}
+    spelt = {piece: i for piece, i in vocab.items() if i not in special}
     merges = [
         (-model.get_score(i), -cut, piece[:cut], piece[cut:])
         for piece, i in spelt.items()
         for cut in range(1, len(piece))
         if piece[:cut] in spelt and piece[cut:] in spelt
     ]
-    # Of the same score are only runs of spaces, where SentencePiece lets the leftmost grow first.
-    merges.sort()
+    merges.sort()  # only runs of spaces have equal scores; SentencePiece lets the leftmost grow first
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     prepend = {"type": "Prepend", "prepend": SPACE}
     to_pieces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -65,13 +63,8 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, markers: dict[st
 
 
 def _texts(pieces: list[str]) -> list[str]:
-    """Texts that a wrong conversion would fail on: all the pieces, with each other, spaces, and what is no piece."""
+    """Texts that show a wrong conversion: all pieces in combination, runs of spaces, characters without a piece."""
     words = [piece.replace(SPACE, " ") for piece in pieces]
+    joined = ["".join(words[i : i + 9]) for i in range(0, len(words), 9)]
     runs = [f"a{' ' * i}b{' ' * i}" for i in range(40)]
-    return [
-        *("".join(words[i : i + 9]) for i in range(0, len(words), 9)),
-        *runs,
-        "",
-        "\t x\r\n\n",
-        "ﬁ x² e\u0301 \u3000 𒀀",
-    ]
+    return [*joined, *runs, "", "\t x\r\n\n", "ﬁ x² e\u0301 \u3000 𒀀"]

@@ -1,19 +1,18 @@
-"""The vocabulary file of Meta's Llama 3, as the tokenizer.json that Hugging Face would have made of it.
+"""Convert the vocabulary file of Meta's Llama 3 to a tokenizer.json.
 
-One idea: the file is a list of byte strings with ranks (a line each: base64, a space, the rank), and tiktoken joins, over
-and over, the two neighbours whose concatenation has the lowest rank. That is byte-pair encoding whose merges are every
-way to cut a token into two tokens, in the order of the ranks, so the library that reads a tokenizer.json can do the work.
-The rest of the tokenizer stands in Meta's code and not in the file: how a text is split into words, the 256 special
-tokens after the 128,000 ranks, and how a chat is written.
+One idea: the file lists byte strings with ranks (a line each: base64, a space, the rank), and tiktoken repeatedly joins the
+two neighbours whose concatenation has the lowest rank. That is byte-pair encoding whose merges are every split of a token
+into two tokens, in the order of the ranks. The rest of the tokenizer is in Meta's code and not in the file: how a text is
+split into words, the 256 special tokens after the 128,000 ranks, and the chat format.
 
 Left out: the tiktoken files of other models (OpenAI's, Llama 4's), which split texts differently and have other tokens.
 """
 
 import binascii
-import pathlib
 import re
 
 from lowrank.errors import UserError
+from lowrank.files import paths
 
 RANKS = 128_000
 
@@ -26,19 +25,19 @@ NAMED = {
     4: "<|finetune_right_pad_id|>",
     6: "<|start_header_id|>",
     7: "<|end_header_id|>",
-    8: "<|eom_id|>",  # the end of a message that a tool is to answer
+    8: "<|eom_id|>",  # the end of a message to a tool
     9: "<|eot_id|>",  # the end of a turn
     10: "<|python_tag|>",
 }
 BOS, EOS = NAMED[0], NAMED[1]
 
-# How Llama 3 splits a text into words: contractions, words with the sign before them, at most three digits, signs, spaces.
+# How Llama 3 splits a text: contractions, words with the sign before them, at most three digits, signs, spaces.
 WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Meta's prompt format, without the dates that Hugging Face's template for 3.1 puts into the system's turn.
+# Meta's prompt format, without the dates of Hugging Face's template for 3.1.
 CHAT_TEMPLATE = """\
 {{ bos_token }}
 {%- for message in messages %}
@@ -55,31 +54,31 @@ CHAT_TEMPLATE = """\
 """
 
 
-def is_tiktoken(path: pathlib.Path) -> bool:
+def is_tiktoken(path: paths.Path) -> bool:
     """Whether a file begins as a tiktoken vocabulary does (a SentencePiece model begins with a line break)."""
     with path.open("rb") as file:
         return re.match(rb"\S+ \d+\r?\n", file.read(200)) is not None
 
 
-def read_ranks(path: pathlib.Path) -> list[bytes]:
-    """The vocabulary's byte strings in the order of their ranks; UserError where the file is damaged."""
+def read_ranks(path: paths.Path) -> list[bytes]:
+    """The vocabulary's byte strings in the order of their ranks. UserError for a damaged file."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:
             continue
         try:
-            encoded, rank = line.split()
-            token, rank = binascii.a2b_base64(encoded, strict_mode=True), int(rank)
+            encoded, number_of_rank = line.split()
+            token, rank = binascii.a2b_base64(encoded, strict_mode=True), int(number_of_rank)
         except ValueError:
             raise _damaged(path, f"line {number} is not a base64 text and a rank") from None
         if token in ranks:
-            raise _damaged(path, f"line {number} has the token of rank {ranks[token]} again")
+            raise _damaged(path, f"line {number} repeats the token of rank {ranks[token]}")
         ranks[token] = rank
     if len(ranks) < RANKS:
         raise _damaged(path, f"it ends after {len(ranks)} of Llama 3's {RANKS} ranks")
     if len(ranks) > RANKS:
         raise UserError(
-            f"{path} has {len(ranks)} ranks and Llama 3's vocabulary {RANKS}: of tiktoken files lowrank reads only Llama 3's; "
+            f"{path} has {len(ranks)} ranks and Llama 3's vocabulary {RANKS}; other tiktoken files are not supported: "
             "put the tokenizer.json of the model's Hugging Face folder beside it"
         )
     tokens = sorted(ranks, key=ranks.__getitem__)
@@ -92,16 +91,16 @@ def read_ranks(path: pathlib.Path) -> list[bytes]:
     return tokens
 
 
-def _damaged(path: pathlib.Path, what: str) -> UserError:
+def _damaged(path: paths.Path, what: str) -> UserError:
     return UserError(f"{path} is a damaged tiktoken vocabulary ({what}): copy tokenizer.model from the base again")
 
 
 def tokenizer_json(tokens: list[bytes]) -> dict:
     """The content of a tokenizer.json that gives tiktoken's ids.
 
-    A whole word that is a token is looked up (`ignore_merges`), as in tiktoken. Otherwise both join the neighbours of the
-    lowest rank, the leftmost first. That a token is listed with all of its cuts changes nothing: what happens inside a
-    stretch of text that becomes one token does not depend on what is around it, so only one of its cuts ever occurs.
+    A word that is a token is looked up (`ignore_merges`), as in tiktoken. Otherwise both join the neighbours of the lowest
+    rank, the leftmost first. Listing a token with all of its splits changes nothing: the merges inside text that becomes
+    one token do not depend on the text around it, so only one of its splits ever occurs.
     """
     spelt = {token: token.decode("latin-1").translate(BYTE_SPELLING) for token in tokens}
     merges = [
@@ -134,11 +133,6 @@ def tokenizer_json(tokens: list[bytes]) -> dict:
     }
 
 
-def _byte_spelling() -> dict[int, str]:
-    """GPT-2's spelling of bytes in a tokenizer.json: printable Latin-1 as itself, the others from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-
-
-BYTE_SPELLING = _byte_spelling()
+# GPT-2's spelling of bytes in a tokenizer.json: printable Latin-1 as itself, the others from U+0100 on.
+UNPRINTABLE = (*range(0x21), *range(0x7F, 0xA1), 0xAD)
+BYTE_SPELLING = {byte: chr(0x100 + i) for i, byte in enumerate(UNPRINTABLE)}

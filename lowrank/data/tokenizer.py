@@ -1,11 +1,11 @@
-"""Text to token ids and back, with the tokenizer that lies beside a base.
+"""Text to token ids and back, with the tokenizer of a base.
 
-One idea: there are three ways to read a text, and mixing them up is silent. `encode` reads plain text, where
-"</s>" is four characters and not the end of an example. With `continues` the text goes on after other text,
-so no space is put before it (Llama 1 and 2 put one before the first word). `encode_markup` reads what a chat
-template wrote, where "</s>" *is* the token. None of them adds BOS or EOS of its own accord.
+One idea: there are three ways to read a text, and confusing them raises no error. `encode` reads plain text, where
+"</s>" is four characters and not the end of an example. With `continues` the text follows other text, so no space is put
+before it (Llama 1 and 2 put one before the first word). `encode_markup` reads the output of a chat template, where "</s>"
+*is* the token. None of them adds BOS or EOS.
 
-`write_tokenizer` puts a tokenizer beside exported weights, in files that transformers reads as lowrank does.
+`write_tokenizer` writes a tokenizer beside exported weights, in files that transformers reads as lowrank does.
 Left out: training a tokenizer.
 """
 
@@ -23,31 +23,25 @@ from lowrank.files import paths
 
 Offsets = list[tuple[int, int]]  # for each token: its first character, and the one after its last
 
-# Appended to a SentencePiece model this turns `add_dummy_prefix` off: protocol buffers laid end to end are merged,
-# and these four bytes say {normalizer_spec: {add_dummy_prefix: false}}. Some releases of the library offer no flag.
+# Appended to a SentencePiece model this turns `add_dummy_prefix` off: concatenated protocol buffers are merged, and these
+# four bytes are {normalizer_spec: {add_dummy_prefix: false}}. Some releases of the library have no flag for it.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
-# What a tokenizer may consist of beside its tokenizer.json or tokenizer.model.
+# The files that a tokenizer may consist of.
 COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 
 
 class Tokenizer:
-    """What the rest of lowrank knows of a tokenizer: its subclasses differ in the library that does the work.
+    """A tokenizer, whichever library does the work.
 
-    `path` is its file; `vocab` the largest id + 1; `markers` maps the special tokens' text to their ids; `bos_token`
-    and `eos_token` are texts, `bos_id` and `eos_id` what an example begins and ends with (None: nothing).
+    `path` is its file; `vocab` the largest id + 1; `markers` maps special tokens' texts to their ids; `bos_token` and
+    `eos_token` are texts, `bos_id` and `eos_id` the ids that an example begins and ends with (None: none).
     """
 
-    def __init__(self, path: pathlib.Path, pieces: dict[str, int], markers: dict[str, int], bos="", eos=""):
+    def __init__(self, path: paths.Path, pieces: dict[str, int], markers: dict[str, int], bos="", eos=""):
         folder = path.parent
         config = _read_json(folder / "tokenizer_config.json")
         self.path = path
@@ -55,32 +49,32 @@ class Tokenizer:
         self.markers = markers
         self.bos_token = _edge_token(folder, "bos", pieces, bos)
         self.eos_token = _edge_token(folder, "eos", pieces, eos)
-        # A model with add_bos_token: false (Qwen) never saw BOS before a text; its chat template may still write one.
+        # With add_bos_token: false (Qwen) no BOS stands before a text; a chat template may still write one.
         self.bos_id = None if config.get("add_bos_token") is False else pieces.get(self.bos_token)
         self.eos_id = pieces.get(self.eos_token)
         self.chat_template = _chat_template(folder, config)
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        """The ids of plain text; `continues` if other text stands before it."""
+        """The ids of plain text; `continues` if it follows other text."""
         return self.encode_batch([text], continues)[0]
 
     def encode_batch(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
-        """`encode` for many texts at once: the libraries spread them over threads."""
+        """`encode` for many texts, over the library's threads."""
         raise NotImplementedError
 
     def encode_markup(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
-        """The ids of texts in which markers stand for their tokens, with the characters each id came from."""
+        """The ids of texts in which markers are tokens, with the span of characters of each id."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int], continues: bool = False) -> str:
-        """The text of ids without the markers; with `continues` a space that leads it is kept."""
+        """The text of ids, without markers; `continues` keeps a leading space."""
         raise NotImplementedError
 
 
 class SentencePieceTokenizer(Tokenizer):
     """`tokenizer.model`: Llama 1 and 2, TinyLlama, the demo's own base."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: paths.Path):
         model = path.read_bytes()
         try:
             self.fresh = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -90,7 +84,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = range(self.fresh.vocab_size())
         pieces = {self.fresh.id_to_piece(i): i for i in ids}
         markers = {self.fresh.id_to_piece(i): i for i in ids if self.fresh.is_control(i)}
-        added = _added_tokens(path.parent)  # tokens that a fine-tune put behind SentencePiece's own
+        added = _added_tokens(path.parent)  # tokens that a fine-tune added
         bos, eos = (self.fresh.id_to_piece(i) if i >= 0 else "" for i in (self.fresh.bos_id(), self.fresh.eos_id()))
         super().__init__(path, pieces | added, markers | added, bos, eos)
         longest_first = sorted(map(re.escape, self.markers), key=len, reverse=True)
@@ -103,7 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._encode_markup(text) for text in texts]
 
     def _encode_markup(self, text):
-        # Text after a marker starts afresh, as in Meta's own chat code and in Hugging Face's conversion.
+        # Text after a marker is a new start, as in Meta's chat code and Hugging Face's conversion.
         ids, offsets, at = [], [], 0
         for part in self.marker.split(text):
             if part in self.markers:
@@ -124,16 +118,16 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`: everything newer, through Hugging Face's `tokenizers`."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: paths.Path):
         self._start(path, _read_json(path))
 
     def _start(self, path, spec, bos="", eos=""):
-        # Files saved after training often cut and pad silently; and the post-processor moves offsets off the spaces.
+        # Files saved after training often truncate and pad; and the post-processor excludes spaces from offsets.
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         try:
             self.fresh = tokenizers.Tokenizer.from_str(json.dumps(spec))
             stages = {stage: _without_prefix(spec.get(stage)) for stage in ("normalizer", "pre_tokenizer", "decoder")}
-            self.continuing = self.fresh  # of most tokenizers the two are one, and a large one takes a second to build
+            self.continuing = self.fresh  # mostly the same, and a large one takes a second to build
             if spec | stages != spec:
                 self.continuing = tokenizers.Tokenizer.from_str(json.dumps(spec | stages))
         except Exception as error:  # the library raises bare Exception
@@ -144,7 +138,7 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, texts, continues=False):
         tokenizer = self.continuing if continues else self.fresh
-        tokenizer.encode_special_tokens = True  # in plain text markers are only characters
+        tokenizer.encode_special_tokens = True  # in plain text markers are characters
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_markup(self, texts):
@@ -157,37 +151,35 @@ class JsonTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(JsonTokenizer):
-    """The tiktoken `tokenizer.model` of Meta's Llama 3, made into a tokenizer.json in memory."""
+    """The tiktoken `tokenizer.model` of Meta's Llama 3, converted to a tokenizer.json in memory."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: paths.Path):
         spec = tiktoken.tokenizer_json(tiktoken.read_ranks(path))
         self._start(path, spec, tiktoken.BOS, tiktoken.EOS)
         self.chat_template = self.chat_template or tiktoken.CHAT_TEMPLATE
 
 
-def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer in a folder, or of one file.
+def load_tokenizer(where: paths.PathLike) -> Tokenizer:
+    """The tokenizer of a folder, or of one file.
 
-    With both files there, tokenizer.json is read: it is the one that Hugging Face and so every peer reads, it says
-    itself how tokens added later are cut out of a text, and beside a Llama 3's the other is a tiktoken file.
+    Of both files tokenizer.json is read: Hugging Face reads it, it says how added tokens are split off a text, and in a
+    Llama 3's folder the other is a tiktoken file.
     """
-    path = paths.path(path)
+    path = paths.path(where)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:
-            above = path.resolve().parent / "tokenizer.model"  # Meta's first Llama: one for all the sizes' folders
+            above = path.resolve().parent / "tokenizer.model"  # Meta's Llama 1: one for the folders of all sizes
             remedy = f"add --config.tokenizer={above}" if above.is_file() else "put the base's tokenizer there"
             raise UserError(f"{path} has neither tokenizer.json nor tokenizer.model: {remedy}")
         path = found[0]
     if not path.is_file():
-        raise UserError(
-            f"tokenizer {path} does not exist: name the base's folder, a tokenizer.json or a tokenizer.model"
-        )
-    kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-    kind = TiktokenTokenizer if kind is SentencePieceTokenizer and tiktoken.is_tiktoken(path) else kind
+        raise UserError(f"tokenizer {path} does not exist: give a base's folder, a tokenizer.json or a tokenizer.model")
     try:
-        return kind(path)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of files that are JSON, but not as expected
+        if path.suffix == ".json":
+            return JsonTokenizer(path)
+        return TiktokenTokenizer(path) if tiktoken.is_tiktoken(path) else SentencePieceTokenizer(path)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # JSON of another structure
         raise UserError(
             f"{path.parent}: the files beside {path.name} (tokenizer_config.json, added_tokens.json, chat_template.jinja …) "
             f"hold something unexpected ({type(error).__name__}: {error}); copy them from the base again"
@@ -195,18 +187,19 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
-    """Put a tokenizer's files into an existing folder, so that transformers reads the same ids there as lowrank.
+    """Write a tokenizer's files into an existing folder, where transformers then encodes as lowrank does.
 
-    Mostly these are the files beside it, as they are. But transformers does not read a tiktoken file, and of a
-    SentencePiece model alone, with no settings, it makes other ids and no BOS: a tokenizer.json and settings are written.
-    (Not of the rare model that `sentencepieces` cannot convert: that one is copied.)
+    Mostly they are copied. But transformers reads no tiktoken file, and gives other ids and no BOS for a SentencePiece model
+    without settings: for these a tokenizer.json and settings are written (if `sentencepieces` can convert the model).
     """
     folder, source = pathlib.Path(folder), tokenizer.path.parent
     is_json, is_tiktoken = type(tokenizer) is JsonTokenizer, type(tokenizer) is TiktokenTokenizer
     spec = None
     if is_tiktoken:
         spec = tiktoken.tokenizer_json(tiktoken.read_ranks(tokenizer.path))
-    elif not is_json and not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    elif isinstance(tokenizer, SentencePieceTokenizer) and not any(
+        (source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
         spec = sentencepieces.tokenizer_json(tokenizer.fresh, tokenizer.markers)
 
     for name in COMPANIONS:
@@ -219,7 +212,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
         unk = spec["model"]["unk_token"]
         named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "unk_token": unk}
         config = {
-            # Not LlamaTokenizer: of a tokenizer.json that takes the vocabulary and builds its own splitting around it.
+            # Not LlamaTokenizer, which takes only the vocabulary from a tokenizer.json and splits texts its own way.
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: token for name, token in named.items() if token},
             "add_bos_token": tokenizer.bos_id is not None,
@@ -228,12 +221,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
         if tokenizer.chat_template:
             config["chat_template"] = tokenizer.chat_template
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        config = _read_json(source / "tokenizer_config.json") | config  # which may know more, a pad token for one
+        config = _read_json(source / "tokenizer_config.json") | config  # it may have more, such as a pad token
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _bos_first(tokenizer: Tokenizer) -> dict | None:
-    """The stage of a tokenizer.json that puts BOS before each text, where the tokenizer has one."""
+    """The stage of a tokenizer.json that puts BOS before each text; None without BOS."""
     if tokenizer.bos_id is None:
         return None
     bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
@@ -247,17 +240,17 @@ def _bos_first(tokenizer: Tokenizer) -> dict | None:
     }
 
 
-def check_vocab(tokenizer: Tokenizer, vocab: int, where: str | pathlib.Path) -> None:
-    """Refuse a tokenizer whose ids do not all have a row in the embedding (a gather would clamp them silently)."""
+def check_vocab(tokenizer: Tokenizer, vocab: int, where: paths.PathLike) -> None:
+    """UserError for ids beyond the embedding's rows, which a gather would silently clamp."""
     if tokenizer.vocab > vocab:
         raise UserError(
             f"the tokenizer of {where} has {tokenizer.vocab} tokens but the model's vocabulary has {vocab}: "
-            "use the tokenizer that belongs to this base"
+            "use the base's own tokenizer"
         )
 
 
-def _read_json(path: pathlib.Path) -> dict:
-    """The object in a JSON file, or {} where there is no such file."""
+def _read_json(path: paths.Path) -> dict:
+    """The object in a JSON file, or {} without the file."""
     if not path.is_file():
         return {}
     try:
@@ -269,8 +262,8 @@ def _read_json(path: pathlib.Path) -> dict:
     return content
 
 
-def _edge_token(folder: pathlib.Path, name: str, pieces: dict[str, int], own: str) -> str:
-    """The text of BOS or EOS: as the tokenizer's settings name it, else `own`, else by the id in the model's config."""
+def _edge_token(folder: paths.Path, name: str, pieces: dict[str, int], own: str) -> str:
+    """The text of BOS or EOS: from the tokenizer's settings, else `own`, else by the id in the model's config."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         config = _read_json(folder / file)
         if f"{name}_token" in config:
@@ -283,14 +276,14 @@ def _edge_token(folder: pathlib.Path, name: str, pieces: dict[str, int], own: st
         return own
     for file in ("generation_config.json", "config.json"):
         number = _read_json(folder / file).get(f"{name}_token_id")
-        number = number[0] if isinstance(number, list) else number  # several EOS: the first is the one to train
+        number = number[0] if isinstance(number, list) else number  # of several EOS the first is trained
         if number is not None:
             return next((text for text, i in pieces.items() if i == number), "")
     return ""
 
 
-def _chat_template(folder: pathlib.Path, config: dict) -> str | None:
-    """chat_template.jinja goes before the tokenizer_config.json that older folders keep it in."""
+def _chat_template(folder: paths.Path, config: dict) -> str | None:
+    """The template in chat_template.jinja, else in tokenizer_config.json, as in older folders."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -300,15 +293,15 @@ def _chat_template(folder: pathlib.Path, config: dict) -> str | None:
     return template
 
 
-def _added_tokens(folder: pathlib.Path) -> dict[str, int]:
-    """Tokens named beside a tokenizer.model: {text: id}."""
+def _added_tokens(folder: paths.Path) -> dict[str, int]:
+    """Tokens in the files beside a tokenizer.model: {text: id}."""
     decoder = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     added = {token["content"]: int(i) for i, token in decoder.items()}
     return added | _read_json(folder / "added_tokens.json")
 
 
 def _without_prefix(stage):
-    """A stage of a tokenizer.json that neither puts a space before the text nor takes one away from it."""
+    """A stage of a tokenizer.json, without adding or removing a space at the start of the text."""
     match stage:
         case {"type": "Sequence"}:
             return {key: _without_prefix(value) for key, value in stage.items()}
@@ -317,7 +310,7 @@ def _without_prefix(stage):
         case {"type": "Prepend"} | {"type": "Strip", "start": _, "stop": _}:
             return None
         case {"type": "Metaspace"}:
-            kept = {key: value for key, value in stage.items() if key != "add_prefix_space"}  # its older spelling
+            kept = {key: value for key, value in stage.items() if key != "add_prefix_space"}  # its older name
             return kept | {"prepend_scheme": "never"}
         case {"type": "ByteLevel"}:
             return stage | {"add_prefix_space": False}

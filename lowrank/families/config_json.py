@@ -6,7 +6,6 @@ is ignored silently is a model that computes something else. Left out: token ids
 
 import json
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +63,7 @@ HARMLESS = frozenset(
 )
 
 
-def read_config(folder: str | os.PathLike) -> ModelConfig:
+def read_config(folder: paths.PathLike) -> ModelConfig:
     """The `ModelConfig` of `folder/config.json`, in the old spelling or that of transformers 5. UserError if unsupported."""
     path = paths.path(folder) / "config.json"
     try:

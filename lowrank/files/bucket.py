@@ -19,6 +19,7 @@ import pathlib
 import re
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from lowrank.errors import UserError
 
@@ -134,7 +135,7 @@ class BucketPath:
         with bucket_errors(self):
             bucket_files().pipe_file(self.where, b"", metadata=metadata, mode="create")
 
-    def request(self, method: str, **parameters) -> tuple[dict | None, datetime.datetime]:
+    def request(self, method: str, **parameters) -> tuple[Any, datetime.datetime]:
         """A request of the JSON API about the object -> the answer and the server's time.
 
         FileExistsError if a precondition among the parameters fails.
@@ -196,6 +197,8 @@ def bucket_errors(where: BucketPath | str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
+        if isinstance(where, str):
+            raise
         _check_bucket(where.bucket)
         raise where._missing() from None
     except (UserError, FileExistsError):
@@ -220,9 +223,8 @@ def explain(error: BaseException) -> str | None:
             f"Google Cloud Storage does not allow it ({reason}); give this account the role Storage Object Viewer on the "
             "bucket, and for a workdir there Storage Object User and Storage Legacy Bucket Reader"
         )
-    if kinds & {"aiohttp.client_exceptions.ClientError", "requests.exceptions.RequestException"} or isinstance(
-        error, TimeoutError
-    ):
+    network = {"aiohttp.client_exceptions.ClientError", "requests.exceptions.RequestException"}
+    if kinds & network or isinstance(error, TimeoutError):
         return f"Google Cloud Storage cannot be reached ({text}); check the network and run the same command again"
     if "gcsfs.retry.HttpError" in kinds or (isinstance(error, ValueError) and text.startswith("Bad Request")):
         return f"Google Cloud Storage refused ({text})"

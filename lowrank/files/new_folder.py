@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from safetensors import SafetensorError
 
 from lowrank.errors import UserError
-from lowrank.files import bucket, paths
+from lowrank.files import paths
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(folder: paths.PathLike) -> Iterator[pathlib.Path]:
     """Yield an empty folder to fill. Without an error it becomes `folder`, which may not hold anything; else it is removed."""
     folder = pathlib.Path(os.path.abspath(paths.local(folder)))  # "." has no name
     # Beside the target: only a rename within one file system is atomic.
@@ -41,7 +41,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def carry(source: str | os.PathLike | bucket.BucketPath, target: pathlib.Path, names: Iterable[str]) -> None:
+def carry(source: paths.PathLike, target: pathlib.Path, names: Iterable[str]) -> None:
     """Copy those of the named files that `source` has into `target`."""
     for name in names:
         file = paths.path(source) / name

@@ -14,9 +14,10 @@ from lowrank.errors import UserError
 from lowrank.files.bucket import SCHEME, BucketPath, bucket_errors, bucket_files
 
 Path = pathlib.Path | BucketPath
+PathLike = str | os.PathLike | BucketPath
 
 
-def path(where: str | os.PathLike | BucketPath) -> Path:
+def path(where: PathLike) -> Path:
     """A local path, or a BucketPath for a text that begins with gs://."""
     if isinstance(where, BucketPath):
         return where
@@ -31,7 +32,7 @@ def path(where: str | os.PathLike | BucketPath) -> Path:
     return pathlib.Path(text)
 
 
-def local(where: str | os.PathLike | BucketPath) -> pathlib.Path:
+def local(where: PathLike) -> pathlib.Path:
     """A path on this machine. UserError for one in a bucket, where nothing can be renamed."""
     found = path(where)
     if isinstance(found, BucketPath):
@@ -39,7 +40,7 @@ def local(where: str | os.PathLike | BucketPath) -> pathlib.Path:
     return found
 
 
-def is_remote(where: str | os.PathLike | BucketPath) -> bool:
+def is_remote(where: PathLike) -> bool:
     return isinstance(where, BucketPath) or str(os.fspath(where)).startswith(SCHEME)
 
 

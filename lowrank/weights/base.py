@@ -1,15 +1,12 @@
-"""A base: a folder of somebody's weights, opened, checked and fingerprinted, and its way into the parameter tree.
+"""Open a base: a folder of weights in any supported format, checked and fingerprinted, as a tree of leaves to read.
 
-Nothing is read before it is needed, and then in pieces of some megabytes that go straight to their place on the devices:
-beside the finished parameters there are never more than a few pieces in memory. Each host reads its own shards alone.
-A format joins by giving a table of tensors under Hugging Face's names.
+Weights are read when they are needed, in pieces of some megabytes (load.py puts them on the devices), and each host reads
+only its own shards. A new format is a function that returns a table of tensors by Hugging Face's names.
 """
 
 import dataclasses
 import itertools
 import math
-import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,30 +17,28 @@ from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import read_config
 from lowrank.families.tensor_names import hf_tensors
-from lowrank.files import bucket, paths
+from lowrank.files import paths
 from lowrank.files.nested import set_path
 from lowrank.weights import huggingface, meta, native
 from lowrank.weights.check import check
 from lowrank.weights.fingerprint import fingerprint
 from lowrank.weights.tensor_file import Tensor, cut, rows_within, transpose
 
-BAND_BYTES = 2**20  # what is converted and transposed at once: it stays in the processor's cache
-WINDOW_BYTES = (
-    2**24
-)  # of a file, columns that are not wanted among them: what is asked for at once where it lies far away
+BAND_BYTES = 2**20  # converted and transposed at once: stays in the processor's cache
+WINDOW_BYTES = 2**24  # of a file, unwanted columns included, that are requested at once from a bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    folder: pathlib.Path | bucket.BucketPath
+    folder: paths.Path
     config: ModelConfig
-    params: dict  # the tree of parameters, with something to read at every leaf (a `StoredLeaf`)
-    fingerprint: str  # tells whether two bases are the same weights, whatever files they lie in
+    params: dict  # the tree of parameters, with a `StoredLeaf` at every leaf
+    fingerprint: str  # the same for the same weights, whatever the format
 
 
-def read_base(folder: str | os.PathLike | bucket.BucketPath) -> Base:
-    """Open a base: its config and its tensors' places, checked against each other. Reads a few megabytes."""
-    folder = paths.path(folder)
+def read_base(where: paths.PathLike) -> Base:
+    """Open a base: its config and tensors, checked against each other. Reads a few megabytes."""
+    folder = paths.path(where)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a base model")
     others = huggingface.has_weights(folder) or (folder / native.MANIFEST).is_file()
@@ -61,7 +56,7 @@ def read_base(folder: str | os.PathLike | bucket.BucketPath) -> Base:
 
 @dataclasses.dataclass(frozen=True)
 class StoredLeaf:
-    """A leaf of `params` that still lies in the files: one tensor, or the tensors of all layers, stacked."""
+    """A leaf of `params` that is still in the files: one tensor, or the stacked tensors of all layers."""
 
     tensors: tuple[Tensor, ...]
     stacked: bool
@@ -78,19 +73,19 @@ class StoredLeaf:
         return jnp.result_type(*(tensor.dtype for tensor in self.tensors))
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        """One layer of a stacked leaf, as it is stored."""
+        """One layer of a stacked leaf, in its stored dtype."""
         return self.read((slice(layer, layer + 1), *(slice(None),) * (len(self.shape) - 1)), self.dtype)[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read((slice(None),) * len(self.shape), dtype or self.dtype)
 
     def read(self, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """The part at `index` (a slice for every axis), in `dtype`, rounded to nearest even; the rest is not touched."""
+        """The part at `index` (a slice per axis), in `dtype`, rounded to nearest even; nothing else is read."""
         spans = spans_of(index, self.shape)
         return self.read_into(np.empty([span.stop - span.start for span in spans], dtype), spans)
 
     def read_into(self, out: np.ndarray, index: Iterable[slice]) -> np.ndarray:
-        """The same, in memory that is there already."""
+        """`read` into an array that exists."""
         spans = spans_of(index, self.shape)
         if self.stacked:
             for place, tensor in zip(out, self.tensors[spans[0]], strict=True):
@@ -100,7 +95,7 @@ class StoredLeaf:
         return out
 
     def _fill(self, out: np.ndarray, tensor: Tensor, spans: list[slice]) -> None:
-        """Write a part of one tensor into `out`, a band of the tensor's rows after the other."""
+        """Write a part of one tensor into `out`, band of rows by band of rows."""
         rows, *columns = reversed(spans) if self.transposed else spans
         width = math.prod(span.stop - span.start for span in columns) * tensor.dtype.itemsize
         windows = cut(rows, rows_within(WINDOW_BYTES, tensor.nbytes // max(1, tensor.shape[0])))
@@ -125,7 +120,7 @@ def stored_params(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict:
 
 
 def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], layers: int, transposed: bool) -> dict:
-    """The same from any names: path -> name, with `{}` for the layer; `transposed`: kernels lie there as [out, in]."""
+    """`stored_params` for any names: path -> name, with `{}` for the layer; `transposed`: kernels are stored [out, in]."""
     tree: dict = {}
     for path, name in names.items():
         stacked = "{}" in name
@@ -135,5 +130,5 @@ def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], layers: int, 
 
 
 def spans_of(index: Iterable[slice], shape: tuple[int, ...]) -> list[slice]:
-    """The same slices with their ends said."""
+    """The same slices with both ends explicit."""
     return [slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)]

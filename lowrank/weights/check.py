@@ -1,7 +1,4 @@
-"""From our parameter paths to Hugging Face's names: one table, which the check, the import and the export all follow.
-
-Torch holds a linear weight as [out, in], our kernels are its transposes; our leaves stack a name's layers.
-"""
+"""Check a checkpoint's tensors against its config: names, shapes, and the head where it is tied."""
 
 import collections
 import itertools
@@ -14,7 +11,7 @@ from lowrank.weights.tensor_file import Tensor
 
 
 def check(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
-    """The tensors that `layout` names, all there and in shape; anything missing, odd or left over is one error."""
+    """The tensors that `layout` names. UserError lists all that are missing, unknown or misshapen."""
     wanted = {
         name.format(layer): shape
         for name, shape in hf_tensors(config).values()
@@ -32,24 +29,22 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dic
     missing = sorted(wanted.keys() - rest.keys())
     unknown = sorted(rest.keys() - wanted.keys())
     if missing:
-        hint = (
-            " (where the head is tied, config.json must say tie_word_embeddings: true)"
-            if "lm_head.weight" in missing
-            else ""
-        )
-        problems.append(f"missing: {group_layers(missing)}{hint}")
+        untied = " (where the head is tied, config.json must say tie_word_embeddings: true)"
+        problems.append(f"missing: {group_layers(missing)}{untied if 'lm_head.weight' in missing else ''}")
     if unknown:
         problems.append(f"unknown: {group_layers(unknown)}")
-    misshapen = sorted(name for name in wanted.keys() & rest.keys() if rest[name].shape != wanted[name])
-    shapes = {name: f"{list(rest[name].shape)} instead of {list(wanted[name])}" for name in misshapen}
-    problems += [f"misshapen: {group_layers(names)} is {shape}" for shape, names in _inverted(shapes).items()]
+    misshapen = collections.defaultdict(list)
+    for name in sorted(wanted.keys() & rest.keys()):
+        if rest[name].shape != wanted[name]:
+            misshapen[f"{list(rest[name].shape)} instead of {list(wanted[name])}"].append(name)
+    problems += [f"misshapen: {group_layers(names)} is {shape}" for shape, names in misshapen.items()]
     if problems:
         raise UserError(f"{where}: the tensors do not fit the config: {'; '.join(problems)}; fetch the folder again")
     return rest
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Compared in bands of rows, for an embedding of 128k rows is gigabytes; the first row alone, where others differ."""
+    """Whether two matrices are equal. Compared in bands of rows (an embedding is gigabytes), the first one a single row."""
     if one is other:
         return True
     if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
@@ -58,10 +53,3 @@ def same(one: Tensor, other: Tensor) -> bool:
     starts = [0, *range(1, rows, 4096), rows]
     bands = [(slice(*ends), slice(0, columns)) for ends in itertools.pairwise(starts)]
     return all(one.read(band).tobytes() == other.read(band).tobytes() for band in bands)
-
-
-def _inverted(mapping: dict[str, str]) -> dict[str, list[str]]:
-    inverse = collections.defaultdict(list)
-    for key, value in mapping.items():
-        inverse[value].append(key)
-    return inverse

@@ -1,4 +1,4 @@
-"""What tells two sets of weights apart, for the price of reading a few megabytes of them."""
+"""Fingerprints: tell two sets of weights apart by reading a few megabytes of them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ SAMPLES, SAMPLE_WIDTH, SMALL_BYTES = 16, 2048, 65_536
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Hash of names, shapes, dtypes and 16 samples along each tensor's diagonal (small tensors whole).
 
-    Fine-tuning moves nearly every weight of a tensor that it trains, so a sample of each tensor tells two models apart,
-    and 13 GB of weights cost 20 MB of reading.
+    Fine-tuning moves nearly every weight of a tensor that it trains, so samples of each tensor tell two models apart. For
+    13 GB of weights they are 20 MB.
     """
     digest = hashlib.sha256()
     for tensor in tensors.values():
@@ -27,7 +27,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def samples_of(tensor: Tensor) -> list[tuple[slice, ...]]:
-    """The parts of a tensor that are hashed: each is up to 2048 elements of one row."""
+    """Where the samples lie: each is up to 2048 elements of one row."""
     if tensor.nbytes <= SMALL_BYTES:
         return [tuple(slice(0, size) for size in tensor.shape)]
     widths = [1, *(min(size, SAMPLE_WIDTH) for size in tensor.shape[1:])]

@@ -1,6 +1,6 @@
-"""Hugging Face folders: which files hold the weights, and what tensors lie in them.
+"""Read Hugging Face folders: find the files of weights, and the tensors in them.
 
-An index promises where each tensor lies; what the files hold has to be just that.
+Where there is an index, the files must hold exactly the tensors that it names.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lowrank.errors import UserError
 from lowrank.families.tensor_names import group_layers, is_ignored
+from lowrank.files import paths
 from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Tensor, TensorFile
 from lowrank.weights.torch_file import open_torch_file
@@ -23,14 +24,15 @@ from lowrank.weights.torch_file import open_torch_file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".safetensors")
-HEADER_BYTES = 100_000_000  # the library reads no longer ones
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+HEADER_BYTES = 100_000_000  # the library's limit
+DTYPE_OF_CODE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """Every tensor in the folder's files by name; reads their headers only. Of both kinds, safetensors are taken."""
+def open_folder(folder: paths.Path) -> dict[str, Tensor]:
+    """Every tensor of the folder by name, reading only headers. With both kinds of files, safetensors are read."""
     files, promised = _files(folder)
-    found, places, problems = {}, {}, []
+    found, problems = {}, list[str]()
+    places: dict[str, list[str]] = {}
     for file in files:
         for name, tensor in open_file(file, problems).items():
             places.setdefault(name, []).append(file.name)
@@ -51,13 +53,13 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     return found
 
 
-def has_weights(folder: pathlib.Path) -> bool:
+def has_weights(folder: paths.Path) -> bool:
     """Whether the folder has files of weights under Hugging Face's names."""
     return any((folder / name).is_file() for name in (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN))
 
 
-def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """The folder's files of weights, and what the index promises: tensor's name -> file's name."""
+def _files(folder: paths.Path) -> tuple[list[paths.Path], dict[str, str]]:
+    """The folder's files of weights, and the index: tensor's name -> file's name (empty without one)."""
     kinds = [(folder / single, folder / index) for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN))]
     single, index = next((kind for kind in kinds if any(file.is_file() for file in kind)), kinds[0])
     if single.is_file() and index.is_file():
@@ -67,8 +69,8 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     if not index.is_file():
         others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS)
         found = f" (found {', '.join(others)}, which is not supported)" if others else ""
-        names = f"{SINGLE}, {SINGLE_BIN} or an index of several files"
-        raise UserError(f"{folder}: has no weights: no {names}{found}; give the folder of a base")
+        wanted = f"{SINGLE}, {SINGLE_BIN} or an index of several files"
+        raise UserError(f"{folder}: has no weights: no {wanted}{found}; give the folder of a base")
     try:
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(promised.values()))
@@ -83,21 +85,18 @@ def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     return [folder / name for name in names], promised
 
 
-def open_file(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
-    """Every tensor of one file by name, safetensors or torch's; what is wrong with the file joins `problems`."""
+def open_file(path: paths.Path, problems: list[str]) -> dict[str, Tensor]:
+    """Every tensor of a safetensors or PyTorch file by name; what is wrong with the file joins `problems`."""
     if path.suffix == ".safetensors":
         return _open_safetensors(path, problems)
     return open_torch_file(path, problems)
 
 
-def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
+def _open_safetensors(path: paths.Path, problems: list[str]) -> dict[str, Tensor]:
     try:
         file = open_tensor_file(path)
-        with (
-            _local(file) as place,
-            safe_open(place, framework="numpy"),
-        ):  # checks that its header is sound and fits its length
-            pass
+        with _local(file) as place, safe_open(place, framework="numpy"):
+            pass  # `safe_open` checks the header against the file's length
     except (SafetensorError, OSError) as error:
         problems.append(f"{path.name} cannot be read ({error}), it is truncated or corrupt")
         return {}
@@ -106,23 +105,23 @@ def _open_safetensors(path: pathlib.Path, problems: list[str]) -> dict[str, Tens
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] in DTYPES:
+        if entry["dtype"] in DTYPE_OF_CODE:
             offset = 8 + length + entry["data_offsets"][0]
-            tensors[name] = file.tensor(offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            tensors[name] = file.tensor(offset, tuple(entry["shape"]), DTYPE_OF_CODE[entry["dtype"]])
         elif not is_ignored(name):
-            problems.append(f"{name} is held in {entry['dtype']}, supported are {', '.join(DTYPES)}")
+            problems.append(f"{name} is held in {entry['dtype']}, supported are {', '.join(DTYPE_OF_CODE)}")
     return tensors
 
 
 @contextlib.contextmanager
 def _local(file: TensorFile) -> Iterator[os.PathLike | str]:
-    """A local file with the header of this one, and of its length: itself, or where that is far away one full of holes."""
+    """A local file of the same header and length: the file itself, or for one in a bucket a sparse copy."""
     if not isinstance(file, RemoteFile):
         yield file.path
         return
     length = int.from_bytes(file.held(0, 8), "little")
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as holes:
-        holes.write(file.held(0, 8 + min(length, HEADER_BYTES)))
-        holes.truncate(file.size)
-        holes.flush()
-        yield holes.name
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as sparse:
+        sparse.write(file.held(0, 8 + min(length, HEADER_BYTES)))
+        sparse.truncate(file.size)
+        sparse.flush()
+        yield sparse.name

@@ -1,4 +1,8 @@
-"""TODO weights.load"""
+"""Load a base's parameters onto the devices.
+
+Files are read in pieces of some megabytes that go straight to their place: beside the finished parameters only a few pieces
+are in memory. A thread reads ahead while the piece before is placed.
+"""
 
 import collections
 import concurrent.futures
@@ -18,12 +22,12 @@ from lowrank.files import paths
 from lowrank.weights.base import WINDOW_BYTES, Base, StoredLeaf, spans_of
 from lowrank.weights.tensor_file import cut, rows_within
 
-PIECE_BYTES = 2**24  # what goes to a device at once: many times what a transfer costs to start, little to hold
-AHEAD = 2  # pieces that are read while another is put into its place
+PIECE_BYTES = 2**24  # per transfer to a device: long against a transfer's start, small against memory
+AHEAD = 2  # pieces that are read while another is placed
 
 
 def load_params(base: Base, abstract: dict) -> dict:
-    """The `params` tree in the dtypes and shardings (if any) that `abstract`, a tree of jax.ShapeDtypeStructs, says."""
+    """The `params` tree in the dtypes and shardings (if any) of `abstract`, a tree of jax.ShapeDtypeStructs."""
     far = paths.is_remote(base.folder) and jax.process_count() > 1
 
     def load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -38,10 +42,10 @@ def load_params(base: Base, abstract: dict) -> dict:
 
 
 def _by_rows(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> NamedSharding | None:
-    """The same cut, but of the tensors' rows alone; None if that saves no host anything, or cannot be.
+    """The wanted sharding with every split moved to the tensors' rows; None if no host would read less, or they do not divide.
 
-    In a file columns cannot be had without the rows that they lie in. So where many hosts want other columns of a file that is
-    far away, each fetches other rows, and the devices exchange their parts, which takes them a moment: every byte comes once.
+    Columns of a file cannot be fetched without their rows. So where hosts want different columns of a file in a bucket, each
+    fetches different rows, and the devices then exchange their parts, which is fast: every byte is fetched once.
     """
     if not isinstance(wanted.sharding, NamedSharding):
         return None
@@ -56,7 +60,7 @@ def _by_rows(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> NamedSharding | 
     mesh = wanted.sharding.mesh
     over = tuple(mesh.axis_names.index(name) for name in moved)
     hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    if not moved or (hosts.max(over) == hosts.min(over)).all():  # a host's own devices have all columns of their rows
+    if not moved or (hosts.max(over) == hosts.min(over)).all():  # each host holds all columns of its rows
         return None
     if leaf.shape[row] % math.prod(mesh.shape[name] for name in axes[row]):
         return None
@@ -64,18 +68,18 @@ def _by_rows(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct) -> NamedSharding | 
 
 
 def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futures.Executor) -> jax.Array:
-    """One leaf, filled in place: all shards of this host get a piece at a time, read while the one before is placed."""
+    """One leaf, filled in place: a piece of every shard of this host at a time, read while the last one is placed."""
     if leaf.shape != wanted.shape:
         raise ValueError(f"a leaf of shape {wanted.shape} is wanted, the config makes it {leaf.shape}")
     shape, dtype, sharding = wanted.shape, wanted.dtype, wanted.sharding
-    shard, devices = shape, {(0,) * len(shape): [None]}  # where a shard begins -> the devices of this host that hold it
+    shard, devices = shape, {(0,) * len(shape): [None]}  # a shard's start -> this host's devices that hold it
     if sharding is not None:
         shard, devices = sharding.shard_shape(shape), collections.defaultdict(list)
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             devices[tuple(span.start for span in spans_of(index, shape))].append(device)
 
     def read(piece: tuple[slice, ...], parts: list[np.ndarray]) -> list[np.ndarray]:
-        """The same piece of each shard; a shard that several devices hold is read once."""
+        """The same piece of each shard; a shard on several devices is read once."""
         for part, start in zip(parts, devices, strict=True):
             leaf.read_into(part, [slice(at + s.start, at + s.stop) for at, s in zip(start, piece, strict=True)])
         return parts
@@ -96,8 +100,7 @@ def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futur
         for _ in ahead(pool, read, ((piece, [held[piece] for held in shards]) for piece in pieces)):
             pass
         return put(shards)
-    # The same memory again and again, because malloc keeps much of what was freed: a piece is read into that of the
-    # piece before the one that is being placed.
+    # Buffers are reused in turn, because malloc keeps much of the memory that is freed.
     sizes = [[span.stop - span.start for span in piece] for piece in pieces]
     memory = itertools.cycle(_aligned((AHEAD + 1, len(devices), math.prod(sizes[0])), dtype))
     todo = ((p, [row[: math.prod(n)].reshape(n) for row in m]) for p, n, m in zip(pieces, sizes, memory))  # noqa: B905
@@ -109,12 +112,12 @@ def _load(leaf: StoredLeaf, wanted: jax.ShapeDtypeStruct, pool: concurrent.futur
 
 
 def _in_host_memory(sharding: Any) -> bool:
-    """Whether the devices are CPUs: what is read for them is in its place already."""
+    """Whether the devices are CPUs, which use the host's arrays as they are."""
     return jax.default_backend() == "cpu" if sharding is None else next(iter(sharding.device_set)).platform == "cpu"
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that begins at a cache line: for a CPU, JAX takes such an array as it lies, and would copy another."""
+    """An empty array at a 64-byte boundary, which JAX uses on a CPU without copying it."""
     nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -123,10 +126,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _place(array: jax.Array, piece: jax.Array, starts: jax.Array, sharding: Any) -> jax.Array:
-    """Write the piece of each device into its shard, at `starts`; in place, because the array is donated."""
+    """Write each device's piece into its shard at `starts`, in place: the array is donated."""
     place = jax.lax.dynamic_update_slice
     if isinstance(sharding, NamedSharding):
-        # Said device by device: left to itself, the compiler could as well gather the array to update it.
+        # Per device: otherwise the compiler may gather the array to update it.
         spec = sharding.spec
         rules = {"mesh": sharding.mesh, "in_specs": (spec, spec, P()), "out_specs": spec, "check_vma": False}
         place = jax.shard_map(place, **rules)
@@ -134,11 +137,11 @@ def _place(array: jax.Array, piece: jax.Array, starts: jax.Array, sharding: Any)
 
 
 def _pieces(leaf: StoredLeaf, shard: tuple[int, ...], largest: int, together: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a shard into pieces of at most so many elements: some layers, else some rows of one layer's tensor.
+    """Cut a shard into pieces of at most `largest` elements: some layers, else some rows of one layer's tensor.
 
-    Rows are the tensor's own, so a transposed leaf is cut along its last axis: every byte of a file is read once. And no
-    more rows than lie in two windows of a file, even if only a few columns of them are wanted: of the devices that are read
-    for `together`, those with other columns find the same rows still in memory.
+    Rows are the stored tensor's, so a transposed leaf is cut along its last axis and every byte is read once. A piece spans
+    at most two windows of a file, however few columns are wanted: then the devices that are read for `together` and
+    want other columns find the same rows still in memory.
     """
     inner = shard[1:] if leaf.stacked else shard
     size = math.prod(inner)
@@ -155,7 +158,7 @@ def _pieces(leaf: StoredLeaf, shard: tuple[int, ...], largest: int, together: in
 
 
 def ahead(pool: concurrent.futures.Executor, function: Callable, items: Iterable) -> Iterator:
-    """`itertools.starmap(function, items)`, computed in the pool a few items ahead of whoever takes the results."""
+    """`itertools.starmap(function, items)`, computed in the pool a few items ahead of the caller."""
     items = iter(items)
     waiting = collections.deque(pool.submit(function, *item) for item in itertools.islice(items, AHEAD))
     while waiting:

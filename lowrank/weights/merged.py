@@ -1,6 +1,6 @@
-"""Folding an adapter into its base, and writing the result as a Hugging Face folder that anybody can load.
+"""Merge an adapter into its base, and write the result as a Hugging Face folder.
 
-A merged kernel is computed in float32, one layer at a time, and rounded once. Where the base only lies in its files
+A merged kernel is computed in float32, one layer at a time, and rounded once. If the base is still in its files
 (`Base.params`), the merged copy is the only one in memory.
 """
 
@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import operator
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import hf_config
 from lowrank.families.tensor_names import hf_tensors
+from lowrank.files import paths
 from lowrank.files.new_folder import new_folder
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
@@ -35,9 +35,8 @@ SHARD_BYTES = 5 * 10**9
 def merge(params: dict, lora: dict, config: LoraConfig, dtype: Any = None) -> dict:
     """The `params` tree with W + scale * lora_a @ lora_b for every kernel W [L, in, out] that has an adapter.
 
-    The scales are each target's and layer's own, as `config` says.
-    `dtype` is the leaves' dtype in the answer, by default the one that each has. Leaves may be arrays of JAX or of
-    numpy or a `StoredLeaf`; the merged ones are numpy's. An adapter that does not fit is an error that lists all.
+    Each target and layer has its own scale. Leaves may be JAX or NumPy arrays or `StoredLeaf`s; merged ones are NumPy's, in
+    `dtype` (None: their own). UserError lists all that does not fit.
     """
     problems: list[str] = []
     merged = _merge(params, lora, config, dtype, "", problems)
@@ -75,19 +74,14 @@ def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, scales: Sequence[float]
 
 
 def write_huggingface(
-    folder: str | os.PathLike,
-    params: dict,
-    config: ModelConfig,
-    *,
-    dtype: str,
-    shard_bytes: int = SHARD_BYTES,
+    folder: paths.PathLike, params: dict, config: ModelConfig, *, dtype: str, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write a `params` tree as a Hugging Face folder, its tensors in `dtype`, and read it back before it gets its name.
+    """Write a `params` tree as a Hugging Face folder in `dtype`, without a tokenizer. It appears after it was read back.
 
-    `folder` must not exist, or be empty. The tokenizer is not this function's.
+    `folder` must not exist, or be empty.
     """
     if len(jax.tree.leaves(params)) != len(hf_tensors(config)):
-        raise ValueError("params has more or fewer leaves than its config; they would be lost")
+        raise ValueError("params has more or fewer leaves than its config; those would be lost")
     config = dataclasses.replace(config, stored_dtype=dtype)
     with new_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
@@ -95,8 +89,8 @@ def write_huggingface(
         verify_huggingface(partial, params, config)
 
 
-def verify_huggingface(folder: str | os.PathLike, params: dict, config: ModelConfig) -> None:
-    """Raise unless the folder, read by our own reader, holds this config and these very tensors in its dtype."""
+def verify_huggingface(folder: paths.PathLike, params: dict, config: ModelConfig) -> None:
+    """UserError unless the folder reads back as this config and exactly these tensors in the config's dtype."""
     written = read_base(folder)
     stored, dtype = written.params, jnp.dtype(config.stored_dtype)
     wrong = [] if written.config == config else ["config.json"]
@@ -125,7 +119,8 @@ def _part(params: dict, path: str, layer: int | None) -> np.ndarray:
 def _write_tensors(folder: pathlib.Path, params: dict, config: ModelConfig, shard_bytes: int) -> None:
     """One file if all fits in `shard_bytes`, else numbered files and their index."""
     dtype = jnp.dtype(config.stored_dtype)
-    shards, sizes = [[]], [0]
+    shards: list[list[tuple]] = [[]]
+    sizes = [0]
     for path, layer, name, shape in _tensors(config):
         size = math.prod(shape) * dtype.itemsize
         if shards[-1] and sizes[-1] + size > shard_bytes:
@@ -133,14 +128,14 @@ def _write_tensors(folder: pathlib.Path, params: dict, config: ModelConfig, shar
             sizes.append(0)
         shards[-1].append((path, layer, name, shape))
         sizes[-1] += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = huggingface.SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for path, layer, name, shape in shard:
-            # Fresh arrays in C order, because save_file writes the memory behind an array and never looks at strides.
+            # New arrays in C order, because save_file writes an array's memory and ignores its strides.
             tensors[name] = np.empty(shape, dtype)
-            with np.errstate(over="ignore"):  # looked for in the next line
+            with np.errstate(over="ignore"):  # checked below
                 if path.endswith("kernel"):
                     transpose(_part(params, path, layer), tensors[name])
                 else:

@@ -1,17 +1,16 @@
-"""Meta's own folders: `params.json` and `consolidated.NN.pth`, read as if they were Hugging Face's.
+"""Read Meta's own folders (`params.json`, `consolidated.NN.pth`) as Hugging Face's tensors and a ModelConfig.
 
-Three things differ from Hugging Face's files: names; the cut into model-parallel shards, each a part of every matrix;
-and the order of the rows of q and k, for Meta's rotary positions turn neighbours and Hugging Face's (and ours) halves.
-All three are undone as a part is read: no tensor is ever joined or turned as a whole.
+Three things differ from Hugging Face's files: names; model-parallel shards, each with a part of every matrix; and the
+order of the rows of q and k, because Meta's RoPE rotates neighbouring rows and Hugging Face's (and ours) halves.
+All three are converted as a part is read: no tensor is ever joined or permuted as a whole.
 
-`params.json` says less than config.json. What it leaves out is filled in as transformers' own conversion does
-(`convert_llama_weights_to_hf.py`), from what tells the generations of Llama apart.
+`params.json` has fewer fields than config.json. The others follow from the generation of Llama, as in transformers' own
+conversion (`convert_llama_weights_to_hf.py`).
 """
 
 import dataclasses
 import json
 import math
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig, RopeScaling
 from lowrank.families.tensor_names import is_ignored
+from lowrank.files import paths
 from lowrank.weights.check import same
 from lowrank.weights.tensor_file import Index, Tensor
 from lowrank.weights.torch_file import open_torch_file
@@ -40,23 +40,21 @@ JOINED = {  # Meta's name -> Hugging Face's, and the axis along which shards are
     "ffn_norm": ("post_attention_layernorm", None),
 }
 EMBEDDING, FREQUENCIES = "tok_embeddings.weight", "rope.freqs"
-FIRST = "layers.0.attention.wq.weight"  # tells a shard from a copy of another under the wrong number
+FIRST = "layers.0.attention.wq.weight"  # differs between shards, so it shows a shard that is a copy of another
 NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.weight")
 
-SIZES = ("dim", "n_layers", "n_heads")  # fields that have to be there, beside norm_eps
+SIZES = ("dim", "n_layers", "n_heads")  # required, beside norm_eps
 OPTIONAL_SIZES = ("n_kv_heads", "vocab_size", "head_dim", "hidden_dim", "sliding_window")  # the last three: Mistral's
-# The tensors' own shapes win over these, or they only concern Meta's own program.
+# The tensors' shapes tell these, or only Meta's own program uses them.
 HARMLESS = ("multiple_of", "ffn_dim_multiplier", "max_batch_size", "max_seq_len", "model_parallel_size")
 
 
-def open_folder(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and every tensor under Hugging Face's name. Reads headers, norms, and a little of the embedding."""
+def open_folder(folder: paths.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config, and every tensor by Hugging Face's name. Reads headers, norms and a little of the embedding."""
     problems: list[str] = []
     params = _read_params(folder / PARAMS)
     shards = [open_torch_file(file, problems) for file in _files(folder)]
-    if problems:
-        raise UserError(f"{folder}: {'; '.join(problems)}; fetch the folder again")
-    joined = _join(shards, params["dim"], problems)
+    joined = {} if problems else _join(shards, params["dim"], problems)
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}; fetch the folder again")
     config = _config(params, joined)
@@ -65,14 +63,14 @@ def open_folder(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     for layer in range(config.layers):
         for projection, heads in (("q_proj", config.heads), ("k_proj", config.kv_heads)):
             name = f"model.layers.{layer}.self_attn.{projection}.weight"
-            if name in joined and joined[name].shape[0] == heads * config.head_dim:  # else it is found misshapen
+            if name in joined and joined[name].shape[0] == heads * config.head_dim:  # else `check` reports its shape
                 joined[name] = halves_first(joined[name], config.head_dim)
     return config, joined
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _files(folder: paths.Path) -> list[paths.Path]:
     """The shards, in order and without gaps."""
-    files = sorted(folder.glob("consolidated.*.pth"))
+    files: list[paths.Path] = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise UserError(f"{folder}: has {PARAMS} but no consolidated.00.pth; give the folder with the weights")
     expected = [folder / f"consolidated.{i:02}.pth" for i in range(len(files))]
@@ -86,10 +84,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _join(shards: list[dict[str, Tensor]], dim: int, problems: list[str]) -> dict[str, Tensor]:
-    """Tensors by Hugging Face's names, from the same tensors' parts in all shards."""
-    joined = {}
+    """Tensors by Hugging Face's names, joined from their parts in the shards."""
+    joined: dict[str, Tensor] = {}
     for name in sorted(set().union(*shards)):
-        if name == FREQUENCIES or is_ignored(name):  # they follow from the config
+        if name == FREQUENCIES or is_ignored(name):  # computed from the config
             continue
         lacking = [f"{i:02}" for i, shard in enumerate(shards) if name not in shard]
         match = NAME.fullmatch(name)
@@ -107,7 +105,7 @@ def _join(shards: list[dict[str, Tensor]], dim: int, problems: list[str]) -> dic
 
 
 def _embedding_axis(shards: list[dict[str, Tensor]], dim: int) -> int:
-    """Llama 1 and 2 cut the embedding's columns, Llama 3 its rows: a part as wide as the model was cut along its rows."""
+    """Llama 1 and 2 split the embedding's columns, Llama 3 its rows: a part as wide as the model holds rows."""
     return 0 if shards[0][EMBEDDING].shape[1:] == (dim,) else 1
 
 
@@ -135,7 +133,7 @@ def concatenated(parts: list[Tensor], axis: int) -> Tensor:
     shape = tuple(size * len(parts) if i == axis else size for i, size in enumerate(parts[0].shape))
 
     def within(index: Index) -> Iterator[tuple[Tensor, Index]]:
-        """What of each part lies there."""
+        """The parts that the index touches, and where in each."""
         for number, part in enumerate(parts):
             start = max(index[axis].start - number * own, 0)
             stop = min(index[axis].stop - number * own, own)
@@ -154,9 +152,9 @@ def concatenated(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def halves_first(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k in Hugging Face's order: of each head those of even number first, then the odd ones.
+    """Rows of q or k in Hugging Face's order: of each head the even rows first, then the odd ones.
 
-    Meta turns rows 2i and 2i + 1 by the i-th angle, Hugging Face rows i and i + head_dim / 2.
+    Meta rotates rows 2i and 2i + 1 by the i-th angle, Hugging Face rows i and i + head_dim / 2.
     """
 
     def whole_heads(rows: slice) -> slice:
@@ -178,16 +176,15 @@ def halves_first(tensor: Tensor, head_dim: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------- params.json -> config
 
 
-def _read_params(path: pathlib.Path) -> dict[str, Any]:
-    """The fields that are not null; whatever is missing, wrong or would change the mathematics is one error."""
+def _read_params(path: paths.Path) -> dict[str, Any]:
+    """The fields that are not null. UserError lists all that are missing, wrong or not supported."""
     try:
-        fields = {
-            name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None
-        }
+        found = json.loads(path.read_text(encoding="utf-8"))
+        fields = {name: value for name, value in found.items() if value is not None}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a JSON object ({error}); fetch the file again") from None
     if fields.get("vocab_size") == -1:
-        del fields["vocab_size"]  # Llama 1 and 2: as many as the tokenizer has
+        del fields["vocab_size"]  # Llama 1 and 2: the tokenizer's
     is_size = lambda value: type(value) is int and value > 0  # noqa: E731
     is_number = lambda value: type(value) in (int, float) and 0 < value < math.inf  # noqa: E731
     problems = [f"{name} is missing" for name in (*SIZES, "norm_eps") if name not in fields]
@@ -209,14 +206,14 @@ def _read_params(path: pathlib.Path) -> dict[str, Any]:
         if heads % kv_heads:
             problems.append(f"n_heads {heads} is no multiple of n_kv_heads {kv_heads}")
         if fields.get("head_dim", fields["dim"] // heads) % 2:
-            problems.append("head_dim is odd, rotary positions turn pairs")
+            problems.append("head_dim is odd, RoPE rotates pairs")
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}; mend it or give another base")
     return fields
 
 
 def _config(params: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:
-    """What the fields say, and what they leave open."""
+    """The config from the fields, and from the tensors' shapes where the fields leave it open."""
     embedding, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
     gate = tensors.get("model.layers.0.mlp.gate_proj.weight")
     dim, heads, layers = (params[name] for name in ("dim", "n_heads", "n_layers"))
@@ -231,7 +228,7 @@ def _config(params: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:
         head_dim=params.get("head_dim", dim // heads),
         norm_eps=float(params["norm_eps"]),
         rope_theta=float(params.get("rope_theta", 10_000.0)),
-        # Meta's Llama 3.2 holds the one matrix twice; a head that is not there at all is tied as well.
+        # Meta's Llama 3.2 stores the one matrix twice; without a head the embedding is the head.
         tied_head=head is None or (embedding is not None and same(embedding, head)),
         max_length=_max_length(params),
         stored_dtype=embedding.dtype.name if embedding else "bfloat16",
@@ -239,17 +236,17 @@ def _config(params: dict[str, Any], tensors: dict[str, Tensor]) -> ModelConfig:
         family="mistral" if "hidden_dim" in params else "llama",
     )
     if params.get("use_scaled_rope"):
-        # Llama 3.1 and 3.3 stretch by 8; 3.2's two small ones, which params.json does not tell apart, by 32.
+        # Llama 3.1 and 3.3 scale by 8, the two small models of 3.2 by 32: params.json does not say.
         factor = 32.0 if dim <= 3072 else 8.0
         config = dataclasses.replace(config, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192))
-    if vocab >= 128_256:  # Llama 3. Base and instruct models look alike here, so all that ends a turn ends a text.
+    if vocab >= 128_256:  # Llama 3; base and instruct models look alike here, so EOS is whatever ends a turn or a text
         ends = (128_001, 128_008, 128_009) if params.get("use_scaled_rope") else (128_001, 128_009)
         config = dataclasses.replace(config, bos_id=128_000, eos_ids=ends)
     return config
 
 
 def _max_length(params: dict[str, Any]) -> int:
-    """Positions that the model was trained for, by the generation of Llama that the fields give away."""
+    """The positions that the model was trained for, by its generation, which the fields show."""
     if params.get("use_scaled_rope"):
         return 131_072  # 3.1, 3.2, 3.3
     if "hidden_dim" in params:
@@ -258,5 +255,5 @@ def _max_length(params: dict[str, Any]) -> int:
         return 8192  # 3
     if params.get("rope_theta", 10_000.0) > 10_000.0:
         return 16_384  # Code Llama
-    first = params["norm_eps"] == 1e-6 or (params["dim"] == 8192 and "n_kv_heads" not in params)  # the latter is 65B
+    first = params["norm_eps"] == 1e-6 or (params["dim"] == 8192 and "n_kv_heads" not in params)  # the second is 65B
     return 2048 if first else 4096

@@ -1,15 +1,15 @@
-"""The native base, as `lowrank.convert` writes it: our own leaves, layer by layer, just as they lie in memory.
+"""The native base that `lowrank.convert` writes: the leaves of `params`, layer by layer, laid out as in memory.
 
     lowrank.json                        format, fingerprint, and of each tensor its file, dtype, shape and check sums
     params-00001-of-00003.safetensors   params.layers.3.self_attn.q_proj.kernel [in, out] and so on, 5 GB a file
     config.json, the tokenizer …        as in a Hugging Face folder
 
-Nothing is transposed at loading, and any slice for any mesh is a few runs of bytes. The fingerprint is that of the
-Hugging Face folder with the same weights, so an adapter that was trained over one belongs to the other.
+Loading transposes nothing, and any slice for any mesh is a few runs of bytes. The fingerprint is that of the
+Hugging Face folder with the same weights, so an adapter trained over one works with the other.
 
-Every MB of rows has a CRC-32, which is compared whenever these rows are read whole: on one device, loading reads all of
-them so, and so do merging and converting. Not compared are rows of which a device wants some columns only, nor what
-shares its MB with the rows of another device (powers of two of rows: with the usual shapes nothing does).
+Every MB of rows has a CRC-32, which is compared when these rows are read whole: so loading on one device, merging and
+converting check everything. Unchecked are rows of which a device reads only some columns, and rows that share their MB
+with another device's (units are powers of two of rows: with the usual shapes none do).
 """
 
 import dataclasses
@@ -26,14 +26,15 @@ import numpy as np
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.tensor_names import group_layers, hf_tensors
+from lowrank.files import paths
 from lowrank.weights import huggingface
 from lowrank.weights.fingerprint import fingerprint
 from lowrank.weights.tensor_file import Tensor, cut, rows_within
 
 MANIFEST, FORMAT = "lowrank.json", 1
 FILE_BYTES = 5 * 10**9
-UNIT_BYTES = 2**20  # of a check sum
-CODES = {dtype: code for code, dtype in huggingface.DTYPES.items()}
+UNIT_BYTES = 2**20  # per check sum
+CODES = {dtype: code for code, dtype in huggingface.DTYPE_OF_CODE.items()}
 
 
 def names(config: ModelConfig) -> dict[str, str]:
@@ -42,7 +43,7 @@ def names(config: ModelConfig) -> dict[str, str]:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The name of every tensor in the files -> its shape, in the order in which they lie there."""
+    """The name of every tensor in the files -> its shape, in the order of the files."""
     return {
         name.format(layer): shape[::-1] if path.endswith("kernel") else shape
         for (path, name), (_, shape) in zip(names(config).items(), hf_tensors(config).values(), strict=True)
@@ -58,7 +59,7 @@ def units(shape: tuple[int, ...], dtype: np.dtype) -> list[slice]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_folder(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Tensor], str]:
+def open_folder(folder: paths.Path, config: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """Every tensor by name, checked against config.json and lowrank.json, and the fingerprint of the weights."""
     manifest = _read_manifest(folder / MANIFEST)
     table, found, problems = manifest["tensors"], {}, []
@@ -70,8 +71,8 @@ def open_folder(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Te
             if table.get(name, {}).get("file") == file:
                 found[name] = tensor
             else:
-                problems.append(f"{name} is in {file}, {MANIFEST} does not put it there")
-    if not problems:  # else these would be false alarms
+                problems.append(f"{name} is in {file}, but not according to {MANIFEST}")
+    if not problems:  # else these would be consequences
         problems = _misfits(table, found, shapes(config))
     if not problems and manifest["config"] != _as_json(config):
         problems = ["config.json is not the one that was written with these weights"]
@@ -90,7 +91,7 @@ def _as_json(config: ModelConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def _read_manifest(path: paths.Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -112,7 +113,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _misfits(table: dict, found: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> list[str]:
-    """What the config wants, lowrank.json promises and the files hold has to be the same."""
+    """Where the tensors of the config, of lowrank.json and of the files differ."""
     said = {name: (entry["dtype"], entry["shape"], len(entry["crc32"].split())) for name, entry in table.items()}
     held = {name: (CODES[t.dtype], [*t.shape], len(units(t.shape, t.dtype))) for name, t in found.items()}
     groups = {
@@ -128,7 +129,7 @@ def _misfits(table: dict, found: dict[str, Tensor], wanted: dict[str, tuple[int,
 
 
 def _checked(tensor: Tensor, sums: list[str], where: str) -> Tensor:
-    """The same tensor, whose check sums are compared where rows are read whole."""
+    """The same tensor, with its check sums compared where rows are read whole."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         part = tensor.read(index)
@@ -137,10 +138,8 @@ def _checked(tensor: Tensor, sums: list[str], where: str) -> Tensor:
             for unit, expected in zip(units(tensor.shape, tensor.dtype), sums, strict=True):
                 inside = rows.start <= unit.start and unit.stop <= rows.stop
                 if inside and _crc32(part[unit.start - rows.start : unit.stop - rows.start]) != expected:
-                    raise UserError(
-                        f"{where}: rows {unit.start} to {unit.stop - 1} are not what was written; copy the file again, "
-                        "or convert again"
-                    )
+                    rows_of_unit = f"rows {unit.start} to {unit.stop - 1}"
+                    raise UserError(f"{where}: {rows_of_unit} are not what was written; copy or convert it again")
         return part
 
     return Tensor(tensor.shape, tensor.dtype, read, tensor.expect)
@@ -160,10 +159,10 @@ def write(
     pieces: Iterable[np.ndarray],
     identity: str,
 ) -> None:
-    """Write the files of tensors and lowrank.json into an empty folder, never holding more than a piece.
+    """Write the files of tensors and lowrank.json into an empty folder, with one piece in memory at a time.
 
     `dtypes` is by tensor's name. `pieces` are the tensors in the order of `shapes`, each whole or in runs of rows that
-    hold units whole. `identity` is the fingerprint of the weights.
+    contain whole units. `identity` is the fingerprint of the weights.
     """
     files: list[list[str]] = [[]]
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes(config).items()}
@@ -171,11 +170,13 @@ def write(
         if files[-1] and sum(sizes[other] for other in files[-1]) + size > FILE_BYTES:
             files.append([])
         files[-1].append(name)
-    table, opened, pieces = {}, {}, iter(pieces)
+    table: dict[str, dict] = {}
+    opened: dict[str, Tensor] = {}
+    left = iter(pieces)
     for number, held in enumerate(files, 1):
         path = folder / f"params-{number:05}-of-{len(files):05}.safetensors"
         entries = {name: {"dtype": CODES[dtypes[name]], "shape": shapes(config)[name]} for name in held}
-        _write_file(path, entries, pieces)
+        _write_file(path, entries, left)
         table |= {name: {"file": path.name, **entry} for name, entry in entries.items()}
         opened |= huggingface.open_file(path, [])
     known = {"format": FORMAT, "fingerprint": identity, "config": _as_json(config)}
@@ -184,17 +185,17 @@ def write(
 
 
 def _write_file(path: pathlib.Path, entries: dict[str, dict], pieces: Iterator[np.ndarray]) -> None:
-    """Write one safetensors file and each entry's check sums (the library's writer wants all of a file in memory)."""
-    header, end = {"__metadata__": {"format": "lowrank"}}, 0
+    """Write one safetensors file and each entry's check sums (the library's writer needs a whole file in memory)."""
+    header, end = {"__metadata__": dict[str, Any](format="lowrank")}, 0
     for name, entry in entries.items():
-        start, end = end, end + math.prod(entry["shape"]) * huggingface.DTYPES[entry["dtype"]].itemsize
+        start, end = end, end + math.prod(entry["shape"]) * huggingface.DTYPE_OF_CODE[entry["dtype"]].itemsize
         header[name] = {**entry, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for entry in entries.values():
-            rows, sums = units(entry["shape"], huggingface.DTYPES[entry["dtype"]]), []
+            rows, sums = units(entry["shape"], huggingface.DTYPE_OF_CODE[entry["dtype"]]), list[str]()
             while len(sums) < len(rows):
                 piece = next(pieces)
                 file.write(piece.view(np.uint8))

@@ -1,22 +1,19 @@
-"""Adapters in PEFT's format: read with everything that changes what plain LoRA computes, and written back.
+"""Read and write adapters in PEFT's format.
 
-PEFT holds an adapter module by module and as torch does: `lora_A` [rank, in] and `lora_B` [out, rank] are the transposes
-of our lora_a and lora_b. Which modules carry an adapter, of what rank and alpha, its settings say by lists, regexes and
-patterns over module names. Here these are asked about every module that a base has, so that lists and patterns of
-any kind end as one table of ranks and alphas; ranks that differ are held by zero padding to the largest.
+PEFT stores an adapter module by module: `lora_A` [rank, in] and `lora_B` [out, rank] are the transposes of our lora_a and
+lora_b. Its settings choose modules, ranks and alphas by lists, regexes and patterns over module names. Here they are
+evaluated for every module of the base, which gives one table of ranks and alphas; factors of a smaller rank than their
+target's largest are padded with zeros.
 
 Left out, and refused by name: DoRA, biases, adapters on embeddings and the head, modules saved whole, and initial
 weights that were taken out of the base.
 """
 
-import dataclasses
 import json
-import os
-import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -31,41 +28,42 @@ from lowrank.weights.tensor_file import Tensor
 CONFIG, TENSORS, TENSORS_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODULE = "model.layers.{layer}.{block}.{target}"
 KEY = "base_model.model.{module}.lora_{factor}.weight"
-KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d{1,3})\.")  # a longer number is a damaged key's
+KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d{1,3})\.")  # a longer number means a damaged key
 BLOCKS = {target: "self_attn" if target in TARGETS[:4] else "mlp" for target in TARGETS}
 
 UNDERSTOOD = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 )
-# Other fields that may have a value, and which; all that are not named here must be off (null, false, empty).
+# Other fields and their supported values; every field that is not named here must be off (null, false, empty).
 SUPPORTED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others may have changed the base too
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # other ways may have changed the base
 }
 HARMLESS = (
     *("inference_mode", "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"),
-    "runtime_config",  # PEFT ignores it in files, too
+    "runtime_config",  # PEFT ignores it in files too
 )
 
 Modules = dict[tuple[str, int], tuple[int, float]]  # (target, layer) -> (rank, alpha), where there is an adapter
 
 
 def module_name(target: str, layer: int | str) -> str:
+    """PEFT's name of a projection."""
     return MODULE.format(layer=layer, block=BLOCKS[target], target=target)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_peft(folder: str | os.PathLike, layers: int | None = None) -> tuple[dict, LoraConfig, str | None]:
-    """(the `lora` tree in float32 numpy arrays, its settings, the base's name) of a PEFT folder.
+def read_peft(where: paths.PathLike, layers: int | None = None) -> tuple[dict, LoraConfig, str | None]:
+    """A PEFT folder -> (the `lora` tree in float32 NumPy arrays, its LoraConfig, the base's name).
 
-    `layers` is how many the base has; where that is not known, as many as the tensors speak of.
+    `layers` is the base's number of layers; None: the largest layer that the tensors name.
     """
-    folder = paths.path(folder)
+    folder = paths.path(where)
     fields = _read_fields(folder / CONFIG)
     file = next((folder / name for name in (TENSORS, TENSORS_BIN) if (folder / name).is_file()), None)
     if file is None:
@@ -85,19 +83,17 @@ def read_peft(folder: str | os.PathLike, layers: int | None = None) -> tuple[dic
 
 
 def _modules(fields: dict[str, Any], layers: int, problems: list[str]) -> Modules:
-    """What the settings say of every module of a base with so many layers."""
+    """Rank and alpha of every module that carries an adapter."""
     modules = {}
     for target in TARGETS:
         for layer in range(layers):
             name = module_name(target, layer)
             if is_target(fields, name):
                 rank = _of_pattern(fields.get("rank_pattern"), name, fields["r"])
-                modules[target, layer] = (
-                    rank,
-                    float(_of_pattern(fields.get("alpha_pattern"), name, fields["lora_alpha"])),
-                )
+                alpha = _of_pattern(fields.get("alpha_pattern"), name, fields["lora_alpha"])
+                modules[target, layer] = rank, float(alpha)
     tables = [name for name in ("model.embed_tokens", "lm_head") if is_target(fields, name)]
-    if tables and not _is_all_linear(fields["target_modules"]):  # which leaves them out
+    if tables and not _is_all_linear(fields["target_modules"]):  # all-linear leaves them out
         problems.append(f"target_modules puts adapters on {' and '.join(tables)}, which is not supported")
     if not modules:
         problems.append(f"target_modules = {json.dumps(fields['target_modules'])} matches no projection of a Llama")
@@ -111,9 +107,8 @@ def is_target(fields: dict[str, Any], name: str) -> bool:
         return False
     if isinstance(wanted, str):
         return _is_all_linear(wanted) or re.fullmatch(wanted, name) is not None
-    if name in wanted:  # named in full: no other setting is asked
-        return True
-    return _is_named(wanted, name) and _in_chosen_layer(fields, name)
+    # A full name overrides the settings for layers.
+    return name in wanted or (_is_named(wanted, name) and _in_chosen_layer(fields, name))
 
 
 def _is_all_linear(wanted: Any) -> bool:
@@ -121,7 +116,7 @@ def _is_all_linear(wanted: Any) -> bool:
 
 
 def _is_named(names: list[str], name: str) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in names)
+    return any(f".{name}".endswith(f".{suffix}") for suffix in names)
 
 
 def _in_chosen_layer(fields: dict[str, Any], name: str) -> bool:
@@ -135,16 +130,14 @@ def _in_chosen_layer(fields: dict[str, Any], name: str) -> bool:
 
 
 def _of_pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches: PEFT's `get_pattern_key`."""
+    """The value of the first pattern that matches, as PEFT's `get_pattern_key`."""
     hits = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
     return next(hits, otherwise)
 
 
 def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) -> dict[tuple[str, int], list]:
-    """(target, layer) -> [lora_a [in, rank], lora_b [rank, out]], whole, in shape and finite; else `problems` says."""
-    wanted = {
-        (place, factor): KEY.format(module=module_name(*place), factor=factor) for place in modules for factor in "AB"
-    }
+    """(target, layer) -> [lora_a [in, rank], lora_b [rank, out]]; missing, misshapen or infinite ones join `problems`."""
+    wanted = {(at, letter): KEY.format(module=module_name(*at), factor=letter) for at in modules for letter in "AB"}
     unknown = sorted(tensors.keys() - set(wanted.values()))
     missing = [key for key in wanted.values() if key not in tensors]
     if unknown and len(missing) == len(wanted):
@@ -156,7 +149,8 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
     if unknown:
         problems.append(f"unknown: {group_layers(unknown)}")
     factors: dict = {}
-    odd, infinite = {}, []
+    odd: dict[str, list[str]] = {}
+    infinite = []
     for (place, factor), key in wanted.items():
         if key in tensors:
             shape, rank = tensors[key].shape, modules[place][0]
@@ -174,29 +168,24 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
         for target in {target for target, _ in factors}:
             sizes = {(a.shape[0], b.shape[1]) for (own, _), (a, b) in factors.items() if own == target}
             if len(sizes) > 1:
-                problems.append(
-                    f"{target} has inputs and outputs of different sizes in different layers: {sorted(sizes)}"
-                )
+                problems.append(f"{target} has different sizes [in, out] in different layers: {sorted(sizes)}")
     return factors
 
 
 def _config(fields: dict[str, Any], modules: Modules, layers: int) -> LoraConfig:
-    """The table of ranks and alphas in few words: one rank and one alpha if all layers of all targets have them."""
+    """The shortest LoraConfig: `ranks` and `alphas` only for targets with other values than the one rank and alpha."""
     targets = tuple(target for target in TARGETS if any(own == target for own, _ in modules))
-    pairs = {modules.get((target, layer), (0, None)) for target in targets for layer in range(layers)}
+    pairs = {modules.get((target, layer), (0, 0.0)) for target in targets for layer in range(layers)}
     rank, alpha = pairs.pop() if len(pairs) == 1 else (fields["r"], float(fields["lora_alpha"]))
-    config = LoraConfig(
+    table = {target: [modules.get((target, layer), (0, alpha)) for layer in range(layers)] for target in targets}
+    ranks = ((target, tuple(rank for rank, _ in table[target])) for target in targets)
+    alphas = ((target, tuple(alpha for _, alpha in table[target])) for target in targets)
+    return LoraConfig(
         rank=rank,
         alpha=alpha,
         dropout=fields.get("lora_dropout") or 0.0,
         targets=targets,
         scaling="rslora" if fields.get("use_rslora") else "standard",
-    )
-    table = {target: [modules.get((target, layer), (0, alpha)) for layer in range(layers)] for target in targets}
-    ranks = ((target, tuple(rank for rank, _ in table[target])) for target in targets)
-    alphas = ((target, tuple(alpha for _, alpha in table[target])) for target in targets)
-    return dataclasses.replace(
-        config,
         ranks=tuple(entry for entry in ranks if set(entry[1]) != {rank}),
         alphas=tuple(entry for entry in alphas if set(entry[1]) != {alpha}),
     )
@@ -218,8 +207,8 @@ def _stacked(factors: dict[tuple[str, int], list], config: LoraConfig, layers: i
     return lora
 
 
-def _read_fields(path: pathlib.Path) -> dict[str, Any]:
-    """The settings, each understood, harmless or off; all that is wrong with them is one error."""
+def _read_fields(path: paths.Path) -> dict[str, Any]:
+    """The settings, each understood, harmless or off. UserError lists all that are not."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields.items()
@@ -230,13 +219,14 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
         for name, value in fields.items()
         if name not in UNDERSTOOD + HARMLESS and (value not in SUPPORTED[name] if name in SUPPORTED else value)
     ]
-    problems += [
-        f"{name} is missing" for name in ("peft_type", "r", "lora_alpha", "target_modules") if fields.get(name) is None
-    ]
+    required = ("peft_type", "r", "lora_alpha", "target_modules")
+    problems += [f"{name} is missing" for name in required if fields.get(name) is None]
     is_rank = lambda value: type(value) is int and value > 0  # noqa: E731
     is_alpha = lambda value: type(value) in (int, float) and 0 < value < 1e30  # noqa: E731
     is_names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)  # noqa: E731
     is_regex = lambda value: isinstance(value, str) and (_is_all_linear(value) or _compiles(value))  # noqa: E731
+    is_choice = lambda value: is_names(value) or is_regex(value)  # noqa: E731
+    is_fraction = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
     is_layers = lambda value: all(type(i) is int for i in (value if isinstance(value, list) else [value]))  # noqa: E731
 
     def patterns_of(valid):
@@ -245,17 +235,11 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
     checks = {
         "r": (is_rank, "a positive integer"),
         "lora_alpha": (is_alpha, "a positive number"),
-        "lora_dropout": (
-            lambda value: type(value) in (int, float) and 0 <= value < 1,
-            "from 0 up to, not including, 1",
-        ),
+        "lora_dropout": (is_fraction, "from 0 up to, not including, 1"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
         "base_model_name_or_path": (lambda value: isinstance(value, str), "a name or a path"),
-        "target_modules": (
-            lambda value: bool(value) and (is_names(value) or is_regex(value)),
-            "a list of names or a regex",
-        ),
-        "exclude_modules": (lambda value: is_names(value) or is_regex(value), "a list of names or a regex"),
+        "target_modules": (lambda value: bool(value) and is_choice(value), "a list of names or a regex"),
+        "exclude_modules": (is_choice, "a list of names or a regex"),
         "layers_to_transform": (is_layers, "a layer or a list of them"),
         "layers_pattern": (
             lambda value: is_regex(value) or (is_names(value) and all(map(_compiles, value))),
@@ -275,7 +259,7 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _compiles(pattern: str) -> bool:
-    """Whether a regex works inside of another, as patterns are used."""
+    """Whether the text is a valid regex inside the one that PEFT puts around patterns."""
     try:
         re.compile(rf"(.*\.)?({pattern})$")
     except re.error:
@@ -286,12 +270,14 @@ def _compiles(pattern: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, base_name: str) -> None:
-    """Write a `lora` tree as a PEFT folder, and read it back before it gets its name.
+def write_peft(folder: paths.PathLike, lora: dict, config: LoraConfig, *, base_name: str) -> None:
+    """Write a `lora` tree as a PEFT folder, which appears after it was read back.
 
-    `base_name` is what PEFT looks the base up by: a path or a name on a hub. `folder` must not exist, or be empty.
+    `base_name` is where PEFT finds the base: a path or a name on a hub. `folder` must not exist, or be empty.
     """
-    tensors, rank_pattern, alpha_pattern, modules = {}, {}, {}, []
+    tensors, modules = {}, []
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
     for target in config.targets:
         factors = lora["layers"][BLOCKS[target]][target]
         layers = len(factors["lora_a"])
@@ -303,8 +289,9 @@ def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, bas
             modules.append(name)
             for letter, factor in (("A", factors["lora_a"][layer][:, :rank]), ("B", factors["lora_b"][layer][:rank])):
                 factor = np.asarray(factor, np.float32)
-                # save_file does not look at strides
-                tensors[KEY.format(module=name, factor=letter)] = np.ascontiguousarray(factor.T)
+                tensors[KEY.format(module=name, factor=letter)] = np.ascontiguousarray(
+                    factor.T
+                )  # save_file ignores strides
             rank_pattern |= {name: rank} if rank != config.rank else {}
             alpha_pattern |= {name: _number(alpha)} if alpha != config.alpha else {}
     everywhere = all(0 not in config.layer_ranks(target, layers) for target in config.targets)
@@ -333,17 +320,17 @@ def write_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig, *, bas
 
 
 def _number(alpha: float) -> int | float:
-    """PEFT's alphas are whole numbers where they can be."""
+    """An int where the alpha is whole, as PEFT writes it."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def verify_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig) -> None:
-    """Raise unless the folder, read by our own reader, holds these very factors, ranks and scales."""
-    expected = dict(_leaves(lora))
+def verify_peft(folder: paths.PathLike, lora: dict, config: LoraConfig) -> None:
+    """UserError unless the folder reads back as exactly these factors, ranks and scales."""
+    expected = _leaves(lora)
     layers = len(next(iter(expected.values())))
     found, found_config, _ = read_peft(folder, layers)
     wrong = [] if _meaning(found_config, layers) == _meaning(config, layers) else [CONFIG]
-    actual = dict(_leaves(found))
+    actual = _leaves(found)
     wrong += sorted(expected.keys() ^ actual.keys())
     both = expected.keys() & actual.keys()
     wrong += sorted(path for path in both if not np.array_equal(expected[path], actual[path], equal_nan=True))
@@ -352,14 +339,10 @@ def verify_peft(folder: str | os.PathLike, lora: dict, config: LoraConfig) -> No
 
 
 def _meaning(config: LoraConfig, layers: int) -> tuple:
-    """What settings mean, in whatever words."""
-    table = {t: (config.layer_ranks(t, layers), config.layer_scales(t, layers)) for t in config.targets}
-    return config.dropout, table
+    """Equal for configs that compute the same, however they say it."""
+    return config.dropout, {t: (config.layer_ranks(t, layers), config.layer_scales(t, layers)) for t in config.targets}
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    if not isinstance(node, dict):
-        yield path, np.asarray(node)
-        return
-    for name, child in node.items():
-        yield from _leaves(child, f"{path}/{name}".strip("/"))
+def _leaves(tree: dict) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}

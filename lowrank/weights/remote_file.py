@@ -1,33 +1,32 @@
-"""A file of tensors in a bucket: what `tensor_file.py` is for files on a disk, by requests for ranges of bytes.
+"""Tensor files in a bucket: `tensor_file.py` by requests for ranges of bytes.
 
-A request costs some 50 ms before its first byte, so what is wanted in bands of 1 MB is fetched in parts of 4 MB, many at a
-time, as soon as a reader says what it expects. Parts are kept until newer ones need their room, because devices that hold
-other columns of a tensor want the same rows. So at most `KEPT_BYTES` of a base are in memory here, whatever its size.
-
-Nothing is fetched that was not asked for, but rows are fetched whole: columns of a row are too few bytes for a request each.
+A request takes some 50 ms to its first byte, so bands of 1 MB are fetched in parts of 4 MB, many at a time, as soon as a
+reader announces them. Parts are kept until newer ones need their room, because devices that hold other columns of a tensor
+read the same rows: at most `KEPT_BYTES`, whatever the base's size. Rows are fetched whole, because columns of a row are
+too few bytes for a request each.
 """
 
 import collections
 import concurrent.futures
 import functools
 import io
-import os
 import threading
 from typing import NamedTuple
 
 from lowrank.files.bucket import BucketPath
+from lowrank.files.paths import PathLike
 from lowrank.files.paths import path as path_of
 from lowrank.weights.tensor_file import TensorFile
 
-PART_BYTES = 2**22  # of a request: it takes about as long as a request costs to begin
-CRUMB_BYTES = 2**16  # parts that are no longer, such as a fingerprint's samples, are fetched again rather than around
+PART_BYTES = 2**22  # per request: its transfer takes about as long as its latency
+CRUMB_BYTES = 2**16  # parts up to this size (a fingerprint's samples) are fetched again with what is around them
 STREAMS = 32  # requests at a time
 KEPT_BYTES = 2**28
 
 
-def open_tensor_file(where: os.PathLike | BucketPath) -> TensorFile:
-    where = path_of(where)
-    return RemoteFile(where) if isinstance(where, BucketPath) else TensorFile(where)
+def open_tensor_file(where: PathLike) -> TensorFile:
+    file = path_of(where)
+    return RemoteFile(file) if isinstance(file, BucketPath) else TensorFile(file)
 
 
 class Part(NamedTuple):
@@ -53,14 +52,14 @@ class RemoteFile(TensorFile):
         _kept.parts(self.path, start, min(stop, self.size))
 
     def release(self, start: int, stop: int) -> None:
-        """Parts go when there are newer ones."""
+        """Nothing to do: newer parts replace old ones."""
 
     def stream(self) -> io.BufferedReader:
         return io.BufferedReader(_Stream(self))
 
 
 class _Stream(io.RawIOBase):
-    """The file as something to seek and read in."""
+    """The file as a seekable stream."""
 
     def __init__(self, file: RemoteFile):
         self.file, self.at = file, 0
@@ -83,29 +82,28 @@ class _Stream(io.RawIOBase):
 
 
 class Kept:
-    """Parts of files, fetched or on their way: the newest of them, up to so many bytes."""
+    """The newest parts of files, fetched or being fetched, up to `limit` bytes."""
 
     def __init__(self, limit: int = KEPT_BYTES):
         self.limit, self.nbytes = limit, 0
         self.lock = threading.Lock()
         self.by_age: collections.OrderedDict[tuple[str, int, int], Part] = collections.OrderedDict()
-        self.near: dict[tuple[str, int], list[Part]] = collections.defaultdict(list)  # by where in the file they begin
+        self.near: dict[tuple[str, int], list[Part]] = collections.defaultdict(list)  # by start // PART_BYTES
 
     def parts(self, file: BucketPath, start: int, stop: int) -> list[Part]:
-        """Parts that lie end to end over the bytes from `start` to before `stop`; those that are not here are sent for."""
+        """Contiguous parts that cover the bytes from `start` to before `stop`; missing ones are requested."""
         found = []
         with self.lock:
             while start < stop:
-                part = self._covering(file.where, start) or self._send_for(
-                    file, start, self._gap(file.where, start, stop)
-                )
+                part = self._covering(file.where, start)
+                part = part or self._request(file, start, self._gap_end(file.where, start, stop))
                 self.by_age.move_to_end((file.where, part.start, part.stop))
                 found.append(part)
                 start = part.stop
         return found
 
     def _around(self, where: str, at: int) -> list[Part]:
-        """Parts that may hold the byte `at`, or begin less than a part behind it. Those that could not be had are forgotten."""
+        """Parts that may hold byte `at`, or start less than a part after it. Failed ones are dropped."""
         number = at // PART_BYTES
         for n in (number - 1, number, number + 1):
             for part in [*self.near.get((where, n), ())]:
@@ -114,14 +112,15 @@ class Kept:
         return [part for n in (number - 1, number, number + 1) for part in self.near.get((where, n), ())]
 
     def _covering(self, where: str, at: int) -> Part | None:
-        return max((part for part in self._around(where, at) if part.start <= at < part.stop), key=_end, default=None)
+        covering = (part for part in self._around(where, at) if part.start <= at < part.stop)
+        return max(covering, key=lambda part: part.stop, default=None)
 
-    def _gap(self, where: str, start: int, stop: int) -> int:
-        """Where what is missing from `start` on ends: at the next part, or after as much as a part holds."""
+    def _gap_end(self, where: str, start: int, stop: int) -> int:
+        """Where the missing bytes after `start` end: at the next part, or after PART_BYTES."""
         begun = (p.start for p in self._around(where, start) if p.start > start and p.stop - p.start > CRUMB_BYTES)
         return min([stop, start + PART_BYTES, *begun])
 
-    def _send_for(self, file: BucketPath, start: int, stop: int) -> Part:
+    def _request(self, file: BucketPath, start: int, stop: int) -> Part:
         part = Part(start, stop, _requests().submit(file.read_range, start, stop))
         self.by_age[file.where, start, stop] = part
         self.near[file.where, start // PART_BYTES].append(part)
@@ -135,10 +134,6 @@ class Kept:
         del self.by_age[where, part.start, part.stop]
         self.near[where, part.start // PART_BYTES].remove(part)
         self.nbytes -= part.stop - part.start
-
-
-def _end(part: Part) -> int:
-    return part.stop
 
 
 @functools.cache

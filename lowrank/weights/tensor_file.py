@@ -1,8 +1,8 @@
-"""A tensor as it lies in a file: known by name and shape, read part by part, through a map of the file into memory.
+"""Tensors in files: known by shape and dtype, and read part by part through a memory map.
 
-Every format of a checkpoint becomes a table of such tensors, so whatever follows (the check, the import, the merge, the
-fingerprint) is written once. A part that was read is let go of again: the pages of a mapped file would else count as
-this process's memory until the whole base is in it twice. Files in a bucket are `remote_file.py`'s.
+Every checkpoint format becomes a table of such tensors, so what follows (check, import, merge, fingerprint) is written
+once. Pages are released after reading: those of a mapped file count as this process's memory, so the base would be in it
+twice. remote_file.py has the same for files in a bucket.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 CHECKED_AT_ONCE = 2**24
-AROUND = 2**21  # Linux maps what the disk was read in, 2 MB at most, where one byte of it is asked for
+AROUND = 2**21  # on a fault Linux maps up to 2 MB around the byte
 Index = tuple[slice, ...]  # within bounds, without steps, one for every axis
 
 
@@ -24,7 +25,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]  # -> a copy in C order
-    expect: Callable[[Index], None] = lambda index: None  # says what will be read soon: from afar, it is sent for
+    expect: Callable[[Index], None] = lambda index: None  # announces a read: a file in a bucket starts to fetch it
 
     @property
     def nbytes(self) -> int:
@@ -35,34 +36,31 @@ class Tensor:
 
 
 class TensorFile:
-    """A file mapped into memory, in which tensors lie at known places."""
+    """A memory-mapped file with tensors at known offsets."""
 
     def __init__(self, path: os.PathLike):
-        self.path = path
+        self.path: Any = path
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
 
-    # ---- What a file elsewhere does otherwise
+    # ---- Overridden by RemoteFile
 
     def held(self, start: int, stop: int) -> memoryview:
-        """The bytes between two places, as far as the file goes."""
-        return memoryview(self.map)[start:stop]
+        """The bytes from `start` to before `stop` or the file's end."""
+        return memoryview(self.map or b"")[start:stop]
 
     def expect(self, start: int, stop: int) -> None:
-        """These bytes will be read soon."""
+        """Announce that these bytes will be read soon."""
 
     def release(self, start: int, stop: int) -> None:
-        """Give the pages between two bytes back; whoever reads them again finds them in the disk's cache.
-
-        Those around them too, which were mapped along with them.
-        """
+        """Unmap the pages of these bytes and those mapped around them; the disk's cache keeps them."""
         start = max(0, start - AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
         stop = min(stop + AROUND, self.size)
-        if stop > start:
+        if self.map and stop > start:
             self.map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    # ---- What all have in common
+    # ---- Common to both
 
     def tensor(
         self, offset: int, shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...] | None = None
@@ -80,7 +78,7 @@ class TensorFile:
             raise ValueError(f"bytes {offset} to {offset + last + dtype.itemsize} of a file of {self.size}")
 
         def place(index: Index) -> tuple[int, int]:
-            """The first byte, and the one behind the last."""
+            """The first byte, and the one after the last."""
             first = sum(span.start * stride for span, stride in zip(index, strides, strict=True))
             last = sum((span.stop - 1) * stride for span, stride in zip(index, strides, strict=True))
             return offset + first, offset + last + dtype.itemsize
@@ -96,7 +94,7 @@ class TensorFile:
 
         def expect(index: Index) -> None:
             if index and strides == in_order and index[0].stop - index[0].start > 1:
-                # Some columns of several rows: the rows whole, which other devices' columns lie in, too.
+                # Columns of several rows: fetch whole rows, which hold other devices' columns too.
                 self.expect(offset + index[0].start * strides[0], offset + index[0].stop * strides[0])
             elif all(span.stop > span.start for span in index):
                 self.expect(*place(index))
@@ -104,7 +102,7 @@ class TensorFile:
         return Tensor(tuple(shape), dtype, read, expect)
 
     def checksum(self, offset: int, size: int) -> int:
-        """CRC-32 of some bytes, of which little is in memory at a time."""
+        """CRC-32 of `size` bytes, read 16 MB at a time."""
         crc = 0
         for at in range(offset, offset + size, CHECKED_AT_ONCE):
             end = min(at + CHECKED_AT_ONCE, offset + size)
@@ -114,20 +112,20 @@ class TensorFile:
 
 
 def rows_within(nbytes: int, row_bytes: int) -> int:
-    """How many rows fit in so many bytes, at least one; a power of two, so that larger cuts hold smaller ones whole."""
+    """How many rows fit in `nbytes`, at least one; a power of two, so that larger cuts contain whole smaller ones."""
     return 1 << max(0, (nbytes // max(1, row_bytes)).bit_length() - 1)
 
 
 def cut(span: slice, rows: int) -> list[slice]:
-    """A span in parts of so many rows; the last may have fewer."""
+    """A span in parts of `rows` rows; the last may be shorter."""
     return [slice(start, min(start + rows, span.stop)) for start in range(span.start, span.stop, rows)]
 
 
 def transpose(source: np.ndarray, out: np.ndarray) -> None:
     """Write `source` [m, n] into `out` [n, m], in the dtype of `out`.
 
-    In bands of 64 rows, which stay in the processor's cache, moved apart by a cache line more than they were: of rows
-    that lie a power of two apart it holds only a few. 2.4 GB/s on one core in bfloat16; 0.2 with `out[...] = source.T`.
+    In bands of 64 rows, which fit the cache, copied to rows one cache line longer: a cache holds only few rows that lie a
+    power of two apart. 2.4 GB/s on one core in bfloat16; 0.2 with `out[...] = source.T`.
     """
     columns = source.shape[1]
     apart = np.empty((64, columns + 64 // out.dtype.itemsize), out.dtype)

@@ -1,20 +1,18 @@
-"""PyTorch's own files (`.bin`, `.pth`, `.pt`), read without PyTorch and without running anything that they hold.
+"""Read PyTorch's files (`.bin`, `.pth`, `.pt`) without PyTorch and without running code from them.
 
-Such a file is a zip of stored entries: `data.pkl`, a pickle of a dict of tensors, and `data/KEY`, the bytes they lie in.
-A pickle is a program. Here it is run by an interpreter of its own, which knows the instructions that `torch.save` writes
-for a dict of tensors and handles three functions itself: there is nothing in it that could import, look up or call
-anything else. What it does not know is refused by name.
+Such a file is a zip of stored entries: `data.pkl`, a pickle of a dict of tensors, and `data/KEY`, the tensors' bytes.
+A pickle is a program. The interpreter here knows the instructions that `torch.save` writes for a dict of tensors and
+implements three functions itself: it cannot import, look up or call anything else. Unknown names are refused.
 
-The tensors stay in the file's map. The zip holds a checksum of every entry: it is compared as soon as more of a tensor
-is read than a fingerprint samples, and at once in small entries. So opening 13 GB reads some megabytes, and no damaged
-weight is ever loaded. Left out: files from before PyTorch 1.6 (2020), and from big-endian machines.
+Tensors stay in the mapped file. The zip has a checksum of every entry: it is compared as soon as more of a tensor is read
+than a fingerprint samples, for small entries at once. So opening 13 GB reads some megabytes, and no damaged weight is
+loaded. Left out: files from before PyTorch 1.6 (2020), and from big-endian machines.
 """
 
 import contextlib
 import dataclasses
 import io
 import math
-import os
 import pickletools
 import struct
 import zipfile
@@ -24,51 +22,39 @@ import ml_dtypes
 import numpy as np
 
 from lowrank.errors import UserError
+from lowrank.families.config_json import DTYPES
 from lowrank.families.tensor_names import is_ignored
-from lowrank.files.bucket import BucketPath
+from lowrank.files.paths import PathLike
 from lowrank.files.paths import path as path_of
 from lowrank.weights.remote_file import RemoteFile, open_tensor_file
 from lowrank.weights.tensor_file import Index, Tensor, TensorFile
 
-SUPPORTED = ("float32", "float16", "bfloat16")
-# What a storage's elements are, by the name that it is pickled under.
-STORAGES = {
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
-DICT, TENSOR, PARAMETER = (
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-)
+# The dtype of a storage, by its pickled name.
+FLOATS = {"Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64}
+INTEGERS = {"Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}
+STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in (FLOATS | INTEGERS).items()}
+DICT = "collections.OrderedDict"
+TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 KNOWN = {DICT, TENSOR, PARAMETER, *STORAGES}
 
-# Bytes of one tensor that are read before its entry's checksum, where the entry is larger than that. A fingerprint takes
-# 16 samples of up to 2048 float32, and a row of the embedding tells that the head is another matrix.
+# Bytes of one tensor that are read before its entry's checksum is compared. A fingerprint takes 16 samples of up to 2048
+# float32, and a row of the embedding shows whether the head is the same matrix.
 UNCHECKED = 262_144
-BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that files began with until 2020
+BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of files until 2020
 
-# What this file and the standard library raise on bytes that are not what they should be.
+# What this file and the standard library raise for damaged bytes.
 DAMAGE = (
     ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError, RuntimeError, struct.error,
     zipfile.BadZipFile,
 )  # fmt: skip
 
 
-def open_torch_file(path: os.PathLike | BucketPath, problems: list[str]) -> dict[str, Tensor]:
-    """Every tensor of a file that holds a dict of them, by name; what is wrong with the file joins `problems`.
+def open_torch_file(where: PathLike, problems: list[str]) -> dict[str, Tensor]:
+    """Every tensor of a file with a dict of them, by name; what is wrong with the file joins `problems`.
 
-    Reading a tensor raises UserError if the bytes that it lies in do not have their checksum.
+    Reading a tensor raises UserError if its bytes do not match their checksum.
     """
-    path = path_of(path)
+    path = path_of(where)
     try:
         entries = _entries(open_tensor_file(path))
         values = _dict_in(entries)
@@ -86,26 +72,26 @@ def open_torch_file(path: os.PathLike | BucketPath, problems: list[str]) -> dict
         if not isinstance(value, View):
             if not is_ignored(name):
                 problems.append(f"{path.name}: {name} is {_kind(value)}, not a tensor")
-        elif value.storage.dtype.name in SUPPORTED:
+        elif value.storage.dtype.name in DTYPES:
             tensors[name] = _tensor(value)
         elif not is_ignored(name):
-            problems.append(f"{name} is held in {value.storage.dtype.name}, supported are {', '.join(SUPPORTED)}")
+            problems.append(f"{name} is held in {value.storage.dtype.name}, supported are {', '.join(DTYPES)}")
     return tensors
 
 
 class Refused(Exception):
-    """The file may be whole, but it is none that can be read; the text goes on after the file's name."""
+    """The file may be undamaged, but cannot be read; the text continues after the file's name."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the zip
 
 
 class Entry:
-    """An entry of the zip: where its bytes lie in the file, and whether they have their checksum."""
+    """An entry of the zip: where its bytes are in the file, and whether they match their checksum."""
 
     def __init__(self, file: TensorFile, info: zipfile.ZipInfo):
         self.file, self.name, self.size, self.checksum = file, info.filename, info.file_size, info.CRC
-        # The directory says where an entry's header lies; only that header says how much padding follows it.
+        # The directory gives the offset of an entry's header; only that header gives the padding after it.
         header = bytes(file.held(info.header_offset, info.header_offset + 30))
         if header[:4] != b"PK\x03\x04":
             raise ValueError(f"{self.name} is not where the directory says")
@@ -130,7 +116,7 @@ class Entry:
 
 
 def _entries(file: TensorFile) -> dict[str, Entry]:
-    """The zip's entries, named without the folder that all of them lie in."""
+    """The zip's entries by name, without their common folder."""
     start = bytes(file.held(0, 512))
     if start.startswith(BEFORE_ZIP) or start[257:262] == b"ustar":
         raise Refused("is in the format of PyTorch before 1.6; load it there and save it again")
@@ -163,7 +149,7 @@ def _entries(file: TensorFile) -> dict[str, Entry]:
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Something the pickle looks up by name, or what that would have made: a word, and nothing else."""
+    """A name that the pickle looks up, or an object that it would have made by it: text, and nothing else."""
 
     name: str
 
@@ -186,13 +172,13 @@ class View:
 
 
 def _dict_in(entries: dict[str, Entry]) -> dict[str, Any]:
-    """What `data.pkl` makes: `View`s by name, and whatever else lies beside them."""
+    """The dict that `data.pkl` builds: `View`s by name, and any other values."""
     program, instructions = io.BytesIO(entries["data.pkl"].content()), []
-    with contextlib.suppress(ValueError):  # a pickle that breaks off: what it has asked for by then is to be said
+    with contextlib.suppress(ValueError):  # a truncated pickle: the names up to there are still reported
         for op, argument, _ in pickletools.genops(program):
             instructions.append((op.name, argument))
-    names = [argument.replace(" ", ".") for op, argument in instructions if op in ("GLOBAL", "INST")]
-    foreign = {name: None for name in names if name not in KNOWN}  # a set that keeps the file's order
+    names = [str(argument).replace(" ", ".") for op, argument in instructions if op in ("GLOBAL", "INST")]
+    foreign = {name: None for name in names if name not in KNOWN}  # an ordered set
     try:
         made = _run(instructions, entries, foreign)
     except DAMAGE:
@@ -209,7 +195,7 @@ def _dict_in(entries: dict[str, Entry]) -> dict[str, Any]:
 
 
 def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign: dict[str, None]) -> Any:
-    """Interpret a pickle: a stack, stacks that wait below a mark, and a memo. Names it does not know join `foreign`."""
+    """Interpret a pickle with a stack, the stacks below marks, and a memo. Unknown names join `foreign`."""
     stack: list[Any] = []
     waiting: list[list[Any]] = []
     memo: dict[int, Any] = {}
@@ -230,7 +216,7 @@ def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign
                 stack.append(constants[op])
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
                 stack.append(argument)
-            case "BINBYTES" | "SHORT_BINBYTES":  # only beside what is foreign, of which the rest is to be listed
+            case "BINBYTES" | "SHORT_BINBYTES":  # only beside foreign names, which are then all listed
                 stack.append(argument)
             case "TUPLE":
                 stack.append(tuple(items))
@@ -243,12 +229,10 @@ def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign
                 stack.append([])
             case "APPEND":
                 _fill(stack[-2], [stack.pop()])
-            case "APPENDS":
-                _fill(stack[-1], items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 _fill(stack[-1], [key, value])
-            case "SETITEMS":
+            case "APPENDS" | "SETITEMS":
                 _fill(stack[-1], items)
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
@@ -269,7 +253,7 @@ def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_made(function, arguments))
-            case "BUILD":  # a state_dict's `_metadata`: versions of modules
+            case "BUILD":  # a state_dict's `_metadata`: module versions
                 stack.pop()
                 if not isinstance(stack[-1], dict | Name):
                     raise ValueError("the pickle gives a state to what has none")
@@ -279,13 +263,13 @@ def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign
 
 
 def _fill(target: Any, items: list[Any]) -> None:
-    """Append to a list, or set keys and values of a dict; what a foreign name made takes everything."""
+    """Append to a list, or set keys and values of a dict; an object of a foreign name takes anything."""
     match target:
         case list():
             target += items
         case dict():
             for key, value in zip(items[::2], items[1::2], strict=True):
-                if not isinstance(key, str | int | Name):  # nothing whose hash could be deep
+                if not isinstance(key, str | int | Name):  # no key with a recursive hash
                     raise ValueError("the pickle has a key that is no name")
                 target[key.name if isinstance(key, Name) else str(key)] = value
         case Name():
@@ -295,7 +279,7 @@ def _fill(target: Any, items: list[Any]) -> None:
 
 
 def _storage(reference: Any, entries: dict[str, Entry]) -> Storage | Name:
-    """The storage that a persistent id of `torch.save` means."""
+    """The storage of a persistent id that `torch.save` wrote."""
     match reference:
         case ("storage", Name(name), str(key), _, int(size)) if name in STORAGES:
             entry, dtype = entries[f"data/{key}"], STORAGES[name]
@@ -308,26 +292,23 @@ def _storage(reference: Any, entries: dict[str, Entry]) -> Storage | Name:
 
 
 def _made(function: Any, arguments: Any) -> Any:
-    """What a call in the pickle makes: one of the three that are known, or a word in place of anything foreign."""
+    """The result of a call in the pickle: of one of the three known functions, or a Name for a foreign one."""
     match function, arguments:
         case Name(name), _ if name not in KNOWN:
             return function
         case Name(name), () if name == DICT:
             return {}
-        # then: requires_grad, hooks, and in newer files bits that would say to negate or conjugate it
+        # Then: requires_grad, hooks, and in newer files flags for a pending negation or conjugation.
         case Name(name), (Storage() as storage, offset, tuple(shape), tuple(strides), _, hooks, *bits) if (
             name == TENSOR
         ):
             numbers = (offset, *shape, *strides)
-            if (
-                not all(type(number) is int and number >= 0 for number in numbers)
-                or len(shape) != len(strides)
-                or len(shape) > 32
-            ):
+            whole = all(type(number) is int and number >= 0 for number in numbers)
+            if not whole or len(shape) != len(strides) or len(shape) > 32:
                 raise ValueError("the pickle has a tensor of no shape")
             if hooks or any(bits):
                 raise ValueError("the pickle has a tensor with hooks or pending changes")
-            if math.prod(shape) > storage.size:  # a stride of 0 makes a tensor of any size out of one number
+            if math.prod(shape) > storage.size:  # with strides of 0 one number could have any shape
                 raise ValueError(f"the pickle has a tensor of shape {list(shape)} in a storage of {storage.size}")
             last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
             if math.prod(shape) and last >= storage.size:
@@ -353,9 +334,7 @@ def _tensor(view: View) -> Tensor:
         asked += math.prod(span.stop - span.start for span in index) * width
         entry = storage.entry
         if (entry.size <= UNCHECKED or asked > UNCHECKED) and not entry.is_sound():
-            raise UserError(
-                f"{entry.file.path}: {entry.name} does not have its checksum, it is corrupt; fetch it again"
-            )
+            raise UserError(f"{entry.file.path}: {entry.name} does not have its checksum; fetch it again")
         return tensor.read(index)
 
     return Tensor(view.shape, storage.dtype, read, tensor.expect)

@@ -146,7 +146,7 @@ def test_settings_beside_a_tiktoken_file_go_first(folder, tmp_path):
     [
         (lambda lines: [*lines[:6], b"I*== 6", *lines[7:]], "line 7 is not a base64 text and a rank"),
         (lambda lines: [*lines[:6], b"Jw==", *lines[7:]], "line 7 is not a base64 text and a rank"),
-        (lambda lines: [*lines[:6], lines[2], *lines[7:]], "line 7 has the token of rank 2 again"),
+        (lambda lines: [*lines[:6], lines[2], *lines[7:]], "line 7 repeats the token of rank 2"),
         (lambda lines: lines[:-1], "it ends after 127999 of Llama 3's 128000 ranks"),
         (lambda lines: [*lines[:-1], b"fn5+fn5+fn5+ 128000"], "rank 127999 is missing or there twice"),
         (lambda lines: [*lines[:-1], b"fn5+fn5+fn5+ 5"], "rank 6 is missing or there twice"),
