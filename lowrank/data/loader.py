@@ -1,10 +1,9 @@
-"""Batches, endlessly for training and once through for evaluation, from a place that can be saved.
+"""Batches: endless for training, one pass for evaluation, with a position that can be saved.
 
-One idea: each epoch is a finite Grain pipeline of its own (the examples in that epoch's order, packed into rows), so
-every epoch holds every example exactly once, packed or not; a place is the epoch and Grain's state within it (where
-the open rows began, how many of them are out), some hundred bytes of JSON. Every process makes the same batches of
-all rows and gives its devices theirs, so the order of the data does not depend on how many processes there are.
-Left out: data that does not fit into memory.
+Each epoch is a finite Grain pipeline of its own (the examples in that epoch's order, packed into rows), so every epoch holds
+every example exactly once, packed or not. A position is the epoch and Grain's state within it, some hundred bytes of JSON.
+Every process makes the same batches of all rows and gives its devices their rows, so the order of the data does not depend on
+the number of processes. Left out: data that does not fit into memory.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ Row = dict[str, np.ndarray]  # Grain's names -> [length]
 
 
 class TrainLoader:
-    """An endless iterator over batches that knows its place; `train_loader` makes it."""
+    """An endless iterator over batches with a position; `train_loader` makes it."""
 
     def __init__(self, elements: grain.MapDataset, epoch_length: int, made_from: dict):
         self._elements = elements  # endless: epoch after epoch
@@ -46,11 +45,11 @@ class TrainLoader:
         return _stack([self._next_row() for _ in range(self._made_from["batch_size"])])
 
     def get_state(self) -> dict:
-        """The place after the last batch, as JSON."""
+        """The position after the last batch, as JSON."""
         return {"made_from": self._made_from, "epoch": self._epoch, "rows": self._rows.get_state()}
 
     def set_state(self, state: dict) -> None:
-        """Go to a place that `get_state` gave; refused if it was given by a loader of other data or settings."""
+        """Go to a position that `get_state` gave; UserError if that loader had other data or settings."""
         before = state["made_from"]
         now = self._made_from.items()
         changed = [f"{key} was {before.get(key)}, is {value}" for key, value in now if before.get(key) != value]
@@ -75,7 +74,7 @@ class TrainLoader:
 def train_loader(
     examples: Examples, *, batch_size: int, max_length: int, packing: bool, shuffle: bool, seed: int
 ) -> TrainLoader:
-    """Endless batches [batch_size, max_length]; with `shuffle` each epoch draws an order of its own from the seed."""
+    """Endless batches [batch_size, max_length]; with `shuffle` each epoch has its own order, drawn from the seed."""
     source = grain.MapDataset.source(examples.examples).seed(seed)
     elements = (source.shuffle() if shuffle else source).repeat().map(arrays)
     made_from = {
@@ -90,7 +89,7 @@ def train_loader(
 
 
 def evaluation_batches(examples: Examples, *, batch_size: int, max_length: int, packing: bool) -> Iterator[LoadedBatch]:
-    """Batches that hold every example once, in file order; empty rows (segment id 0, nothing trained) fill the last."""
+    """Batches that hold every example once, in file order; empty rows (segment id 0, nothing trained) pad the last."""
     rows = pack(grain.MapDataset.source(examples.examples).map(arrays), max_length, packing)
     batch = []
     for row in rows:

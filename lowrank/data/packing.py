@@ -1,8 +1,8 @@
-"""Examples become rows of one length: several to a row, first-fit, or one to a row and padding.
+"""Examples become rows of one length: packed first-fit, or one example per row with padding.
 
-One idea: both are the same Grain pipeline with another limit of examples to a row, and training, evaluation and the
-count of an epoch's rows all use it, so they cannot disagree. An example is never cut in two, and each has a segment id
-of its own, from 1, and positions from 0; padding has segment id 0 and examples -1.
+Both are the same Grain pipeline with another limit of examples per row. Training, evaluation and the count of an epoch's rows
+all use it, so they cannot disagree. An example is never split; each has its own segment id, from 1, and positions from 0.
+Padding has segment id 0 and examples -1.
 """
 
 import grain

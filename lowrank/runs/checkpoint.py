@@ -1,9 +1,9 @@
-"""Checkpoints of a run, through Orbax and nowhere else: what is trained, the optimizer's state, the place in the data.
+"""Checkpoints of a run, through Orbax: the only file that imports it.
 
-A checkpoint is a folder `checkpoints/STEP/` of four items: `adapter` (the trainable leaves under their paths),
-`opt_state`, `data` (the loader's position) and `meta`. The trees that come in have holes where the base is, so no
-leaf of a base can be in it. Saving is asynchronous and atomic: a folder gets its name when it is whole; in a bucket, where
-nothing can be renamed, it gets the object `commit_success.txt` then, and is nothing without it.
+A checkpoint is a folder `checkpoints/STEP/` of four items: `adapter` (the trainable leaves under their paths), `opt_state`,
+`data` (the loader's position) and `meta`. The trees that are saved have holes where the base is, so a checkpoint cannot hold
+a leaf of the base. Saving is asynchronous and atomic: a folder is renamed when it is complete; in a bucket, where nothing can
+be renamed, the object `commit_success.txt` marks a complete one.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from etils import epath
 
 from lowrank.errors import UserError
 from lowrank.files import bucket, paths
+from lowrank.files.nested import set_path
 from lowrank.parallel import distributed
 from lowrank.training import partition
 from lowrank.training.step import State
 
 EVAL_LOSS = "eval/loss"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-DISK_SIGNS = tuple(map(os.strerror, DISK_ERRORS))  # libraries in C++ pass on the text only
+DISK_SIGNS = tuple(map(os.strerror, DISK_ERRORS))  # C++ libraries pass on only the text
 
 
 @dataclasses.dataclass
@@ -37,14 +38,10 @@ class _KeepSteps(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def nested(tree) -> dict:
-    """Any tree -> nested dicts of its leaves by their paths' names, without the holes: what Orbax is given."""
+    """Any tree -> nested dicts of its leaves by the names of their paths, without the holes, for Orbax."""
     result: dict = {}
     for name, leaf in partition.named_leaves(tree).items():
-        *parents, last = name.split("/")
-        node = result
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
+        set_path(result, name.split("/"), leaf)
     return result
 
 
@@ -63,7 +60,7 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[EVAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.folder = epath.Path(str((workdir / "checkpoints").absolute()))  # which may be one in a bucket
+        self.folder = epath.Path(str((workdir / "checkpoints").absolute()))  # on a disk or in a bucket
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
@@ -76,8 +73,8 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep), best, _KeepSteps(also_keep)]
                 ),
-                save_decision_policy=policies.FixedIntervalPolicy(1),  # when to save is the loop's decision
-                # What a killed run left half written goes; but a reader must not take a running save for that.
+                save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides when to save
+                # Removes what a killed run left half written; a reader must not remove a save that is running.
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
@@ -90,7 +87,7 @@ class Checkpoints:
 
     def __exit__(self, error, *_):
         if error and distributed.is_running():
-            return  # the others have no part in this error: they would be waited for, for ever
+            return  # the other processes do not know of this error: waiting for them would never end
         try:
             self.wait()
         finally:
@@ -98,12 +95,12 @@ class Checkpoints:
             sys.unraisablehook = self._hook
 
     def _ignore_late_writes(self, unraisable):
-        """After a save has failed, each of its other writes reports to an event loop that Orbax has closed already."""
+        """After a failed save its other writes report to an event loop that Orbax has closed."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._hook(unraisable)
 
     def wait(self):
-        """Until the last save is on the disk; its failure is raised here."""
+        """Wait until the last save is on the disk; raises its failure."""
         with self._disk_errors():
             self.manager.wait_until_finished()
 
@@ -111,7 +108,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: State, data: dict, meta: dict, eval_loss: float | None = None):
-        """Start saving; a failure of the save before this one is raised here."""
+        """Start saving; raises the failure of the save before."""
         with self._disk_errors():
             self.manager.save(
                 step,
@@ -128,7 +125,7 @@ class Checkpoints:
         return self._read(step, meta=ocp.args.JsonRestore()).meta
 
     def check(self, step: int):
-        """UserError if a checkpoint lacks one of its items, or its small ones cannot be read."""
+        """UserError if a checkpoint lacks an item, or its small items cannot be read."""
         self._read(step, meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
         with self._read_errors(step):
             metadata = self.manager.item_metadata(step)
@@ -143,8 +140,8 @@ class Checkpoints:
         self.manager.reload()
 
     def restore(self, step: int, state: State) -> tuple[State, dict]:
-        """-> the state saved at `step`, laid out as `state` (ShapeDtypeStructs) is, its step and key left as they are
-        there; the data's position."""
+        """-> (the state saved at `step`, laid out as `state` (ShapeDtypeStructs), whose step and key it keeps; the data's
+        position)."""
         restored = self._read(
             step,
             adapter=ocp.args.StandardRestore(nested(_abstract(state.trainable))),
@@ -156,7 +153,7 @@ class Checkpoints:
         return State(state.step, trainable, opt_state, state.key), restored.data
 
     def restore_adapter(self, step: int, trainable: dict) -> dict:
-        """-> the trainable tree saved at `step`, laid out as the given one; UserError if their leaves differ."""
+        """-> the trainable tree saved at `step`, laid out as `trainable`; UserError if their leaves differ."""
         with self._read_errors(step):
             found = dict(self.manager.item_metadata(step).adapter)
         misfits = partition.misfits(found, nested(trainable))
@@ -189,7 +186,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """A disk that is full or read-only is the user's to mend: one line, and what is safe."""
+        """A full or read-only disk -> UserError, which says what is safe."""
         try:
             yield
         except Exception as error:
@@ -212,12 +209,12 @@ class Checkpoints:
 
 
 def _abstract(tree):
-    """Where no layout is asked for, all on one device: Orbax would ask for the devices that saved it."""
+    """Leaves without a layout go to one device: Orbax would ask for the devices that saved them."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), tree)
 
 
 def _fill(tree, values: dict):
-    """`tree` with its leaves replaced by those of the nested dicts, by path."""
+    """`tree` with its leaves replaced by those of the nested dicts of the same path."""
     by_name = partition.named_leaves(values)
     return jax.tree_util.tree_map_with_path(lambda path, _: by_name[partition.path_name(path)], tree)

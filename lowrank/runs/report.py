@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins (`--dry_run` stops there) and when it ends."""
+"""What a run prints before it begins (`--dry_run` stops there) and when it ends."""
 
 import shlex
 
@@ -9,11 +9,12 @@ from lowrank.config import Config
 from lowrank.files import lines as lines_lib
 from lowrank.files import paths
 from lowrank.formatting import format_bytes
+from lowrank.runs.inputs import RunInputs
 from lowrank.training import partition
 
 
 def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: dict, optimizer) -> str:
-    """The model, the adapter, and what each group costs in parameters and bytes."""
+    """The model, the adapter, and the parameters and bytes of base, adapter and optimizer."""
     a = architecture
     lines = [
         f"model      {a.layers} layers, embed {a.embed}, mlp {a.mlp}, heads {a.heads}/{a.kv_heads}, vocab {a.vocab}"
@@ -30,7 +31,7 @@ def describe_model(config: Config, architecture, mesh, trainable: dict, frozen: 
         ("adapter" if config.adapter else "model", trainable, "trained"),
         ("optimizer", opt_state, "state"),
     )
-    zeros = padding_size(config.lora, a) if config.adapter else 0  # in memory, but nothing that is trained
+    zeros = padding_size(config.lora, a) if config.adapter else 0  # held in memory, but not trained
     for name, tree, what in groups:
         size = format_bytes(partition.nbytes(tree))
         count = partition.count(tree) - (zeros if name == "adapter" else 0)
@@ -61,14 +62,14 @@ def describe_ranks(lora: LoraConfig, layers: int) -> str:
     return f"rank {min(ranks)} to {max(ranks)}{without}, scale {min(scales):g} to {max(scales):g}"
 
 
-def describe_data(config: Config, prepared) -> str:
-    """What is learnt from, and how much of it a step and an epoch are; `prepared` is what the config names, read."""
-    train, held_out, rows, steps = prepared.train, prepared.held_out, prepared.rows, prepared.steps
+def describe_data(config: Config, inputs: RunInputs) -> str:
+    """The examples, and how many rows and tokens a step and an epoch have."""
+    train, held_out, rows, steps = inputs.train, inputs.held_out, inputs.rows, inputs.steps
     packed = "packed" if config.data.packing else "one example each"
     batch = config.train.batch_size
     lines = [
         _describe_examples("data", train, config.data.max_length),
-        f"rows       {rows:,} an epoch, {packed}, {100 * prepared.fill:.1f} % filled; a shuffled epoch differs by a few",
+        f"rows       {rows:,} an epoch, {packed}, {100 * inputs.fill:.1f} % filled; a shuffled epoch differs by a few",
         f"steps      {steps:,}, each {batch} rows in {config.train.microbatches} micro-batches = "
         f"{batch * config.data.max_length:,} tokens with padding; {rows / batch:.1f} steps an epoch",
     ]
@@ -87,7 +88,7 @@ def _describe_examples(name: str, examples, max_length: int) -> str:
 
 
 def describe_leaves(shapes: dict, mask: dict) -> str:
-    """Every leaf: shape, dtype, layout over the mesh, trained or frozen."""
+    """Each leaf's shape, dtype, layout over the mesh, and whether it is trained."""
     trained = partition.named_leaves(mask)
     lines = ["", f"{'leaf':<48} {'shape':<20} {'dtype':<9} {'':<8} sharding"]
     for name, leaf in partition.named_leaves(shapes).items():
@@ -98,7 +99,7 @@ def describe_leaves(shapes: dict, mask: dict) -> str:
 
 
 def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, seconds: float) -> str:
-    """What came of the run, and what to try next."""
+    """The losses, the files, and what to do next."""
     lines = lines_lib.read_lines(workdir / "metrics.jsonl")
     names = ("train/loss", "eval/loss", "eval/exact_match")
     series = {name: [line[name] for line in lines if name in line] for name in names}
@@ -138,7 +139,7 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
 
 
 def before_and_after(workdir: paths.Path, count: int = 5) -> list[str]:
-    """The first held-out prompts with the first and the last answer to them, where `eval.answers` asked for any."""
+    """The first held-out prompts with their first and last answers, if `eval.answers` is set."""
     asked = [record for record in lines_lib.read_lines(workdir / "samples.jsonl") if "reference" in record]
     if not asked:
         return []

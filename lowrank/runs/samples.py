@@ -6,8 +6,8 @@ Both are greedy and go to `samples.jsonl`.
 from lowrank.config import Config
 from lowrank.files import paths
 from lowrank.files.lines import append_line
-from lowrank.inference.answers import answer_examples
-from lowrank.inference.text import complete, encode_prompt
+from lowrank.generation.answers import answer_examples
+from lowrank.generation.text import complete, encode_prompt
 from lowrank.model.decoder import Decoder
 from lowrank.runs.inputs import RunInputs
 

@@ -1,4 +1,4 @@
-"""AdamW over what the mask lets train: `optax.partition` by the mask's labels, and the learning-rate schedule."""
+"""AdamW over the trainable leaves: `optax.partition` by the mask's labels, and the learning-rate schedule."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ class OptimConfig:
 
 
 def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Step (0-based) -> learning rate: warm-up in a line from 0, then the schedule, down to 0 at `steps`."""
+    """Step (0-based) -> learning rate: linear warm-up, then the schedule, which ends at 0 at `steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     remaining = max(1, steps - warmup)
     after = {
@@ -35,7 +35,7 @@ def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     }[config.schedule]
     if not warmup:
         return after
-    # The first step already moves: a warm-up that starts at 0 wastes a step and looks like a run that does not learn.
+    # The first step already has peak / warmup: a warm-up from 0 wastes a step and looks like a run that does not learn.
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1), after], [warmup])
 
 
@@ -44,12 +44,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The transformation of the trainable gradient (a tree with holes where the mask is off).
 
-    The labels come from the mask, so a frozen leaf has no moments and is not decayed even if somebody hands in a tree
-    without holes. `optax.masked` alone would let such a leaf's raw gradient through; `chain(freeze, adamw)` would
-    still decay it. The clip sees the trainable gradient only: a norm over the whole tree would bring back the
-    gradients of the base, which is where the time and the memory go, and clip wrongly.
+    The labels come from the mask, so a frozen leaf has no moments and is not decayed even in a tree without holes.
+    `optax.masked` alone would pass such a leaf's raw gradient on; `chain(freeze, adamw)` would still decay it. The clip sees
+    only the trainable gradient: a norm over the whole tree would compute the gradients of the base again, and clip wrongly.
 
-    `clip_norm` and `weight_decay` stand in for the config's where they are arrays, in a sweep; off is then infinity.
+    `clip_norm` and `weight_decay` replace the config's in a sweep, where they are arrays; no clipping is then infinity.
     """
     clip_norm = config.clip_norm or math.inf if clip_norm is None else clip_norm
     weight_decay = config.weight_decay if weight_decay is None else weight_decay

@@ -1,9 +1,8 @@
-"""One mask decides what is trained; two trees with holes are what the program carries.
+"""One mask decides what is trained; the program carries two trees with holes.
 
-The mask is a tree of booleans over all variables (`params` and `lora`). `split` cuts the variables by it into
-`trainable` and `frozen`: two trees of the same shape, each with `None` where the other has the array. JAX sees a
-`None` as no leaf at all, so a gradient, an optimizer state, a checkpoint or a norm taken over `trainable` has
-nothing in it that stands for the base: freezing is not a rule that could be forgotten, it is absence.
+The mask is a tree of booleans over all variables (`params` and `lora`). `split` divides the variables by it into `trainable`
+and `frozen`: two trees of the same structure, each with `None` where the other has the array. For JAX `None` is no leaf, so
+gradients, optimizer state, checkpoints and norms over `trainable` contain nothing of the base: it is frozen by absence.
 """
 
 import jax
@@ -31,8 +30,7 @@ def merge(trainable: dict, frozen: dict) -> dict:
 
 
 def optimizer_labels(mask: dict) -> dict:
-    """The labels for `optax.partition`: "frozen", "undecayed" (norms and biases: few numbers, which have no need to be
-    small), "decayed"."""
+    """The labels for `optax.partition`: "frozen", "undecayed" (norms and biases) or "decayed"."""
 
     def label(path, on):
         if not on:
@@ -43,7 +41,7 @@ def optimizer_labels(mask: dict) -> dict:
 
 
 def named_leaves(tree) -> dict[str, jax.Array]:
-    """Leaves under their paths, `lora/layers/self_attn/q_proj/lora_a`; holes have no name."""
+    """Leaves by their paths, as `lora/layers/self_attn/q_proj/lora_a`; holes are left out."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -52,7 +50,7 @@ def path_name(path) -> str:
 
 
 def misfits(found, wanted) -> list[str]:
-    """What keeps the leaves of `found` from being those of `wanted`: names and shapes, a line each."""
+    """How the names and shapes of `found` differ from those of `wanted`: a line each."""
     found_shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(found).items()}
     wanted_shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(wanted).items()}
     return [
