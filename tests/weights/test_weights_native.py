@@ -170,7 +170,7 @@ def test_a_flipped_bit_between_the_samples_is_seen_at_loading(tmp_path):
     folder = convert(torch_llama.saved(model, tmp_path / "source"), tmp_path / "native")
     flip_a_bit(folder / FILE, "params.layers.0.mlp.up_proj.kernel", 200 * 2048 + 7)
     read_base(folder)
-    assert "params.layers.0.mlp.up_proj.kernel: rows 128 to 255 are not what was written; copy the file" in refusal(
+    assert "params.layers.0.mlp.up_proj.kernel: rows 128 to 255 are not what was written; copy or convert" in refusal(
         folder
     )
 
@@ -194,8 +194,8 @@ def test_files_that_are_mixed_up_are_all_named(source, tmp_path, monkeypatch):
     second.rename(first)
     (folder / "x").rename(second)
     said = refusal(folder)
-    assert f"params.embed_tokens.embedding is in {second.name}, lowrank.json does not put it there" in said
-    assert f" is in {first.name}, lowrank.json does not put it there" in said
+    assert f"params.embed_tokens.embedding is in {second.name}, but not according to lowrank.json" in said
+    assert f" is in {first.name}, but not according to lowrank.json" in said
 
 
 def test_a_config_that_says_other_shapes_is_refused_with_all_that_differ(copy):
