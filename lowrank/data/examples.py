@@ -119,6 +119,7 @@ def _encode_apart(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tu
             new = start if part is parts[0] else next(later)
             ids += new
             trained += [part.trained] * len(new)
+        assert tokenizer.eos_id is not None  # `encode_examples` refuses a tokenizer without one
         yield [*ids, tokenizer.eos_id], [*trained, True]
 
 

@@ -79,7 +79,7 @@ def _draw_across(axis: "Axes", lines: list[Line], baselines: list[Line], across:
     settings = [setting for line in lines for setting in line.settings]
     best = [line.settings[0] for line in lines]
     groups = ranking.group_by(best, variants) if variants else ranking.group_by(settings, [RATE])
-    values = ranking.list_values(across, settings) if across else [None]
+    values: list[Any] = ranking.list_values(across, settings) if across else [None]
     on_scale = all(ranking.is_number(value) and value > 0 for value in values)
     if across and on_scale:
         _scale_log(axis, across, values, base=2)
@@ -87,7 +87,7 @@ def _draw_across(axis: "Axes", lines: list[Line], baselines: list[Line], across:
         names = [_shorten(format_value(across, value)) for value in values]
         axis.set_xticks(range(len(values)), names, rotation=20, ha="right")
     for i, group in enumerate(groups):
-        points = {one.values[across] if on_scale else values.index(one.values.get(across)): one for one in group}
+        points = {one.values[across or ""] if on_scale else values.index(one.values.get(across or "")): one for one in group}
         style = {"color": _pick_colour("plasma", i, len(groups)), "marker": MARKERS[i % len(MARKERS)]}
         _draw_means(axis, points, label=_label(group[0], variants or [RATE]), **style)
     for line in baselines:
@@ -162,7 +162,7 @@ def _style_lines(groups: list[list[Setting]], across: str | None, variants: list
     kinds = [same[0].without(across, RATE) for same in ranking.group_by(best, variants)]
     lines = []
     for group in groups:
-        value, kind = values.index(group[0].values.get(across)), kinds.index(group[0].without(across, RATE))
+        value, kind = values.index(group[0].values.get(across or "")), kinds.index(group[0].without(across, RATE))
         style = {"color": _pick_colour("viridis", value, len(values)), "linestyle": DASHES[kind % len(DASHES)]}
         style["marker"] = MARKERS[(kind if variants else value) % len(MARKERS)]
         lines.append(Line(group, style | {"label": _label(group[0], [across, *variants] if across else [])}))

@@ -69,7 +69,7 @@ def write_csv(file: pathlib.Path, results: list[Result]) -> None:
     rows: list[dict[str, Any]] = []
     for result in ranking.rank_members(results):
         swept, (best_step, best_loss) = result.swept | {MODE: result.mode}, result.best
-        row = {"name": result.name, **{key: _csv_cell(swept.get(key, "")) for key in ranking.list_keys(results)}}
+        row: dict[str, Any] = {"name": result.name, **{key: _csv_cell(swept.get(key, "")) for key in ranking.list_keys(results)}}
         row |= {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
         row |= {"eval/best_loss": best_loss, "eval/best_step": best_step, "train/loss": result.train_loss}
         if ranking.has_answers(results):
