@@ -19,6 +19,16 @@ def folder(shared_data):
 
 
 @pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A folder with a vocabulary of Llama 3's size: all bytes from 0x21 on, then tokens that mean nothing."""
+    tokens = [bytes([i % 256]) for i in range(0x21, 0x121)] + [f"{i:06d}".encode() for i in range(256, 128_000)]
+    folder = tmp_path_factory.mktemp("made_up")
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def llama3(folder):
     return load_tokenizer(folder)
 
@@ -134,8 +144,8 @@ def test_a_chat_is_written_as_meta_writes_it(llama3):
     assert [part.text for part in chat_segments(messages[:3], llama3) if part.trained] == ["Hello!<|eot_id|>"]
 
 
-def test_settings_beside_a_tiktoken_file_go_first(folder, tmp_path):
-    (tmp_path / "tokenizer.model").symlink_to(folder / "tokenizer.model")
+def test_settings_beside_a_tiktoken_file_go_first(made_up, tmp_path):
+    (tmp_path / "tokenizer.model").symlink_to(made_up / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>", "chat_template": "own"}')
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (128000, 128009, "own")
@@ -154,8 +164,8 @@ def test_settings_beside_a_tiktoken_file_go_first(folder, tmp_path):
         (lambda lines: [*lines, b"fn5+fn5+fn5+ 128000"], "has 128001 ranks and Llama 3's vocabulary 128000"),
     ],
 )
-def test_a_damaged_vocabulary_is_named_in_one_line(folder, tmp_path, change, message):
-    lines = (folder / "tokenizer.model").read_bytes().splitlines()
+def test_a_damaged_vocabulary_is_named_in_one_line(made_up, tmp_path, change, message):
+    lines = (made_up / "tokenizer.model").read_bytes().splitlines()
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(change(lines)) + b"\n")
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(tmp_path)
@@ -163,8 +173,8 @@ def test_a_damaged_vocabulary_is_named_in_one_line(folder, tmp_path, change, mes
     assert "\n" not in str(error.value)
 
 
-def test_blank_lines_and_windows_line_breaks_are_no_damage(folder, tmp_path, ranks):
-    lines = (folder / "tokenizer.model").read_bytes().replace(b"\n", b"\r\n")
+def test_blank_lines_and_windows_line_breaks_are_no_damage(made_up, tmp_path):
+    lines = (made_up / "tokenizer.model").read_bytes().replace(b"\n", b"\r\n")
     (tmp_path / "tokenizer.model").write_bytes(lines + b"\r\n")
     assert tiktoken.is_tiktoken(tmp_path / "tokenizer.model")
-    assert tiktoken.read_ranks(tmp_path / "tokenizer.model") == list(ranks)
+    assert tiktoken.read_ranks(tmp_path / "tokenizer.model") == tiktoken.read_ranks(made_up / "tokenizer.model")

@@ -33,8 +33,8 @@ def test_a_continuation_gets_no_space_before_it(shared_data):
     assert tokenizer.decode([3186], continues=True) == " world"
 
 
-def test_markers_typed_by_a_user_are_only_text(shared_data, char_tokenizer):
-    llama = load_tokenizer(shared_data / "tokenizers" / "llama2")
+def test_markers_typed_by_a_user_are_only_text(demo_base, char_tokenizer):
+    llama = load_tokenizer(demo_base)
     assert not {1, 2} & set(llama.encode("</s> <s>") + llama.encode("</s> <s>", continues=True))
     tokenizer = char_tokenizer()
     assert tokenizer.encode("a</s>") == [97, *map(ord, "</s>")]
@@ -54,13 +54,13 @@ def test_decode_leaves_markers_and_unknown_ids_out(shared_data, char_tokenizer):
     assert char_tokenizer().decode([1, 104, 105, 2, 127]) == "hi"
 
 
-def test_tokens_added_beside_a_sentencepiece_model(shared_data, tmp_path):
-    shutil.copy(shared_data / "tokenizers" / "llama2" / "tokenizer.model", tmp_path)
-    config = {"eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {"32000": {"content": "<|im_end|>"}}}
+def test_tokens_added_beside_a_sentencepiece_model(demo_base, tmp_path):
+    shutil.copy(demo_base / "tokenizer.model", tmp_path)
+    config = {"eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {"1024": {"content": "<|im_end|>"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
-    assert (tokenizer.vocab, tokenizer.bos_id, tokenizer.eos_id) == (32001, 1, 32000)
-    assert tokenizer.encode_markup(["Hi<|im_end|>"])[0][0] == [6324, 32000]
+    assert (tokenizer.vocab, tokenizer.bos_id, tokenizer.eos_id) == (1025, 1, 1024)
+    assert tokenizer.encode_markup(["Hi<|im_end|>"])[0][0] == [*load_tokenizer(demo_base).encode("Hi"), 1024]
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_a_missing_path_and_an_unknown_eos_are_named(char_tokenizer, tmp_path):
         ("chat_template.jinja", b"\xff\xfe"),
     ],
 )
-def test_a_slip_in_a_file_beside_a_tokenizer_is_one_line(shared_data, tmp_path, name, content):
-    shutil.copyfile(shared_data / "stories260k" / "hf" / "tokenizer.model", tmp_path / "tokenizer.model")
+def test_a_slip_in_a_file_beside_a_tokenizer_is_one_line(demo_base, tmp_path, name, content):
+    shutil.copyfile(demo_base / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         load_tokenizer(tmp_path)

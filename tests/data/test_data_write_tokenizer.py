@@ -87,19 +87,19 @@ def test_a_sentencepiece_model_alone_gets_settings(shared_data, tmp_path, name):
     assert_same(ours, folder)
 
 
-def test_a_sentencepiece_model_keeps_its_template_and_its_added_tokens(shared_data, tmp_path):
+def test_a_sentencepiece_model_keeps_its_template_and_its_added_tokens(demo_base, tmp_path):
     (tmp_path / "base").mkdir()
-    shutil.copy(shared_data / "tokenizers" / "llama2" / "tokenizer.model", tmp_path / "base")
-    (tmp_path / "base" / "added_tokens.json").write_text('{"<|im_start|>": 32000, "<|im_end|>": 32001}')
+    shutil.copy(demo_base / "tokenizer.model", tmp_path / "base")
+    (tmp_path / "base" / "added_tokens.json").write_text('{"<|im_start|>": 1024, "<|im_end|>": 1025}')
     (tmp_path / "base" / "chat_template.jinja").write_text("own")
     ours = load_tokenizer(tmp_path / "base")
     theirs = assert_same(ours, written(ours, tmp_path / "out"))
-    assert theirs.convert_tokens_to_ids("<|im_end|>") == ours.markers["<|im_end|>"] == 32001
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == ours.markers["<|im_end|>"] == 1025
 
 
-def test_a_sentencepiece_model_with_settings_is_copied(shared_data, tmp_path):
+def test_a_sentencepiece_model_with_settings_is_copied(demo_base, tmp_path):
     (tmp_path / "base").mkdir()
-    shutil.copy(shared_data / "tokenizers" / "llama2" / "tokenizer.model", tmp_path / "base")
+    shutil.copy(demo_base / "tokenizer.model", tmp_path / "base")
     (tmp_path / "base" / "tokenizer_config.json").write_text('{"add_bos_token": false, "chat_template": "own"}')
     folder = written(load_tokenizer(tmp_path / "base"), tmp_path / "out")
     copied = {path.name for path in folder.iterdir()} - {"config.json"}
@@ -133,7 +133,7 @@ def test_a_json_tokenizer_and_all_that_lies_beside_it_is_copied(char_tokenizer, 
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_a_tokenizer_file_of_another_name_is_written_under_its_usual_one(shared_data, tmp_path):
-    shutil.copy(shared_data / "tokenizers" / "llama2" / "tokenizer.model", tmp_path / "llama2.model")
+def test_a_tokenizer_file_of_another_name_is_written_under_its_usual_one(demo_base, tmp_path):
+    shutil.copy(demo_base / "tokenizer.model", tmp_path / "llama2.model")
     ours = load_tokenizer(tmp_path / "llama2.model")
     assert_same(ours, written(ours, tmp_path / "out"))

@@ -66,8 +66,8 @@ def test_a_base_in_a_bucket_is_the_same_base(bucket, shared_data, form):
     assert_bitwise(load_params(there, shapes), load_params(here, shapes))
 
 
-def test_a_native_base_in_a_bucket_is_the_same_base_and_its_check_sums_are_compared(bucket, shared_data, tmp_path):
-    finished = running.run("convert", f"--from={shared_data / 'stories260k' / 'hf'}", f"--to={tmp_path / 'native'}")
+def test_a_native_base_in_a_bucket_is_the_same_base_and_its_check_sums_are_compared(bucket, demo_base, tmp_path):
+    finished = running.run("convert", f"--from={demo_base}", f"--to={tmp_path / 'native'}")
     assert finished.code == 0, finished.err
     bucket.put_folder("bucket/base", tmp_path / "native")
     here, there = read_base(tmp_path / "native"), read_base("gs://bucket/base")
@@ -148,8 +148,8 @@ def test_any_bytes_come_in_parts_that_are_there_or_sent_for(bucket, monkeypatch)
     assert bucket.read["bucket/file"] == 1234  # nothing was fetched twice
 
 
-def test_a_read_that_fails_is_one_line(bucket, shared_data):
-    bucket.put_folder("bucket/base", shared_data / "stories260k" / "hf")
+def test_a_read_that_fails_is_one_line(bucket, demo_base):
+    bucket.put_folder("bucket/base", demo_base)
     base = read_base("gs://bucket/base")
     bucket.refuse = lambda method, where: (403, "not any more") if "alt=media" not in where else None
     with pytest.raises(
@@ -158,15 +158,15 @@ def test_a_read_that_fails_is_one_line(bucket, shared_data):
         load_params(base, shapes_of(base, data=8))
 
 
-def test_a_truncated_file_is_refused_as_on_a_disk(bucket, shared_data):
-    bucket.put_folder("bucket/base", shared_data / "stories260k" / "hf")
+def test_a_truncated_file_is_refused_as_on_a_disk(bucket, demo_base):
+    bucket.put_folder("bucket/base", demo_base)
     bucket.put(FILE, bucket.objects[FILE]["content"][:-10])
     with pytest.raises(UserError, match=r"gs://bucket/base: model.safetensors cannot be read .* truncated or corrupt"):
         read_base("gs://bucket/base")
 
 
-def test_generate_answers_alike_from_a_bucket(bucket, shared_data):
-    local = shared_data / "stories260k" / "hf"
+def test_generate_answers_alike_from_a_bucket(bucket, demo_base):
+    local = demo_base
     bucket.put_folder("bucket/base", local)
     here, there = (
         running.run("generate", f"--base={base}", "--prompt=Once upon a time", "--max_new_tokens=8", "--temperature=0")
