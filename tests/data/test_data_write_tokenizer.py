@@ -79,12 +79,19 @@ def test_settings_beside_a_tiktoken_vocabulary_are_kept(shared_data, tmp_path):
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["post_processor"] is None
 
 
-@pytest.mark.parametrize("name", ["tokenizers/llama2", "tokenizers/mistral", "stories260k/meta"])
-def test_a_sentencepiece_model_alone_gets_settings(shared_data, tmp_path, name):
-    ours = load_tokenizer(shared_data / name)
-    folder = written(ours, tmp_path / "out")
+def assert_gets_settings(ours, folder):
+    written(ours, folder)
     assert (folder / "tokenizer.model").read_bytes() == ours.path.read_bytes()
     assert_same(ours, folder)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_a_published_sentencepiece_model_alone_gets_settings(shared_data, tmp_path, name):
+    assert_gets_settings(load_tokenizer(shared_data / "tokenizers" / name), tmp_path / "out")
+
+
+def test_a_sentencepiece_model_alone_gets_settings(demo_base, tmp_path):
+    assert_gets_settings(load_tokenizer(demo_base), tmp_path / "out")
 
 
 def test_a_sentencepiece_model_keeps_its_template_and_its_added_tokens(demo_base, tmp_path):
