@@ -29,7 +29,9 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> int | None:
-    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.coordinator_timeout)
+    joined = distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.coordinator_timeout)
+    if joined:
+        print(f"processes  {joined}")
     config = config_file.read(FLAGS.config, arguments)
     if FLAGS.dry_run:
         print(runs.describe(runs.prepare_run(config, FLAGS.workdir, FLAGS.profile), leaves=True))

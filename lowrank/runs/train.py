@@ -143,13 +143,12 @@ def prepare_run(
 def describe(run: Run, leaves: bool = False) -> str:
     """What would be trained on what, and at what cost; `leaves`: every parameter, too."""
     setup = run.setup
-    parts = [f"processes  {jax.process_count()}"] if distributed.is_running() else []
-    parts.append(
+    parts = [
         report.describe_model(
             run.config, run.inputs.architecture, run.mesh, setup.state.trainable, setup.frozen, setup.optimizer
-        )
-    )
-    parts.append(report.describe_data(run.config, run.inputs))
+        ),
+        report.describe_data(run.config, run.inputs),
+    ]
     if leaves:
         parts.append(report.describe_leaves(setup.shapes, setup.mask))
     return "\n".join(parts)

@@ -78,9 +78,9 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(run, trained, tmp_path, finished
     assert re.search(rf"adapter +{WORKDIR}/checkpoints \(\d\d\d\.\d KB\)", finished_run[1])
 
 
-def test_base_data_and_workdir_in_a_bucket(bucket, tiny, trained, tmp_path, shared_data):
+def test_base_data_and_workdir_in_a_bucket(bucket, tiny, trained, tmp_path, demo_base):
     """The command of a TPU VM: nothing of the run lies on its disk."""
-    bucket.put_folder("bucket/base", shared_data / "stories260k" / "hf")
+    bucket.put_folder("bucket/base", demo_base)
     data = json.loads((trained / "config.json").read_text())["config"]["data"]["train"]
     with open(data, "rb") as file:
         bucket.put("bucket/data.json", file.read())
@@ -265,8 +265,8 @@ def test_lines_are_written_together_and_before_every_checkpoint(bucket, tiny):
 # ---- Read from there ---------------------------------------------------------------------------------------------------
 
 
-def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_path, shared_data):
-    base = f"--base={shared_data / 'stories260k' / 'hf'}"
+def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_path, demo_base):
+    base = f"--base={demo_base}"
     ask = ("generate", base, "--prompt=Name a colour.", "--max_new_tokens=8")
     here, there = (running.run(*ask, f"--adapter={adapter}") for adapter in (trained, WORKDIR))
     assert (there.code, there.out) == (0, here.out), there.err
@@ -283,9 +283,9 @@ def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_pat
     assert from_peft.code == 0, from_peft.err
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, shared_data):
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, demo_base):
     run.refuse = lambda method, path: (403, "me has no access") if "/ocdbt.process_0/" in path else None
-    base = f"--base={shared_data / 'stories260k' / 'hf'}"
+    base = f"--base={demo_base}"
     finished = running.run("generate", base, "--prompt=a", f"--adapter={WORKDIR}")
     assert finished.code == 1 and len(finished.err.splitlines()) == 1
     assert f"checkpoint {WORKDIR}/checkpoints/6 cannot be read: Google Cloud Storage does not allow it" in finished.err
@@ -317,9 +317,9 @@ def test_tensorboard_is_refused_before_anything_is_read(tiny):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_base_and_a_workdir_in_a_bucket(bucket, tiny, tmp_path, shared_data):
+def test_two_processes_share_a_base_and_a_workdir_in_a_bucket(bucket, tiny, tmp_path, demo_base):
     """Bitwise as the same two processes on a disk; the base is read by ranges in both."""
-    bucket.put_folder("bucket/base", shared_data / "stories260k" / "hf")
+    bucket.put_folder("bucket/base", demo_base)
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--coordinator_timeout=90")
     there = running.start_processes(2, 2, tiny, f"--workdir={WORKDIR}", "--config.base=gs://bucket/base", *mesh)
     for process in there:

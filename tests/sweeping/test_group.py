@@ -16,7 +16,7 @@ RANKS = "--config.sweep.lora.rank=(1,2,4,8,16)"
 
 @pytest.fixture
 def planned(tiny, monkeypatch):
-    """A group of five members over the real small base, on one device or more."""
+    """A group of five members over the embedded base, on one device or more."""
 
     def planned(*overrides, devices=1):
         whole = mesh.make_mesh
@@ -40,11 +40,12 @@ def test_all_at_once_where_memory_allows_and_one_at_a_time_on_a_cpu(planned):
     assert sizes(found, 10**10, "cpu") == (5, 1)
 
 
-def test_less_memory_means_fewer_at_once_and_then_parts(planned):
+def test_less_memory_means_fewer_at_once_and_then_parts(planned, monkeypatch):
     found = planned("--config.data.max_length=256", "--config.train.batch_size=8")
     base = partition.nbytes(found.shapes["params"])
     state = 8 * partition.nbytes(found.shapes["lora"])
     one = group.activation_bytes(found)
+    monkeypatch.setattr(group, "activation_bytes", lambda _: one)  # it traces the model
     assert sizes(found, base + 10 * state + int(2.5 * one / 0.6)) == (5, 2)
     assert sizes(found, base + 10 * state + int(4 * one / 0.6)) == (5, 3)  # 3 and 2, not 4 and 1
     assert sizes(found, base + 10 * state) == (5, 1)
@@ -66,7 +67,7 @@ def test_over_devices_each_gets_as_many(planned):
     assert sizes(found, 10**10) == (5, 2)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_estimate_is_near_what_the_compiler_says(planned, remat):
     found = planned(f"--config.remat={remat}", "--config.data.max_length=256", "--config.train.batch_size=8")
     trainable, frozen = partition.split(found.shapes, found.mask)

@@ -15,13 +15,12 @@ import pytest
 import running
 from running import TRAIN_KEYS, arrays, kept_arrays, metrics, steps
 
-from lowrank.sweeping import group, members
-from lowrank.sweeping import wave
+from lowrank.sweeping import group, members, wave
 from lowrank.training.partition import named_leaves
 from lowrank.weights.load import load_params
 
 GRID = ("--config.sweep.lora.rank=(1,4)", "--config.sweep.train.mode=lora,full", "--config.sweep.seed=(0,1)")
-# Its adapters alone, and the same with names as they are without `train.mode`.
+# Without the full fine-tuning; the members' names then leave the mode out.
 ADAPTERS = (GRID[0], GRID[2])
 NAMES = ["rank=1,mode=lora,seed=0", "rank=1,mode=lora,seed=1", "mode=full", "rank=4,mode=lora,seed=0", "rank=4,mode=lora,seed=1"]  # fmt: skip
 
@@ -77,7 +76,11 @@ class Spy:
 def spied(monkeypatch):
     def spy(before_step=lambda *_: None):
         found = Spy(before_step)
-        monkeypatch.setattr(group, "members_lib", Replaced(members, make_members_step=found))
+        monkeypatch.setattr(
+            group,
+            "members_lib",
+            Replaced(members, make_members_step=found, make_members_eval_step=running.make_members_eval_step),
+        )
         return found
 
     return spy
