@@ -1,9 +1,10 @@
 """lowrank's side of `against_peft.py`: the step that `train` compiles, the tokens that `generate` gives.
 
 Base and adapter come through lowrank's own importers. Left out are the loader, the log and the checkpoints of a run: a
-step is what is compared. Nothing here needs Grain, Orbax or ml_collections.
+step is what is compared, the same object as `train` and `plan` have (`runs/setup.py`).
 """
 
+import dataclasses
 import pathlib
 import platform
 import time
@@ -14,18 +15,18 @@ import measure
 import numpy as np
 from worker import Work, batch
 
-from lowrank.data.batch import Batch
-from lowrank.inference.decode import Sampling, generate_ids
-from lowrank.model import decoder
-from lowrank.model import kernels as attend
-from lowrank.model.decoder import Decoder
+from lowrank.adapters.lora import LoraConfig
+from lowrank.config import Config, DataConfig, TrainConfig
+from lowrank.data.batch import Batch, to_devices
+from lowrank.generation.decode import Sampling, generate_ids
 from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
+from lowrank.runs.setup import abstract_step
 from lowrank.training import partition
 from lowrank.training.objectives import cross_entropy as objective
-from lowrank.training.optimizer import OptimConfig, learning_rate_schedule, make_optimizer
-from lowrank.training.step import abstract_state, init_state, make_train_step
+from lowrank.training.optimizer import OptimConfig
+from lowrank.training.step import init_state
 from lowrank.weights.base import read_base
 from lowrank.weights.load import load_params
 from lowrank.weights.peft import read_peft
@@ -41,14 +42,19 @@ class Lowrank:
         base, lora, factors = read_base(folder / "base"), None, None
         if work.mode != "full":
             factors, lora, _ = read_peft(folder / "adapter", base.config.layers)
-        param_dtype = "float32" if work.mode == "full" else work.dtype  # as `train` holds what is trained
         self.mesh = mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
-        c, dtype, device = base.config, jnp.dtype(work.dtype), jax.devices()[0]
-        attention = attend.choose_backend(attend.AUTO, device.platform, dtype, c.head_dim, work.length)
-        attention = attend.verify_backend(attention, attend.AUTO, dtype, c)
-        self.model = Decoder(c, lora, dtype, jnp.dtype(param_dtype), work.remat, attention)
-        shapes, axes = decoder.abstract(self.model)
-        shapes = mesh_lib.with_shardings(self.mesh, axes, shapes)
+        self.architecture = base.config
+        self.config = Config(
+            data=DataConfig(max_length=work.length),
+            lora=lora or LoraConfig(),
+            train=TrainConfig(steps=1, batch_size=work.rows, mode="full" if work.mode == "full" else "lora"),
+            optim=OptimConfig(learning_rate=work.learning_rate),
+            dtype=work.dtype,
+            param_dtype=work.dtype,
+            remat=work.remat,
+        )
+        setup = abstract_step(self.config, base.config, self.mesh, 1)
+        self.model, shapes = setup.model, setup.shapes
         variables = {"params": load_params(base, shapes["params"])}
         if lora:
             layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
@@ -58,13 +64,11 @@ class Lowrank:
     def prepare(self, microbatches: int = 1) -> dict:
         """Compile the step -> CPU seconds of it, and the bytes it works with beside its arguments, as the compiler says.
         The variables are the step's from then on."""
-        work, mask = self.work, partition.trainable_mask(self.variables, self.work.mode)
-        optim = OptimConfig(learning_rate=work.learning_rate)
-        schedule = learning_rate_schedule(optim, 1)
-        optimizer = make_optimizer(optim, schedule, mask)
-        trainable, self.frozen = partition.split(self.variables, mask)
-        layout = abstract_state(optimizer, trainable, self.mesh)
-        self.state = init_state(optimizer, trainable, jax.random.key(0), layout)
+        work = self.work
+        train = dataclasses.replace(self.config.train, microbatches=microbatches)
+        setup = abstract_step(dataclasses.replace(self.config, train=train), self.architecture, self.mesh, 1)
+        trainable, self.frozen = partition.split(self.variables, setup.mask)
+        self.state = init_state(setup.optimizer, trainable, jax.random.key(0), setup.state)
         self.variables = None  # the step donates its state
         data = batch(work, self.model.config.vocab)
         learnt = np.roll(data["learnt"], -1, axis=1)
@@ -75,12 +79,10 @@ class Lowrank:
             segment_ids=data["segment_ids"],
             loss_mask=learnt,
         )
-        rows = mesh_lib.spec(("batch", "length"))
-        self.batch = jax.device_put(arrays, jax.sharding.NamedSharding(self.mesh, rows))
-        step = make_train_step(self.model, optimizer, schedule, microbatches, layout)
+        self.batch = to_devices(arrays, self.mesh)
         start = time.process_time()
         with jax.set_mesh(self.mesh):
-            self.compiled = compiling.compile_for(step, self.state, self.frozen, self.batch)
+            self.compiled = compiling.compile_for(setup.function, self.state, self.frozen, self.batch)
         temporaries = self.compiled.memory_analysis().temp_size_in_bytes
         return {"compiling": time.process_time() - start, "temporaries": temporaries}
 

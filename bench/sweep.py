@@ -42,13 +42,13 @@ from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.runs.inputs import RunInputs, initial_variables
+from lowrank.runs.setup import abstract_step
 from lowrank.sweeping import group as group_lib
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member, SweepConfig
 from lowrank.sweeping.group import Group, Programs
 from lowrank.training import partition
-from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
-from lowrank.training.step import State, abstract_state, init_state, make_train_step
+from lowrank.training.step import State, init_state
 
 SHAPES = {name: measure.SHAPES[name] for name in ("15m", "135m", "1.1b")}
 flags.DEFINE_enum("shape", None, list(SHAPES), "The base. If not given: 15m on a CPU, 1.1b elsewhere.")
@@ -173,13 +173,9 @@ class Single:
 
     def __init__(self, group: Group, member: Member):
         self.config = member.config
-        self.model, self.shapes = group_lib.own_model(group, member)
-        self.mask = group.mask
-        trainable, _ = partition.split(self.shapes, group.mask)
-        schedule = learning_rate_schedule(member.config.optim, group.inputs.steps)
-        self.optimizer = make_optimizer(member.config.optim, schedule, group.mask)
-        self.layout = abstract_state(self.optimizer, trainable, group.mesh)
-        self.step = make_train_step(self.model, self.optimizer, schedule, 1, self.layout)
+        setup = abstract_step(member.config, group.inputs.architecture, group.mesh, group.inputs.steps)
+        self.model, self.shapes, self.mask = setup.model, setup.shapes, setup.mask
+        self.optimizer, self.layout, self.step = setup.optimizer, setup.state, setup.function
 
     def first_state(self) -> State:
         made = initial_variables(self.config, self.model, None, self.shapes, {"lora"})
