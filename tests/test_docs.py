@@ -58,8 +58,8 @@ def test_the_python_page_runs(tmp_path, monkeypatch):
     for block in blocks((ROOT / "docs" / "python.md").read_text(), "python"):
         exec(compile(block, "docs/python.md", "exec"), namespace)
     result = namespace["result"]
-    assert sorted(result.losses) == [1, 2, 3, 4]
-    assert sorted(result.eval_losses) == [0, 2, 4]
+    assert sorted(result.losses) == [1, 2, 3, 4, 5, 6]
+    assert sorted(result.eval_losses) == [0, 3, 6]
     assert (tmp_path / "runs" / "python_peft" / "adapter_model.safetensors").is_file()
     assert {file.name for file in (tmp_path / "runs" / "python_sweep").iterdir()} >= {
         "sweep.md",

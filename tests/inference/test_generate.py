@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import lowrank
 from lowrank.data.prompts import ALPACA
-from lowrank.inference.decode import Sampling, generate_ids
+from lowrank.generation.decode import Sampling, generate_ids
 
 PROMPTS = ["One morning Flora had a feast.", "One", "One morning Oscar met Maya at the fair. Oscar carries", ""]
 

@@ -6,7 +6,7 @@ import pytest
 from lowrank.data.examples import Example, encode_examples
 from lowrank.data.records import Record
 from lowrank.data.tokenizer import load_tokenizer
-from lowrank.inference.answers import question_and_answer
+from lowrank.generation.answers import question_and_answer
 
 
 def example(trained: str) -> Example:

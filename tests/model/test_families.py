@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowrank.families.config_json import hf_config, read_config
-from lowrank.inference.decode import Sampling, generate_ids
+from lowrank.generation.decode import Sampling, generate_ids
 from lowrank.model.kernels import window_mask
 
 torch_families = pytest.importorskip("torch_families")
