@@ -148,7 +148,9 @@ def test_members_of_other_ranks_rates_and_seeds_equal_runs_alone(params, alone, 
             assert together.learning_rate[i] == single.learning_rate
             assert together.trained_tokens[i] == single.trained_tokens
             for name in ("loss", "grad_norm"):
-                np.testing.assert_allclose(together[name][i], single[name], rtol=2e-6)  # sums of another order
+                np.testing.assert_allclose(
+                    getattr(together, name)[i], getattr(single, name), rtol=2e-6
+                )  # sums of another order
         for tree, expected in ((state.trainable, own.trainable), (state.opt_state, own.opt_state)):
             found = jax.tree.map(lambda leaf, i=i: leaf[i], jax.device_get(tree))
             cut = members.cut(found, expected)
