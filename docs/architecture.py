@@ -207,12 +207,17 @@ def draw_edges(boxes: dict[str, Box]) -> list[str]:
     for room, other in edges:
         box, target = boxes[room], boxes[other]
         if (room, other) in between:  # up to the channel between the rows, along it, and up to the target
-            x = box.x + 30 + 22 * [other for one, other in between if one == room].index(other)
+            number = [other for one, other in between if one == room].index(other)
+            is_under = any(one.x == box.x and one.y < box.y for name, one in boxes.items() if name not in first_row)
+            x = (
+                box.x - 8 - 7 * number if is_under else box.x + 30 + 22 * number
+            )  # beside the boxes above it, or from its top
             is_covered = any(one.x == target.x and one.y > target.y for name, one in boxes.items() if name in first_row)
             up = target.x + target.width + 11 if is_covered else target.x + target.width / 2
             across = channel - 9 * between.index((room, other))
             corner = 6 if up > x else -6
-            path = f"M{x:g},{box.y:g} V{across + 6:g} q0,-6 {corner},-6 H{up - corner:g} q{corner},0 {corner},-6"
+            start = f"M{box.x:g},{box.middle + 7 * number:g} H{x:g}" if is_under else f"M{x:g},{box.y:g}"
+            path = f"{start} V{across + 6:g} q0,-6 {corner},-6 H{up - corner:g} q{corner},0 {corner},-6"
             if is_covered:  # past the boxes below it, to its right side
                 end = target.y + target.height - 12
                 path += f" V{end + 6:g} q0,-6 -6,-6 H{target.x + target.width:g}"
