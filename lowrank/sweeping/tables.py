@@ -69,7 +69,10 @@ def write_csv(file: pathlib.Path, results: list[Result]) -> None:
     rows: list[dict[str, Any]] = []
     for result in ranking.rank_members(results):
         swept, (best_step, best_loss) = result.swept | {MODE: result.mode}, result.best
-        row: dict[str, Any] = {"name": result.name, **{key: _csv_cell(swept.get(key, "")) for key in ranking.list_keys(results)}}
+        row: dict[str, Any] = {
+            "name": result.name,
+            **{key: _csv_cell(swept.get(key, "")) for key in ranking.list_keys(results)},
+        }
         row |= {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
         row |= {"eval/best_loss": best_loss, "eval/best_step": best_step, "train/loss": result.train_loss}
         if ranking.has_answers(results):
@@ -137,29 +140,31 @@ def _summarize(results: list[Result], settings: list[Setting]) -> list[str]:
     close = sum(setting.mean - best.mean <= noise for setting in complete[1:])
     next_ones = f"{_count(close, 'other setting')} (next in the table) cannot be told apart from the best."
     said.append(f"By that measure, {next_ones}" if close else "No other setting is that close to the best.")
-    return said + _judge_ranks([setting for setting in at_best_rates if RANK in setting.values], noise)
+    return said + _judge_ranks([setting for setting in at_best_rates if RANK in setting.values])
 
 
-def _judge_ranks(settings: list[Setting], noise: float) -> list[str]:
-    """Which rank is enough: the smallest within `noise` of the best. `settings`: each at its best rate."""
+def _judge_ranks(settings: list[Setting]) -> list[str]:
+    """Which rank is enough: the smallest within one standard deviation of the best. `settings`: each at its best rate."""
     if not settings:
         return []
     best = min(settings, key=lambda setting: setting.mean)
     rest = best.without(RANK, RATE)  # compared are ranks with all else equal
     ranks = [one for one in settings if one.mode == best.mode and one.without(RANK, RATE) == rest]
     ranks.sort(key=lambda setting: setting.values[RANK])
-    smallest = next(one for one in ranks if one.mean - best.mean <= noise)
+    noise = ranking.pool_deviation(ranks)
     with_rest = f" (with {format_values(rest)})" if rest else ""
-    if len(ranks) == 1:
+    if len(ranks) == 1 or noise is None:
         return []
+    within = f"one standard deviation ({format_loss(noise)}, pooled over these ranks)"
+    smallest = next(one for one in ranks if one.mean - best.mean <= noise)
     if smallest is not best:
         return [
-            f"Rank {smallest.values[RANK]} is enough{with_rest}: it is that close to rank {best.values[RANK]}, the best."
+            f"Rank {smallest.values[RANK]} is enough{with_rest}: it is within {within} of rank {best.values[RANK]}, the best."
         ]
     if best is ranks[0]:
         return [f"The smallest rank, {best.values[RANK]}, is also the best{with_rest}."]
     largest = f" Rank {best.values[RANK]} is the largest tried: extend the grid." if best is ranks[-1] else ""
-    return [f"No rank below {best.values[RANK]} is enough{with_rest}: none is that close to it.{largest}"]
+    return [f"No rank below {best.values[RANK]} is enough{with_rest}: none is within {within} of it.{largest}"]
 
 
 def _count(number: int, what: str) -> str:

@@ -166,7 +166,7 @@ def test_the_summary_names_the_best_setting_its_equals_and_the_rank_that_is_enou
         "The best setting is rank 8, learning rate 1e-3: 1.2000 ± 0.0200 (3 seeds). "
         "Over seeds, the standard deviation is 0.0200 (pooled over settings at their best rates). "
         "By that measure, 1 other setting (next in the table) cannot be told apart from the best. "
-        "Rank 4 is enough: it is that close to rank 8, the best."
+        "Rank 4 is enough: it is within one standard deviation (0.0200, pooled over these ranks) of rank 8, the best."
     )
 
 
@@ -175,7 +175,10 @@ def test_no_smaller_rank_is_called_enough_beyond_one_deviation():
     results += with_seeds(4, 1e-3, (1.205, 1.225, 1.245))  # 0.025 behind
     said = paragraph(results)
     assert "No other setting is that close to the best." in said
-    assert "No rank below 8 is enough: none is that close to it. Rank 8 is the largest tried: extend the grid." in said
+    assert (
+        "No rank below 8 is enough: none is within one standard deviation (0.0200, pooled over these ranks) of it. Rank 8 is the largest tried: extend the grid."
+        in said
+    )
 
 
 def test_the_smallest_rank_may_be_the_best_and_a_rank_that_lost_a_seed_is_not_judged():
@@ -204,7 +207,9 @@ def test_the_baseline_is_a_row_and_ranks_are_judged_without_it():
     assert "The best setting is full fine-tuning, learning rate 1e-5: 1.1700 ± 0.0141 (2 seeds)." in said
     pooled = ((3 * 2 * 0.02**2 + 0.0002) / 7) ** 0.5  # three ranks of three seeds, two seeds of full fine-tuning
     assert f"the standard deviation is {pooled:.4f} (pooled" in said
-    assert said.endswith("Rank 4 is enough: it is that close to rank 8, the best.")
+    assert said.endswith(
+        "Rank 4 is enough: it is within one standard deviation (0.0200, pooled over these ranks) of rank 8, the best."
+    )
     assert tables(results)["Best rate for each rank"] == [
         [
             "rank",
@@ -260,7 +265,7 @@ def test_targets_are_part_of_a_setting_and_ranks_are_compared_within_them():
                 losses = [mean - better + away + rate for away in (0.0, 0.1)]
                 results += with_seeds(rank, rate, losses, **{"lora.targets": targets})
     results += with_seeds(1, 1e-3, (1.5, 1.6), **{"lora.targets": ("gate_proj",)})  # enough, but not of these targets
-    assert "Rank 2 is enough (with targets all seven): it is that close to rank 4, the best." in paragraph(results)
+    assert "Rank 2 is enough (with targets all seven): it is within one standard deviation (" in paragraph(results)
     head, *rows = tables(results)["Best rate for each rank x targets"]
     assert head[:3] == ["rank", "targets", "best rate"]
     assert [row[:3] for row in rows] == [
