@@ -87,7 +87,9 @@ def _draw_across(axis: "Axes", lines: list[Line], baselines: list[Line], across:
         names = [_shorten(format_value(across, value)) for value in values]
         axis.set_xticks(range(len(values)), names, rotation=20, ha="right")
     for i, group in enumerate(groups):
-        points = {one.values[across or ""] if on_scale else values.index(one.values.get(across or "")): one for one in group}
+        points = {
+            one.values[across or ""] if on_scale else values.index(one.values.get(across or "")): one for one in group
+        }
         style = {"color": _pick_colour("plasma", i, len(groups)), "marker": MARKERS[i % len(MARKERS)]}
         _draw_means(axis, points, label=_label(group[0], variants or [RATE]), **style)
     for line in baselines:
