@@ -99,10 +99,10 @@ def make_group() -> Group:
     mesh = mesh_lib.members_mesh(mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1]))
     widest = members_lib.widest([member.config.lora for member in members])
     model, shapes = group_lib.model_of(config, architecture, widest, mesh)
-    prepared = RunInputs(None, architecture, None, None, None, rows, 1.0, steps)
+    inputs = RunInputs(None, architecture, None, None, None, rows, 1.0, steps)
     mask = partition.trainable_mask(shapes, config.train.mode)
     count = len(members)
-    group = Group(members, prepared, mesh, model, shapes, mask, count, 1)
+    group = Group(members, inputs, mesh, model, shapes, mask, count, 1)
     # The size is given, as what is compared is one step of all members: a sweep may have to part them.
     _, at_once = group_lib.choose_sizes(
         group, SweepConfig(count, FLAGS.at_once), memory.free_bytes(mesh), mesh.devices.flat[0].platform

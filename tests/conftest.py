@@ -74,7 +74,7 @@ def one_torch_thread():
 @pytest.fixture
 def bucket():
     """The content of gs://bucket, on a server in this process."""
-    if importlib.util.find_spec("gcsfs") is None:  # looked for, not imported, which is lowrank.storage's to do
+    if importlib.util.find_spec("gcsfs") is None:  # looked for, not imported, which is files/bucket.py's to do
         pytest.skip("gcsfs is not installed")
     with fake_gcs.serving() as bucket:
         yield bucket

@@ -165,7 +165,7 @@ def load(name: str):
 
 
 def run(name: str, *arguments: str, stdin: str = "", changes: dict | None = None, devices: int = 1) -> Finished:
-    """Run a command in this process, through `lowrank.command.run`; `changes` replaces what dotted names stand for.
+    """Run a command in this process, through `lowrank.cli.run.run`; `changes` replaces what dotted names stand for.
 
     On one device, as a user's laptop has it: what eight compute is tested elsewhere, and takes them far longer.
     """

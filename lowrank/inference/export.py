@@ -60,6 +60,8 @@ def export(
     `base_name`: what the export calls its base (None: its path). `dtype`: of merged tensors (None: as the base is
     stored). Raises UserError, also where the export computes other logits than the trained model.
     """
+    if format not in ("peft", "merged"):
+        raise UserError(f"format={format} is no format of an export; choose peft or merged")
     run_folder, to = paths.path(workdir), paths.local(to)
     run, adapter = workdir_lib.read_config(run_folder), read_adapter(run_folder, step)
     lora = adapter.lora

@@ -107,6 +107,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint."""
+        return list(self.manager.all_steps())
+
     def save(self, step: int, state: State, data: dict, meta: dict, eval_loss: float | None = None):
         """Start saving; raises the failure of the save before."""
         with self._disk_errors():

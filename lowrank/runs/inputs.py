@@ -80,6 +80,7 @@ def facts(config: Config, run_identity: dict) -> dict[str, str]:
     values = workdir_lib.flat(config_lib.to_dict(config))
     settings = {f"config.{key}": repr(value) for key, value in values if key not in workdir_lib.PATHS}
     files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
+    settings["config.init_adapter"] = "set" if config.init_adapter else "not set"
     return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
 
 

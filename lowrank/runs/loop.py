@@ -88,6 +88,8 @@ def run_steps(
             jax.block_until_ready(metrics)
             with speed.paused():
                 profile.close()
+        # The step before is waited for first: a signal that comes meanwhile then stops the run at this step.
+        jax.block_until_ready([result.metrics for result in waiting])
         waiting.append(StepResult(step, metrics, examples, position))
         every = config.eval.every, config.sample.every, config.checkpoint.every
         evaluates, samples, saves = (due(step, each, steps) for each in every)

@@ -238,6 +238,7 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
                     f"stopped by {stopped_by} after step {step}, which is saved; run the same command again to go on"
                 )
         checkpoints.wait()
+    distributed.barrier("written")  # the first process has flushed its lines, which all read
     result = read_result(workdir, step, stopped_by)
     if not stopped_by and distributed.is_first():
         plot_curves(workdir)
@@ -263,6 +264,7 @@ def _begin(run: Run, checkpoints: Checkpoints, batches, first: int) -> tuple[Sta
     start = run.init_adapter
     if config.init_adapter and not first and start is None:  # a run that was stopped before its first checkpoint
         start = read_init_adapter(config, run.inputs.base)
+        check_init_adapter(start, config, run.inputs.architecture.layers)
     variables = initial_variables(config, setup.model, run.inputs.base, setup.shapes, made, start)
     trainable, frozen = partition.split(variables, setup.mask)
     layout, key = setup.state, jax.random.key(config.seed)

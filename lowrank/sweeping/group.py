@@ -46,7 +46,7 @@ class Group:
     mask: dict
     size: int  # members in one compiled step
     at_once: int  # of these, the members that a device computes side by side
-    init_adapter: Adapter | None  # that all members start from
+    init_adapter: Adapter | None = None  # that all members start from
 
     @property
     def config(self) -> Config:

@@ -55,7 +55,7 @@ def sweep(
     grid = grid if isinstance(grid, Grid) else grid_lib.make_grid(grid)
     groups = plan_groups(grid)
     profiled = Profile(profile, folder)
-    profiled.check(max(group.inputs.steps for group in groups))
+    profiled.check(min(group.inputs.steps for group in groups))
     origin = wave_lib.Origin(overrides, command)
     with workdir_lib.lock_workdir(folder, folder / "sweep.json", "sweep"), stop_signals() as stop:
         groups = _begin(folder, grid, groups, origin)
@@ -64,13 +64,15 @@ def sweep(
         results: list[Result] = []
         stopped_by = None
         try:
-            for found in _train_waves(folder, groups, origin, stop, profiled):
+            for found, is_new in _train_waves(folder, groups, origin, stop, profiled):
                 results += found
-                write_tables(folder, results)
+                if is_new:
+                    write_tables(folder, results)
         except wave_lib.Stopped as stopped:
             stopped_by = str(stopped)
             print("run the same command again to go on")
         else:
+            write_tables(folder, results)
             print(closing(folder, groups, results))
     return SweepResult(folder, ranking.rank_members(results), stopped_by)
 
@@ -110,13 +112,15 @@ def _begin(workdir: pathlib.Path, grid: Grid, groups: list[Group], origin: wave_
 
 
 def _train_waves(workdir: pathlib.Path, groups: list[Group], origin: wave_lib.Origin, stop, profile: Profile):
-    """Train one group after the other, wave after wave; yields the results of each. Raises wave.Stopped."""
+    """Train one group after the other, wave after wave; yields (results, whether the wave was trained now) of each.
+    Raises wave.Stopped."""
     bases = Bases()
     for number, group in enumerate(groups):
         programs = None
         for i, wave in enumerate(group.waves):
             folder, done = wave_folder(workdir, number, i)
-            if done.exists():
+            is_new = not done.exists()
+            if not is_new:
                 found = read_results(done, wave)
                 refuse_other_length(workdir, group, found)
                 refuse_damaged(workdir, folder, group, wave, found)
@@ -131,7 +135,7 @@ def _train_waves(workdir: pathlib.Path, groups: list[Group], origin: wave_lib.Or
                 replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
             # Left behind if the sweep was killed just after this wave was finished.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            yield found
+            yield found, is_new
 
 
 def wave_folder(workdir: pathlib.Path, group: int, wave: int) -> tuple[pathlib.Path, pathlib.Path]:

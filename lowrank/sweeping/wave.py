@@ -67,6 +67,7 @@ def train_wave(
     ] = {}  # frozen members: the step that was not finite, the data's position and tokens before it
     best: dict[str, tuple[float, int]] = {}  # each member's best evaluation: (loss, step)
     with contextlib.ExitStack() as stack:
+        stack.callback(profile.close)
         for member in wave:
             own_identity = identity(member.config, inputs)
             opened = workdir_lib.open_workdir(
@@ -149,6 +150,12 @@ def train_wave(
             progress.show_evaluation(step)
             return state, improved
 
+        def sample(step: int, state: State):
+            trainables = jax.device_get(state.trainable)
+            for i, name in going_on():
+                file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
+                write_samples(file, step, group.model, variables, inputs, config)
+
         # ---- The loop: log, evaluate, sample, save, as a run alone does.
         step = first
         for tick in run_steps(
@@ -181,10 +188,7 @@ def train_wave(
                     if tick.evaluates and eval_batches:
                         tick.state, improved = evaluate(step, tick.state)
                     if tick.samples:
-                        trainables = jax.device_get(tick.state.trainable)
-                        for i, name in going_on():
-                            samples, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
-                            write_samples(samples, step, group.model, variables, inputs, config)
+                        sample(step, tick.state)
                     if tick.saves or (improved and step > 0) or tick.stopped_by:
                         meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
                         meta |= {"versions": workdir_lib.versions()}
@@ -200,35 +204,44 @@ def train_wave(
 
         # ---- Every member becomes an ordinary workdir.
         last_state, results = jax.device_get(state._replace(key=None)), []
-        best_steps = sorted({step for _, step in best.values()} - {0})
-        earlier = {
-            step: _restore_on_host(checkpoints, step, group, programs, wave) for step in best_steps if step < steps
-        }
+        earlier = _best_checkpoints(checkpoints, group, programs, wave, best, steps)
         for i, member in enumerate(wave):
             name, divergence = member.name, diverged.get(member.name)
             evaluations = read_evaluations(places[name])
             last, seen, position = steps, tokens, batches.get_state()
             if divergence:
                 last, seen, position = divergence["step"] - 1, divergence["tokens"], divergence["data"]
-            written = [MemberCheckpoint(last, last_state, seen, position, evaluations.get(last))]
-            if best[name][1] in earlier and best[name][1] < last:
-                written.insert(0, earlier[best[name][1]]._replace(eval_loss=best[name][0]))
-            own = [one._replace(state=jax.tree.map(lambda leaf, i=i: leaf[i], one.state)) for one in written]
-            trainable = write_member(group, member, places[name], own)
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], last_state)
+            written = [MemberCheckpoint(last, own, seen, position, evaluations.get(last))]
+            if name in earlier and earlier[name].step < last:
+                written.insert(0, earlier[name])
+            trainable = write_member(group, member, places[name], written)
             results.append(
                 member_result(group, member, places[name], trainable, last, divergence["step"] if divergence else None)
             )
         return results
 
 
-def _restore_on_host(
-    checkpoints: Checkpoints, step: int, group: Group, programs: Programs, wave: tuple[Member, ...]
-) -> MemberCheckpoint:
-    """The wave's checkpoint of `step`, stacked, on the host."""
-    state, position = restore_wave(checkpoints, step, group, programs, wave)
-    host = jax.device_get(state._replace(step=None, key=None))
-    host = host._replace(step=np.full(group.count, step, np.int32))
-    return MemberCheckpoint(step, host, checkpoints.meta(step)["tokens"], position, None)
+def _best_checkpoints(
+    checkpoints: Checkpoints,
+    group: Group,
+    programs: Programs,
+    wave: tuple[Member, ...],
+    best: dict[str, tuple[float, int]],
+    steps: int,
+) -> dict[str, MemberCheckpoint]:
+    """Each member's checkpoint of its best evaluation, if that came before the last step; one wave is on the host at a time."""
+    found = {}
+    for step in sorted({step for _, step in best.values()} & set(checkpoints.steps()) - {steps}):
+        state, position = restore_wave(checkpoints, step, group, programs, wave)
+        host, seen = jax.device_get((state.trainable, state.opt_state)), checkpoints.meta(step)["tokens"]
+        for i, member in enumerate(wave):
+            loss, best_step = best[member.name]
+            if best_step == step:
+                trainable, opt_state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), host)
+                own = State(np.int32(step), trainable, opt_state, None)
+                found[member.name] = MemberCheckpoint(step, own, seen, position, loss)
+    return found
 
 
 def restore_wave(
