@@ -75,7 +75,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(run, trained, tmp_path, finished
     assert files["curves.png"].startswith(b"\x89PNG") and ".lock" not in files
     record, expected = (json.loads(text) for text in (files["config.json"], (trained / "config.json").read_text()))
     assert (record["config"], record["identity"]) == (expected["config"], expected["identity"])
-    assert re.search(rf"adapter +{WORKDIR}/checkpoints \(\d\d\d\.\d KB\)", finished_run[1])
+    assert re.search(rf"adapter +{WORKDIR}/checkpoints \(\d+\.\d [KM]B\)", finished_run[1])
 
 
 def test_base_data_and_workdir_in_a_bucket(bucket, tiny, trained, tmp_path, demo_base):
@@ -218,7 +218,7 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(bucket, capsys
 def test_a_process_that_has_lost_its_lock_ends_at_once(bucket, monkeypatch, how):
     ended = threading.Event()
     said = []
-    monkeypatch.setattr(bucket_lock, "_end", lambda *what: (said.append(what), ended.set()))
+    monkeypatch.setattr(bucket_lock, "_exit", lambda *what: (said.append(what), ended.set()))
     for name, value in {"BEAT": 0.1, "GIVE_UP": 0.5}.items():
         monkeypatch.setattr(bucket_lock, name, value)
     with bucket_lock.locked(paths.path(f"gs://{LOCK}"), WORKDIR):
