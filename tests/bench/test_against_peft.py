@@ -39,6 +39,7 @@ def trains(*losses):
     return side(prepare=[{"compiling": 1.0}], peak=[7], step=steps)
 
 
+@pytest.mark.slow
 def test_end_to_end():
     pytest.importorskip("peft")
     done = subprocess.run(

@@ -105,7 +105,7 @@ def swept(tmp_path_factory, tiny) -> pathlib.Path:
 # ---- Exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_members_equal_the_same_runs_alone(tiny, tmp_path, count):
     longer = (
         f"--config.train.steps={count}",
@@ -171,7 +171,8 @@ def test_the_base_is_read_once_compiled_once_and_held_once(tiny, tmp_path, caplo
     assert set(alive) == {0}
 
 
-def test_members_side_by_side_or_in_parts_are_the_same(tiny, swept, tmp_path, spied):
+@pytest.mark.slow
+def test_members_side_by_side_or_in_waves_are_the_same(tiny, swept, tmp_path, spied):
     spy = spied()
     finished = sweep(tiny, tmp_path / "run", *ADAPTERS, "--config.sweep.group_size=3", "--config.sweep.at_once=2")
     assert finished.code == 0, finished.err
@@ -308,7 +309,9 @@ class Killed(BaseException):
     """Ends the process as it is, for all that the code could do about it."""
 
 
-@pytest.mark.parametrize("at", [(1, 2), (1, 5), (2, 4)])
+@pytest.mark.parametrize(
+    "at", [(1, 5), pytest.param((1, 2), marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)]
+)
 def test_a_killed_sweep_goes_on_to_the_bit_and_runs_no_finished_group_again(tiny, swept, tmp_path, spied, at):
     """`at`: the group and the step that is never made."""
     groups = []
@@ -353,6 +356,7 @@ def test_killed_while_members_are_written_it_goes_on(tiny, swept, tmp_path, monk
     assert_same_sweep(tmp_path / "run", swept)
 
 
+@pytest.mark.slow
 def test_tables_after_resuming_are_those_of_an_uninterrupted_sweep(tiny, tmp_path, spied):
     """What JSON makes of a tuple is not what was swept: seeds of one setting fell apart."""
     short = ("--config.sample.every=0", "--config.train.steps=2", "--config.sweep.group_size=1")
@@ -396,6 +400,7 @@ def test_a_finished_member_may_go_on_alone_and_the_sweep_goes_on_without_it(tiny
     assert (workdir / "sweep.csv").read_text() == (swept / "sweep.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_over_more_devices(tiny, swept, tmp_path, spied):
     spied(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
     assert sweep(tiny, tmp_path / "run", *ADAPTERS).code == 75
