@@ -229,7 +229,7 @@ def test_a_process_that_has_lost_its_lock_ends_at_once(bucket, monkeypatch, how)
         assert ended.wait(10)
         bucket.refuse = None
     code, message = {
-        "taken over": (1, "was taken over by another process"),
+        "taken over": (1, "was taken over by a process that took this one for dead"),
         "out of reach": (75, "(gs://bucket/runs/tiny/.lock: Google"),  # the same command again goes on
     }[how]
     assert said[0][0] == code and message in said[0][1]
