@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lowrank import formatting
+from lowrank.config import Config, LogConfig
 from lowrank.errors import UserError
 from lowrank.files import lines as lines_lib
 from lowrank.runs import curves
@@ -43,7 +44,7 @@ def test_every_writer_gets_the_scalars(tmp_path, monkeypatch):
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for first in (0, 7):  # begun, and resumed
-        writer = Metrics(tmp_path, {"seed": 1}, tensorboard=True, wandb="project", step=first)
+        writer = Metrics(tmp_path, Config(log=LogConfig(tensorboard=True, wandb="project")), first)
         writer.write(first + 1, {"train/loss": 2.5})
         writer.close()
         assert wandb.logged == ({"train/loss": 2.5}, first + 1)
@@ -58,7 +59,7 @@ def test_every_writer_gets_the_scalars(tmp_path, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_writer_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config.log.wandb needs wandb; pip install"):
-        Metrics(tmp_path, {}, tensorboard=False, wandb="project", step=0)
+        Metrics(tmp_path, Config(log=LogConfig(wandb="project")), 0)
 
 
 @pytest.mark.parametrize(
@@ -71,5 +72,5 @@ def test_numbers_for_people(x, text):
 def test_curves_are_drawn_from_whatever_is_there(tmp_path):
     file = tmp_path / "metrics.jsonl"
     lines_lib.append_line(file, {"step": 0, "eval/loss": 2.0})
-    curves.plot_curves(file, tmp_path / "curves.png", "run")
+    curves.plot_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

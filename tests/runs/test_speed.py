@@ -36,17 +36,19 @@ def test_rates_leave_out_pauses_and_count_what_devices_waited(clock):
     speed.dispatches(idle=True)  # at most since the pause
     clock.now += 4
     speed.read(tokens=60, trained=50)
-    assert speed.rates() == pytest.approx({"tokens_per_second": 100 / 10, "mfu": 800 / 10 / 1000, "waiting": 2 / 10})
+    assert speed.rates() == pytest.approx(
+        {"train/tokens_per_second": 100 / 10, "train/mfu": 800 / 10 / 1000, "train/waiting": 2 / 10}
+    )
     clock.now += 4
     speed.dispatches(idle=True)  # since the last results were read, on the new count
     speed.read(tokens=8, trained=0)
-    assert speed.rates() == pytest.approx({"tokens_per_second": 2, "mfu": 0, "waiting": 1})
+    assert speed.rates() == pytest.approx({"train/tokens_per_second": 2, "train/mfu": 0, "train/waiting": 1})
 
 
 def test_without_a_ceiling_there_is_no_mfu(clock):
     speed = Speed(lambda trained: 1.0, ceiling=None)
     clock.now += 1
-    assert speed.rates().keys() == {"tokens_per_second", "waiting"}
+    assert speed.rates().keys() == {"train/tokens_per_second", "train/waiting"}
 
 
 def test_a_program_is_compiled_once_and_for_other_arguments_again_with_a_warning():
