@@ -6,14 +6,12 @@ Left out: v4, which ahead-of-time compilation sees as two devices a chip where a
 cannot be compiled without one.
 """
 
-import dataclasses
-import math
+from typing import NamedTuple
 
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """`link` is of one link in one direction. A chip has two links along each dimension of the torus."""
 
     name: str
@@ -25,24 +23,11 @@ class Chip:
     devices: int = 1  # as which JAX sees one chip; the other numbers are those of all of them together
     full_torus: int = 4  # a slice's dimensions are rings if all of them are multiples of this
 
-    def dimensions(self, topology: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in topology.split("x"))
-
-    def chips(self, topology: str) -> int:
-        return math.prod(self.dimensions(topology))
-
-    def rings(self, topology: str) -> tuple[bool, ...]:
-        """Whether the ends of each dimension are joined."""
-        sizes = self.dimensions(topology)
-        if len(sizes) == 2:  # only a dimension as long as the 2-D pod's is joined
-            return tuple(size == self.full_torus for size in sizes)
-        return (all(size % self.full_torus == 0 for size in sizes),) * len(sizes)
-
 
 _2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
-CHIPS: dict[str, Chip] = {
+CHIPS = {
     chip.name: chip
     for chip in (
         # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 819 GB/s, 400 GB/s in both directions over 4 ports.

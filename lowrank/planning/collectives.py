@@ -30,7 +30,7 @@ SENT_SHARE = {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (([a-z][\w\-]*)\(.*)$")
 _ARRAY = re.compile(r"\b([a-z]\d*[a-z]*\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
@@ -43,8 +43,7 @@ class Collective:
     group: tuple[int, ...]  # the first group, as places in the mesh's `devices.flat`; of a permute, the first pair
     times: int
     op_name: str  # its origin in the traced program, as `jit(train_step)/…/q_proj/dot_general`
-    name: str  # of the instruction in the text
-    channel: str  # a number that only instructions of the same collective share; may be empty
+    channel: str  # shared by the instructions of one collective: a number; of one that has none, its name in the text
 
     @property
     def result_bytes(self) -> float:
@@ -80,9 +79,9 @@ def dtype_bytes(dtype: str) -> float:
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
-    opcode: str
     result: str  # its type, as text
     rest: str  # opcode, operands and attributes, as text
+    opcode: str
 
     def attribute(self, pattern: str) -> str:
         """The first group of the pattern; empty where it does not match."""
@@ -111,8 +110,7 @@ class _Program:
                 current = self.computations[header[2]] = []
                 self.entry = header[2] if header[1] else self.entry
             elif found := _INSTRUCTION.match(line):
-                name, result, rest, opcode = found.groups()
-                current.append(_Instruction(name, opcode, result, rest))
+                current.append(_Instruction(*found.groups()))
         if not self.entry:
             raise ValueError("this is no HLO text: it has no ENTRY computation")
 
@@ -125,7 +123,7 @@ class _Program:
             kind, called = instruction.opcode.removesuffix("-start"), instruction.called
             if kind in SENT_SHARE:
                 one = _collective(kind, instruction)
-                own.setdefault(one.channel or one.name, one)
+                own.setdefault(one.channel, one)
             elif kind == "while":
                 if body := self.walk(called["body"]):
                     trips = self._trips(instruction, computation)
@@ -139,7 +137,7 @@ class _Program:
         # An asynchronous gather that begins here may continue inside a loop of this computation: it is still one.
         return [*own.values(), *(one for one in inner if one.channel not in own)]
 
-    def _unfused(self, computation: str) -> Iterator["_Instruction"]:
+    def _unfused(self, computation: str) -> Iterator[_Instruction]:
         """The computation's instructions, fusions replaced by what they fuse."""
         for instruction in self.computations[computation]:
             if instruction.opcode != "fusion":
@@ -155,7 +153,7 @@ class _Program:
         """As XLA says, or from the counter's start, its limit (the condition is `counter < limit`) and its step."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        condition, body = (loop.attribute(rf"{name}=%?([\w.\-]+)") for name in ("condition", "body"))
+        condition, body = loop.called["condition"], loop.called["body"]
         try:
             compare = self.computations[condition][-1]
             if compare.opcode != "compare" or "direction=LT" not in compare.rest:
@@ -184,15 +182,14 @@ def _collective(kind: str, instruction: _Instruction) -> Collective:
         shapes = [shape for shape in shapes if shape != ("u32", ())]
         shapes = shapes[len(shapes) // 2 :]
     op_name, channel = instruction.attribute(r'op_name="([^"]*)"'), instruction.attribute(r"channel_id=(\d+)")
-    return Collective(kind, tuple(shapes), _group(kind, instruction), 1, op_name, instruction.name, channel)
+    return Collective(kind, tuple(shapes), _group(kind, instruction), 1, op_name, channel or instruction.name)
 
 
 def _group(kind: str, instruction: _Instruction) -> tuple[int, ...]:
     """The first group of devices that take part together; of a permute, the first pair of two different ones."""
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(.*?\})\}"))
-        moved = [(int(source), int(target)) for source, target in pairs if source != target]
-        return moved[0] if moved else (int(pairs[0][0]),)
+        return next(((int(source), int(target)) for source, target in pairs if source != target), (int(pairs[0][0]),))
     if text := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return tuple(_numbers(text))
     if text := instruction.attribute(r"replica_groups=(\[[^ ]*)"):  # [groups,size]<=[dimensions]T(order)
@@ -218,15 +215,12 @@ def _mesh_group(text: str) -> tuple[int, ...]:
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
     ids = re.search(r"device_ids=\(([^ ]*)\) ", text)
     devices = _iota(ids[1]) if ids else np.arange(math.prod(axes.values()))
-    devices = devices.reshape([*axes.values()])
-    places = np.zeros((1, len(axes)), int)
+    places = np.zeros(1, int)
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", text[text.rindex("{") :]):
-        size, before = int(size or axes[name]), int(before or 1)
-        stride = axes[name] // (before * size)
-        steps = np.zeros((size, len(axes)), int)
-        steps[:, [*axes].index(name)] = np.arange(size) * stride
-        places = (places[:, None] + steps[None]).reshape(-1, len(axes))
-    return tuple(devices[tuple(places.T)].tolist())
+        size, inner = int(size or axes[name]), math.prod([*axes.values()][[*axes].index(name) + 1 :])
+        stride = inner * axes[name] // (int(before or 1) * size)
+        places = np.add.outer(places, np.arange(size) * stride).reshape(-1)
+    return tuple(devices[places].tolist())
 
 
 def _numbers(text: str) -> list[int]:

@@ -5,7 +5,6 @@ import time
 import jax
 import numpy as np
 
-from lowrank.config import Config
 from lowrank.data.batch import Batch, to_devices
 from lowrank.errors import UserError
 from lowrank.planning.plan import Plan
@@ -25,7 +24,12 @@ def measure_seconds(plan: Plan) -> float:
     trainable, frozen = partition.split(variables, step.mask)
     state = init_state(step.optimizer, trainable, jax.random.key(0), step.state)
     del variables, trainable  # the step donates them
-    batch = to_devices(random_batch(plan.config, plan.architecture.vocab), step.mesh)
+    # Rows of one example each, trained on every token, which is what the estimate assumes.
+    rows, length = plan.config.train.batch_size, plan.config.data.max_length
+    tokens = np.random.default_rng(0).integers(0, plan.architecture.vocab, (rows, length + 1), np.int32)
+    positions, segment_ids = np.tile(np.arange(length, dtype=np.int32), (rows, 1)), np.ones((rows, length), np.int32)
+    random = Batch(tokens[:, :-1], tokens[:, 1:], positions, segment_ids, segment_ids.astype(bool))
+    batch = to_devices(random, step.mesh)
     best = float("inf")
     for _ in range(STEPS):
         began = time.perf_counter()
@@ -33,12 +37,3 @@ def measure_seconds(plan: Plan) -> float:
         jax.block_until_ready((state, metrics))
         best = min(best, time.perf_counter() - began)
     return best
-
-
-def random_batch(config: Config, vocab: int) -> Batch:
-    """NumPy rows of one example each, trained on every token, which is what the estimate assumes."""
-    rows, length = config.train.batch_size, config.data.max_length
-    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), np.int32)
-    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    segment_ids = np.ones((rows, length), np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], positions, segment_ids, segment_ids.astype(bool))

@@ -1,8 +1,7 @@
 """The bytes that a training step takes of one device, by what they hold."""
 
-import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,7 @@ import jax.numpy as jnp
 from lowrank.runs.setup import Step
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on one device while a step runs, as the compiler lays them out."""
 
     base: int
@@ -23,22 +21,18 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(self)
 
 
 def step_memory(step: Step, program: jax.stages.Compiled | None = None) -> Memory:
     """The memory of a compiled step; without a program, of its arguments alone, unpadded."""
-    base, adapter, optimizer, batch = map(
-        device_bytes, (step.frozen, step.state.trainable, step.state.opt_state, step.batch)
-    )
+    held = [device_bytes(tree) for tree in (step.frozen, step.state.trainable, step.state.opt_state)]
     if program is None:
-        return Memory(base, adapter, optimizer, batch, 0, 0)
+        return Memory(*held, device_bytes(step.batch), 0, 0)
     sizes = program.memory_analysis()
-    inputs = sizes.argument_size_in_bytes - base - adapter - optimizer
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # the new state takes the donated one's place
-    return Memory(
-        base, adapter, optimizer, inputs + results, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
-    )
+    other = sizes.argument_size_in_bytes - sum(held) + results
+    return Memory(*held, other, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
 
 
 def device_bytes(tree: Any) -> int:

@@ -103,15 +103,22 @@ def plan(
     """
     if tokens and not math.isfinite(tokens):
         raise UserError(f"--tokens={tokens} must be a number of tokens, such as 1e9")
-    architecture = find_architecture(config)
+    if config.base and paths.path(config.base).exists():
+        architecture = read_base(config.base).config
+        check_base(config, architecture)
+    elif not (architecture := named_architecture(config)):
+        raise UserError(
+            f"config.base={config.base} is not here, and config.architecture names no model; "
+            "say --config.architecture=llama3-8b, or another name"
+        )
     check_length(config, architecture)
     refuse_other_layers(config.lora, architecture.layers)
     slice = open_local(jnp.dtype(config.dtype)) if topology == "local" else open_slice(topology)
     workloads = list_workloads(config, architecture, tokens)
-    candidates = None
+    plans, candidates = [], None
     if search:
         ranked = rank_candidates(config, architecture, slice)
-        plans, candidates = [], len(ranked)
+        candidates = len(ranked)
         for compiled in compile_candidates(ranked, architecture, slice, search_fits, search_most):
             plans.append(compiled)
             if progress:
@@ -124,20 +131,6 @@ def plan(
     return Result(plans, candidates, workloads, efficiency, price, is_list_price)
 
 
-def find_architecture(config: Config) -> ModelConfig:
-    """The architecture of the base, where it is here, else the one that the config names."""
-    if config.base and paths.path(config.base).exists():
-        architecture = read_base(config.base).config
-        check_base(config, architecture)
-        return architecture
-    if named := named_architecture(config):
-        return named
-    raise UserError(
-        f"config.base={config.base} is not here, and config.architecture names no model; "
-        "say --config.architecture=llama3-8b, or another name"
-    )
-
-
 def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:
     """Compile the step, unless its arguments alone exceed a device's memory."""
     mesh = mesh_lib.make_mesh(config.mesh, devices=slice.devices)
@@ -145,13 +138,15 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:
     # The number of steps shapes the learning rate's schedule alone, which no cost depends on.
     step = abstract_step(config, architecture, mesh, config.train.steps or 1000)
     share = Share(config, architecture, *mesh.devices.shape)
-    memory = step_memory(step)
+    memory, found, interconnect, program = step_memory(step), [], None, None
     excess: float = memory.total - slice.memory
     if excess <= 0:
         try:
             # What the cache holds for a TPU cannot be loaded where there is none.
             with contextlib.nullcontext() if slice.name == "local" else without_compile_cache():
                 program = compile_step(step)
+            memory, found = step_memory(step, program), collectives(program.as_text())
+            interconnect, excess = collective_seconds(found, slice, mesh), memory.total - slice.memory
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -159,21 +154,17 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:
             if sizes is None:
                 raise UserError(f"{slice.name}: the step does not fit, {str(error).splitlines()[0]}") from None
             excess = sizes[0] - sizes[1]
-        else:
-            memory, found = step_memory(step, program), collectives(program.as_text())
-            times = step_roofline(share, slice, collective_seconds(found, slice, mesh))
-            excess = memory.total - slice.memory
-            return Plan(config, architecture, slice, step, memory, excess, found, times, program)
-    return Plan(config, architecture, slice, step, memory, excess, [], step_roofline(share, slice), None)
+    times = step_roofline(share, slice, interconnect)
+    return Plan(config, architecture, slice, step, memory, excess, found, times, program)
 
 
-def step_roofline(share: Share, slice: Slice, interconnect: float | None = None) -> Roofline:
-    """`interconnect`: seconds that the program's collectives take; without a program they are estimated."""
+def step_roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline:
+    """`interconnect`: seconds that the program's collectives take; None: there is no program, and they are estimated."""
     chip = slice.chip
     # A TPU makes a float32 product in full precision of six bfloat16 ones; a local device was measured in the run's own dtype.
     products = 6 if share.config.dtype == "float32" and slice.name != "local" else 1
     if interconnect is None:
-        interconnect = roofline.link_traffic(share) * chip.devices / slice.bandwidth
+        interconnect = roofline.link_traffic(share) * chip.devices / slice.bandwidth()
     return Roofline(
         compute=roofline.flops(share) * products * chip.devices / chip.flops,
         memory=roofline.memory_traffic(share) * chip.devices / chip.bandwidth,
@@ -185,14 +176,11 @@ def collective_seconds(found: list[Collective], slice: Slice, mesh: Mesh) -> flo
     """Seconds of the collectives one after the other, each at its group's bandwidth in the slice."""
     seconds = 0.0
     for one in found:
-        permute = one.kind == "collective-permute"
-        devices = [mesh.devices.flat[place] for place in one.group]
-        bandwidth = slice.pair_bandwidth if permute else slice.group_bandwidth(devices)
+        # A permute between neighbours uses both directions of a link.
+        permute, group = one.kind == "collective-permute", [mesh.devices.flat[place] for place in one.group]
+        bandwidth = 2 * slice.chip.link if permute else slice.bandwidth(group)
         seconds += one.link_bytes * slice.chip.devices / bandwidth
     return seconds
-
-
-# ---- The search ------------------------------------------------------------------------------------------------------
 
 
 # A candidate whose estimate exceeds the memory by more than this factor is not compiled. The estimate of the temporaries was 0.7
@@ -208,13 +196,10 @@ def rank_candidates(config: Config, architecture: ModelConfig, slice: Slice) -> 
     """
     a, count, batch_size = architecture, len(slice.devices), config.train.batch_size
     ranked, least = [], math.inf
-    tensors, fsdps = (
-        _divisors(math.gcd(count, a.heads, a.kv_heads, a.mlp, a.vocab)),
-        _divisors(math.gcd(count, a.embed)),
-    )
-    for tensor, fsdp in itertools.product(tensors, fsdps):
-        data = count // (tensor * fsdp)
-        if count % (tensor * fsdp) or batch_size % (data * fsdp):
+    tensors = _divisors(math.gcd(count, a.heads, a.kv_heads, a.mlp, a.vocab))
+    for tensor, fsdp in itertools.product(tensors, _divisors(math.gcd(count, a.embed))):
+        data, rest = divmod(count, tensor * fsdp)
+        if rest or batch_size % (data * fsdp):
             continue
         for microbatches, remat in itertools.product(_divisors(batch_size // (data * fsdp)), REMAT):
             train = dataclasses.replace(config.train, microbatches=microbatches)
@@ -223,7 +208,7 @@ def rank_candidates(config: Config, architecture: ModelConfig, slice: Slice) -> 
             needed = roofline.arguments(share) + roofline.temporaries(share)
             least = min(least, needed)
             if needed < MEMORY_MARGIN * slice.memory:
-                times = step_roofline(share, slice)
+                times = step_roofline(share, slice, None)
                 seconds = float(f"{times.seconds:.3g}"), times.compute + times.memory + times.interconnect
                 ranked.append(((needed > slice.memory, *seconds), needed, candidate))
     if least == math.inf:

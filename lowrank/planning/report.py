@@ -1,7 +1,5 @@
 """What `lowrank.plan` prints and writes of its result."""
 
-import dataclasses
-
 from lowrank.formatting import format_bytes
 from lowrank.model.flops import step_flops
 from lowrank.planning import prices
@@ -11,9 +9,9 @@ from lowrank.planning.plan import Plan, Result
 
 def describe(result: Result) -> str:
     """The ranked table of a search, then the best plan: its memory, collectives, FLOPs, and the estimated time and cost."""
-    plan = result.best
     parts = [] if result.candidates is None else [_search(result)]
-    return "\n\n".join([*parts, _heading(plan), _memory(plan), _collectives(plan), _flops(plan), _estimate(result)])
+    parts += [describe_part(result.best) for describe_part in (_heading, _memory, _collectives, _flops)]
+    return "\n\n".join([*parts, _estimate(result)])
 
 
 def _search(result: Result) -> str:
@@ -58,10 +56,8 @@ def _memory(plan: Plan) -> str:
         ("other", memory.other, "the batch, and what tiles add to all arrays"),
     ]
     if plan.program:
-        rows += [
-            ("activations", memory.temporaries, "and gathered kernels, gradients: the program's temporaries"),
-            ("program", memory.program, ""),
-        ]
+        what = "and gathered kernels, gradients: the program's temporaries"
+        rows += [("activations", memory.temporaries, what), ("program", memory.program, "")]
     if plan.fits:
         rows.append(("together", memory.total, f"of {available}: fits, {format_bytes(-plan.excess)} to spare"))
     lines = [f"on each {chip}"]
@@ -75,11 +71,11 @@ def _memory(plan: Plan) -> str:
 def _collectives(plan: Plan) -> str:
     if not plan.program:
         return "collectives  unknown: there is no program"
-    if not plan.collectives:
-        return "collectives  none"
     table = totals(plan.collectives).items()
     rows = [f"  {kind:<20}{times:>13,}{format_bytes(sent):>20}" for kind, (times, sent) in table]
-    return "\n".join([f"collectives of a step{'times':>14}{'sent by each':>20}", *rows])
+    return (
+        "\n".join([f"collectives of a step{'times':>14}{'sent by each':>20}", *rows]) if rows else "collectives  none"
+    )
 
 
 def _flops(plan: Plan) -> str:
@@ -117,21 +113,17 @@ def _estimate(result: Result) -> str:
         lines.append(f"  {'  hours':<44}{best.hours:>14.4g}{likely.hours:>14.4g}")
         if best.dollars is not None and likely.dollars is not None:
             lines.append(f"  {'  dollars':<44}{best.dollars:>14,.2f}{likely.dollars:>14,.2f}")
-    if plan.slice.name == "local" and result.is_list_price:
-        return "\n".join(lines)
-    return "\n".join([*lines, f"  {_price_source(result)}"])
-
-
-def _price_source(result: Result) -> str:
-    if result.price is None:
-        return f"no price is known for {result.best.slice.chip.name}: say --price_per_chip_hour"
-    price = f"at {result.price:g} dollars per chip and hour"
+    price = f"  at {result.price:g} dollars per chip and hour" if result.price is not None else ""
     if not result.is_list_price:
-        return f"{price}, as --price_per_chip_hour says"
-    return (
-        f"{price}: the list price on demand, looked up on {prices.DATE} (lowrank/planning/prices.py); check it, or say "
-        "--price_per_chip_hour"
-    )
+        lines.append(f"{price}, as --price_per_chip_hour says")
+    elif price:
+        lines.append(
+            f"{price}: the list price on demand, looked up on {prices.DATE} (lowrank/planning/prices.py); check it, or say "
+            "--price_per_chip_hour"
+        )
+    elif plan.slice.name != "local":
+        lines.append(f"  no price is known for {plan.slice.chip.name}: say --price_per_chip_hour")
+    return "\n".join(lines)
 
 
 def record(result: Result) -> dict:
@@ -148,12 +140,10 @@ def record(result: Result) -> dict:
         "max_length": c.data.max_length,
         "fits": plan.fits,
         "compiled": plan.program is not None,
-        "bytes": dataclasses.asdict(plan.memory) | {"together": plan.memory.total, "available": plan.slice.memory},
+        "bytes": plan.memory._asdict() | {"together": plan.memory.total, "available": plan.slice.memory},
         "excess": plan.excess,
-        "collectives": {
-            kind: {"times": times, "sent": sent} for kind, (times, sent) in totals(plan.collectives).items()
-        },
-        "seconds": dataclasses.asdict(r) | {"roofline": r.seconds},
+        "collectives": {kind: {"times": n, "sent": sent} for kind, (n, sent) in totals(plan.collectives).items()},
+        "seconds": r._asdict() | {"roofline": r.seconds},
         "efficiency": result.efficiency,
         "price_per_chip_hour": result.price,
         "at_efficiency": {workload.name: result.bill(workload)._asdict() for workload in result.workloads},

@@ -6,8 +6,8 @@ link traffic at the links'. That bounds a machine that overlaps all three perfec
 there is one. Left out: start-up, evaluations, checkpoints, and the host.
 """
 
-import dataclasses
 import math
+from typing import NamedTuple
 
 from lowrank.config import Config
 from lowrank.families.config import ModelConfig
@@ -20,8 +20,7 @@ from lowrank.training.objectives.cross_entropy import CHUNK_TOKENS
 EFFICIENCY = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Roofline:
+class Roofline(NamedTuple):
     """Seconds of one step on one chip, by what bounds them."""
 
     compute: float
@@ -30,16 +29,14 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        return max(dataclasses.astuple(self))
+        return max(self)
 
     @property
     def bound(self) -> str:
-        times = dataclasses.asdict(self)
-        return max(times, key=lambda name: times[name])
+        return self._fields[self.index(self.seconds)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """One device's share of a step, on a mesh of `data` x `fsdp` x `tensor`."""
 
     config: Config
@@ -47,10 +44,6 @@ class Share:
     data: int
     fsdp: int
     tensor: int
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
 
     @property
     def tokens(self) -> int:
@@ -92,7 +85,7 @@ def flops(share: Share) -> float:
     """FLOPs of one device in a step, spread evenly (what tensor parallelism repeats on every device is small)."""
     c = share.config
     step = step_flops(share.architecture, c.adapter, c.train.batch_size, c.data.max_length, c.remat, c.train.mode)
-    return step.total / share.devices
+    return step.total / (share.data * share.fsdp * share.tensor)
 
 
 def memory_traffic(share: Share) -> float:

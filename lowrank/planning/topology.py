@@ -6,10 +6,11 @@ dimension in which the group's chips differ, two links' where the group is a who
 
 import difflib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,67 +24,40 @@ from lowrank.planning.chips import CHIPS, Chip
 from lowrank.runs.speed import best_seconds, product_flops
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """Chips that are joined. A mesh is made of `devices`, for which programs are compiled and which compute nothing."""
 
+    name: str  # as v5e:2x4; local: this machine's own devices
     chip: Chip
-    topology: str
+    dimensions: tuple[int, ...]
     devices: Sequence[jax.Device]
 
     @property
-    def name(self) -> str:
-        return f"{self.chip.name}:{self.topology}"
-
-    @property
     def chips(self) -> int:
-        return self.chip.chips(self.topology)
+        return math.prod(self.dimensions)
 
     @property
     def memory(self) -> int:
         """Bytes that a program may use on one device."""
         return self.chip.memory // self.chip.devices
 
-    @property
-    def bandwidth(self) -> float:
-        """Bytes a second that a chip can send in a collective over the whole slice."""
-        return self._bandwidth(self.chip.dimensions(self.topology))
-
-    @property
-    def pair_bandwidth(self) -> float:
-        """Bytes a second that a chip can send in a permute between neighbours, which uses both directions of a link."""
-        return 2 * self.chip.link
-
-    def group_bandwidth(self, devices: Sequence[jax.Device]) -> float:
-        """Bytes a second that a chip can send in a collective over these devices."""
-        places = zip(*(device.coords for device in devices), strict=True)
-        return self._bandwidth([len(set(along)) for along in places])
-
-    def _bandwidth(self, spread: Sequence[int]) -> float:
-        """Of a group that has `spread` places along each dimension. Two devices of one chip have a link's at the least."""
-        sizes, rings = self.chip.dimensions(self.topology), self.chip.rings(self.topology)
+    def bandwidth(self, group: Sequence[jax.Device] | None = None) -> float:
+        """Bytes a second that a chip can send in a collective over these devices (None: all), of one chip a link's at least."""
+        if self.name == "local":
+            return self.chip.link
+        sizes, full = self.dimensions, self.chip.full_torus
+        spread = [len(set(along)) for along in zip(*(each.coords for each in group), strict=True)] if group else sizes
+        if len(sizes) == 2:  # only a dimension as long as the 2-D pod's has its ends joined
+            rings = [size == full for size in sizes]
+        else:
+            rings = [all(size % full == 0 for size in sizes)] * len(sizes)
         along = zip(sizes, rings, spread, strict=False)  # devices of a 2-D slice have a third coordinate, which is 0
         links = sum(2 if ring and count == size else 1 for size, ring, count in along if count > 1)
         return max(links, 1) * self.chip.link
 
 
-class LocalSlice(Slice):
-    """This machine's devices. Their links are taken to be as fast as their memory, which CPU devices share."""
-
-    @property
-    def name(self) -> str:
-        return "local"
-
-    @property
-    def bandwidth(self) -> float:
-        return self.chip.link
-
-    def group_bandwidth(self, devices: Sequence[jax.Device]) -> float:
-        return self.chip.link
-
-
-def parse_name(name: str) -> tuple[Chip, str]:
-    """`v5e:2x4` -> the chip and the topology. UserError that lists what there is."""
+def parse_name(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """`v5e:2x4` -> the chip and the slice's dimensions. UserError that lists what there is."""
     kind, _, topology = name.partition(":")
     if kind not in CHIPS:
         close = difflib.get_close_matches(kind, CHIPS, n=1)
@@ -95,12 +69,12 @@ def parse_name(name: str) -> tuple[Chip, str]:
     chip = CHIPS[kind]
     if topology not in chip.topologies:
         raise UserError(f"--topology={name}: {kind} has no such slice; there are {', '.join(chip.topologies)}")
-    return chip, topology
+    return chip, tuple(map(int, topology.split("x")))
 
 
 def open_slice(name: str) -> Slice:
     """The slice `name`, its devices described by libtpu."""
-    chip, topology = parse_name(name)
+    chip, dimensions = parse_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name}: compiling for a TPU needs libtpu, which is not installed; pip install 'lowrank[plan]', or "
@@ -108,29 +82,27 @@ def open_slice(name: str) -> Slice:
         )
     launchers.silence_libtpu()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one process at a time may compile
-    options = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}  # libtpu's default is 2x2 a host
+    options = {"chips_per_host_bounds": (1, 1, 1)} if dimensions == (1, 1) else {}  # libtpu's default is 2x2 a host
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={name}: libtpu does not know it: {str(error).splitlines()[0]}") from None
-    return Slice(chip, topology, description.devices)
+    return Slice(name, chip, dimensions, description.devices)
 
 
-def open_local(dtype: jnp.dtype) -> LocalSlice:
-    """All devices of this machine as chips; FLOP/s (of products in `dtype`) and memory bandwidth are measured."""
+def open_local(dtype: jnp.dtype) -> Slice:
+    """All devices of this machine as chips. FLOP/s (of products in `dtype`) and memory bandwidth are measured; links are taken
+    to be as fast as the memory, which CPU devices share."""
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
-    device, count = mesh.devices.flat[0], str(mesh.devices.size)
-    array = jax.device_put(jnp.ones(2**26, jnp.float32), device)
+    devices = list(mesh.devices.flat)
+    array = jax.device_put(jnp.ones(2**26, jnp.float32), devices[0])
     bandwidth = 2 * array.nbytes / best_seconds(jax.jit(lambda x: x + 1), array)  # read and written
-    chip = Chip("local", product_flops(device, dtype), free_bytes(mesh), bandwidth, bandwidth, (count,))
-    return LocalSlice(chip, count, list(mesh.devices.flat))
+    chip = Chip("local", product_flops(devices[0], dtype), free_bytes(mesh), bandwidth, bandwidth, ())
+    return Slice("local", chip, (len(devices),), devices)
 
 
 def parse_exhausted(message: str) -> tuple[float, float] | None:
     """Bytes that a program needs and bytes that there are, from the compiler's RESOURCE_EXHAUSTED; None: it names none."""
-    size = r"([\d.]+)([KMGT])"
-    for pattern in (rf"Used {size} of {size} hbm", rf"\({size}\) exceeds available HBM \({size}\)"):
-        if match := re.search(pattern, message):
-            units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-            return float(match[1]) * units[match[2]], float(match[3]) * units[match[4]]
-    return None
+    size, units = r"([\d.]+)([KMGT])", {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    match = re.search(rf"(?:Used |\(){size}\)? (?:of|exceeds available HBM) \(?{size}", message)
+    return (float(match[1]) * units[match[2]], float(match[3]) * units[match[4]]) if match else None

@@ -45,12 +45,9 @@ def list_workloads(config: Config, architecture: ModelConfig, tokens: float | No
     """The configured run (if its data is here, or it states its steps), an epoch of Alpaca, 100M tokens, `tokens`."""
     alpaca = alpaca_epoch(config, architecture)
     amounts = [100e6, tokens] if tokens else [100e6]
+    rounded = [Workload(f"{amount / 1e6:,.4g}M tokens", amount, alpaca.fill) for amount in amounts]
     run = configured_run(config, alpaca.fill)
-    return [
-        *([run] if run else []),
-        alpaca,
-        *(Workload(f"{amount / 1e6:,.4g}M tokens", amount, alpaca.fill) for amount in amounts),
-    ]
+    return [run, alpaca, *rounded] if run else [alpaca, *rounded]
 
 
 def configured_run(config: Config, fill: float) -> Workload | None:
@@ -73,10 +70,6 @@ def alpaca_epoch(config: Config, architecture: ModelConfig) -> Workload:
     llama3 = architecture.vocab > LARGE_VOCABULARY
     length, tokenizer = (103.2, "Llama 3's tokenizer") if llama3 else (127.5, "Llama 2's tokenizer")
     name = f"one epoch of Alpaca ({ALPACA_EXAMPLES:,} examples of {length} tokens, {tokenizer})"
-    return Workload(name, ALPACA_EXAMPLES * length, estimate_fill(config, length))
-
-
-def estimate_fill(config: Config, example: float) -> float:
-    """Share of a row's slots that hold a token, with examples of `example` tokens on average."""
-    length = config.data.max_length
-    return max(0.5, 1 - 20 / length) if config.data.packing else min(1.0, example / length)
+    row = config.data.max_length
+    fill = max(0.5, 1 - 20 / row) if config.data.packing else min(1.0, length / row)
+    return Workload(name, ALPACA_EXAMPLES * length, fill)
