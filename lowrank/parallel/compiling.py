@@ -75,13 +75,10 @@ def _signature(arguments):
 def without_compile_cache():
     """Compile without JAX's persistent cache, which cannot load programs for a TPU where there is none."""
     before = jax.config.jax_enable_compilation_cache
-
-    def enable(on: bool):
-        jax.config.update("jax_enable_compilation_cache", on)
-        compilation_cache.reset_cache()  # JAX reads the setting once
-
-    enable(False)
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX reads the setting once
         yield
     finally:
-        enable(before)
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

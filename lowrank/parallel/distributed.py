@@ -34,8 +34,6 @@ FAILED = 1  # exit code: this process, or another one, failed
 RESTART = "start the same command again, on all of them, to go on from the last checkpoint"
 T = TypeVar("T")
 
-# ---- Beginning and ending --------------------------------------------------------------------------------------------
-
 
 class _Processes:
     """This process among the others, and the thread that watches them."""
@@ -48,11 +46,11 @@ class _Processes:
         self.finished = threading.Event()
         self.gone = 0
         self.heard: dict[int, tuple[str | None, float]] = dict.fromkeys(range(count), (None, time.monotonic()))
-        self._put(f"name/{index}", self.name)
+        self.put(f"name/{index}", self.name)
         self.thread = threading.Thread(target=self._watch, name="watching the other processes", daemon=True)
         self.thread.start()
 
-    def _put(self, key: str, value: str):
+    def put(self, key: str, value: str):
         self.store.key_value_set(f"lowrank/{key}", value, allow_overwrite=True)
 
     def read(self, folder: str) -> dict[str, str]:
@@ -63,21 +61,20 @@ class _Processes:
             if self.finished.wait(HEARTBEAT):
                 return
             try:
-                self._put(f"alive/{self.index}", str(beat))
+                self.put(f"alive/{self.index}", str(beat))
+                if self.index == 0:
+                    self._find_gone()
                 over = self.read("over")
-                if not over and self.index == 0:
-                    over = self._find_gone()
             except Exception as error:
                 if not self.finished.is_set():
-                    self._end(
-                        LOST, f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {RESTART}"
-                    )
+                    why = f"{self.name} has lost process 0, which coordinates ({first_line(error)}); {RESTART}"
+                    self._end(LOST, why)
                 return
             if over:
                 self._end(*json.loads(over["why"]))
 
-    def _find_gone(self) -> dict[str, str]:
-        """In process 0: if a process has been silent for too long, the reason to end, which all others can read."""
+    def _find_gone(self):
+        """In process 0: if a process has been silent for too long, tell all others."""
         alive, now = self.read("alive"), time.monotonic()
         for index in range(1, self.count):
             beat = alive.get(str(index))
@@ -85,16 +82,16 @@ class _Processes:
                 self.heard[index] = (beat, now)
             if now - self.heard[index][1] > GONE_AFTER:
                 name = self.read("name").get(str(index), f"process {index}")
-                why = json.dumps([LOST, f"{name} is gone without a word (killed, or its machine is); {RESTART}"])
-                self._put("over/why", why)
+                self._say_why(LOST, f"{name} is gone without a word (killed, or its machine is); {RESTART}")
                 self.gone = 1
-                return {"why": why}
-        return {}
+
+    def _say_why(self, code: int, message: str):
+        with contextlib.suppress(Exception):  # set already: the first process to fail has given the reason
+            self.store.key_value_set("lowrank/over/why", json.dumps([code, message]))
 
     def fail(self, message: str, code: int):
         """Tell the others why, and end."""
-        with contextlib.suppress(Exception):  # set already: the first process to fail has given the reason
-            self.store.key_value_set("lowrank/over/why", json.dumps([code, message]))
+        self._say_why(code, message)
         self._end(code, message)
 
     def _end(self, code: int, message: str):
@@ -104,7 +101,7 @@ class _Processes:
             sys.stdout.flush()
         os.write(2, f"error: {message}\n".encode())
         with contextlib.suppress(Exception):
-            self._put(f"left/{self.index}", "")
+            self.put(f"left/{self.index}", "")
             deadline = time.monotonic() + PARTING
             while self.index == 0 and time.monotonic() < deadline and len(self.read("left")) < self.count - self.gone:
                 time.sleep(0.1)
@@ -169,16 +166,14 @@ def _refuse_busy_port(address: str):
     """UserError if the port is taken: JAX's runtime crashes then."""
     port = int(address.rsplit(":", 1)[1])
     for family in (socket.AF_INET6, socket.AF_INET):
-        with contextlib.suppress(OSError), socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                    raise UserError(
-                        f"--coordinator={address}: port {port} cannot be opened here ({error.strerror}); is an earlier run "
-                        "still there? Choose another port"
-                    ) from None
+        try:
+            socket.create_server(("", port), family=family).close()
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise UserError(
+                    f"--coordinator={address}: port {port} cannot be opened here ({os.strerror(error.errno)}); is an "
+                    "earlier run still there? Choose another port"
+                ) from None
 
 
 @contextlib.contextmanager
@@ -222,9 +217,6 @@ def finish():
     _processes.thread.join()
     _processes = None
     jax.distributed.shutdown()
-
-
-# ---- Agreeing --------------------------------------------------------------------------------------------------------
 
 
 def is_first() -> bool:

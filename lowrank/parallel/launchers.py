@@ -3,12 +3,12 @@
 Decided from the environment alone, before JAX is asked for anything. Left out: several TPU slices.
 """
 
-import dataclasses
 import os
 import pathlib
 import re
 import urllib.request
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from lowrank.errors import UserError
 
@@ -16,8 +16,7 @@ from lowrank.errors import UserError
 ARGUMENTS = {"coordinator": "coordinator_address", "processes": "num_processes", "process": "process_id"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Cluster:
+class Cluster(NamedTuple):
     """`found_through`, in words, and the arguments of `jax.distributed.initialize`."""
 
     found_through: str
@@ -35,8 +34,7 @@ def detect_cluster(
 
     Flags win; what they leave out comes from SLURM (`srun`) or Open MPI (`mpirun`); a TPU slice knows its own hosts.
     """
-    found = _slurm(environ) or _open_mpi(environ)
-    found_through, known = found or ("flags", {})
+    found_through, known = _slurm(environ) or _open_mpi(environ) or Cluster("flags", {})
     flags = {"coordinator": coordinator, "processes": processes, "process": process}
     given = {ARGUMENTS[flag]: value for flag, value in flags.items() if value is not None}
     if processes == 1:
@@ -45,7 +43,7 @@ def detect_cluster(
         arguments = known | given
         missing = [f"--{flag}" for flag in flags if ARGUMENTS[flag] not in arguments]
         if missing:
-            source = f" ({found_through} does not say it)" if found else ""
+            source = f" ({found_through} does not say it)" if known else ""
             raise UserError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{source}; several processes need "
                 "--coordinator=HOST:PORT (where process 0 runs), --processes=N and --process=I"
@@ -68,31 +66,25 @@ def detect_cluster(
     return None
 
 
-def _slurm(environ: Mapping[str, str]) -> tuple[str, dict] | None:
+def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     """Inside `srun` with several tasks; a script that sbatch runs has no step, and is a single process."""
     tasks, nodes = environ.get("SLURM_STEP_NUM_TASKS"), environ.get("SLURM_STEP_NODELIST")
     if not tasks or not nodes or int(tasks) < 2 or "SLURM_PROCID" not in environ:
         return None
-    # node[001-004,007]-ib,other -> node[001-004,007]-ib -> node001-ib
-    first = re.sub(r"((?:[^,\[]|\[[^\]]*\])+).*", r"\1", nodes)
-    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    # node[001-004,007]-ib,other -> node001-ib,other -> node001-ib
+    first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
     port = 61440 + int(environ.get("SLURM_JOB_ID", 0)) % 4096  # another one for each job that shares a node
-    known = {
-        "coordinator_address": f"{first}:{port}",
-        "num_processes": int(tasks),
-        "process_id": int(environ["SLURM_PROCID"]),
-    }
-    share_node = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0] != "1"
-    return "SLURM", known | _local_devices(environ, environ.get("SLURM_LOCALID"), share_node)
+    share_node = re.split(r"[(,]", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0] != "1"
+    known = {"coordinator_address": f"{first}:{port}", "num_processes": int(tasks)}
+    known |= {"process_id": int(environ["SLURM_PROCID"])}
+    return Cluster("SLURM", known | _local_devices(environ, environ.get("SLURM_LOCALID"), share_node))
 
 
-def _open_mpi(environ: Mapping[str, str]) -> tuple[str, dict] | None:
-    if int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) < 2:
+def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
+    count = int(environ.get("OMPI_COMM_WORLD_SIZE") or 1)
+    if count < 2:
         return None
-    known: dict = {
-        "num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]),
-        "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
-    }
+    known: dict = {"num_processes": count, "process_id": int(environ["OMPI_COMM_WORLD_RANK"])}
     # Up to Open MPI 4 the environment has the addresses of mpirun, where rank 0 runs; 5 leaves them out.
     launcher = re.match(r"(\d+)\.\d+;tcp://([^:]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     if launcher:
@@ -100,7 +92,7 @@ def _open_mpi(environ: Mapping[str, str]) -> tuple[str, dict] | None:
         hosts = sorted(launcher[2].split(","), key=lambda host: host.startswith("127."))
         known["coordinator_address"] = f"{hosts[0]}:{61440 + int(launcher[1]) // 4096 % 4096}"
     share_node = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
-    return "Open MPI", known | _local_devices(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), share_node)
+    return Cluster("Open MPI", known | _local_devices(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), share_node))
 
 
 def _local_devices(environ: Mapping[str, str], local_rank: str | None, share_node: bool) -> dict:

@@ -85,21 +85,21 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
         raise ValueError(f"logical axes {unknown} of {axes} match no rule in parallel/mesh.py")
-    entries = [None if axis is None else RULES[axis] for axis in axes]
+    entries = [axis and RULES[axis] for axis in axes]
     used = [name for entry in entries if entry for name in ([entry] if isinstance(entry, str) else entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} claim a mesh axis twice: {used}")
     return PartitionSpec(*entries)
 
 
-def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
-    """A tree of logical axes (tuples) and one of shapes -> a tree of NamedShardings.
+def with_shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
+    """A tree of logical axes (tuples) and one of shapes -> the tree of ShapeDtypeStructs with their shardings.
 
     UserError that lists every axis whose size its mesh axes do not divide.
     """
     offenders = []
 
-    def sharding_of(path, shape, axes):
+    def lay_out(path, shape, axes):
         sharding = NamedSharding(mesh, spec(axes))
         for size, axis, entry in zip(shape.shape, axes, sharding.spec, strict=True):
             names = (entry,) if isinstance(entry, str) else entry or ()
@@ -107,21 +107,12 @@ def shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
             if size % parts:
                 name = "/".join(key.key for key in path)
                 offenders.append(f"{name} has {size} along {axis}, not divisible by {'x'.join(names)}={parts}")
-        return sharding
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    tree = jax.tree_util.tree_map_with_path(sharding_of, shapes, logical_axes)
+    tree = jax.tree_util.tree_map_with_path(lay_out, shapes, logical_axes)
     if offenders:
         raise UserError(f"mesh: the model cannot be cut this way: {'; '.join(offenders)}; choose other mesh sizes")
     return tree
-
-
-def with_shardings(mesh: Mesh, logical_axes: dict, shapes: dict) -> dict:
-    """The tree of ShapeDtypeStructs with their shardings."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings(mesh, logical_axes, shapes),
-    )
 
 
 def check_heads(mesh: Mesh, heads: int, kv_heads: int) -> None:

@@ -235,8 +235,9 @@ def test_eight_devices_compute_what_one_does():
     expected = run(variables)
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2))
     shapes, axes = decoder.abstract(model)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.with_shardings(mesh, axes, shapes))
     with jax.set_mesh(mesh):
-        found = run(jax.device_put(variables, mesh_lib.shardings(mesh, axes, shapes)))
+        found = run(jax.device_put(variables, layout))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())  # sums in another order
 
 

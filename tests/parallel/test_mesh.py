@@ -40,7 +40,8 @@ def test_a_mesh_that_leaves_devices_out_is_refused(config):
 def test_every_leaf_has_the_layout_of_the_table():
     shapes, axes = decoder.abstract(MODEL)
     mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    specs = {name: tuple(s.spec) for name, s in partition.named_leaves(mesh_lib.shardings(mesh, axes, shapes)).items()}
+    leaves = partition.named_leaves(mesh_lib.with_shardings(mesh, axes, shapes))
+    specs = {name: tuple(leaf.sharding.spec) for name, leaf in leaves.items()}
     attention, mlp = "layers/self_attn", "layers/mlp"
     expected = {
         "params/embed_tokens/embedding": ("tensor", "fsdp"),
@@ -74,7 +75,7 @@ def test_what_does_not_divide_is_listed_at_once():
     model = Decoder(ModelConfig(vocab=64, embed=30, mlp=44, layers=2, heads=4, kv_heads=2, head_dim=8))
     shapes, axes = decoder.abstract(model)
     with pytest.raises(UserError) as error:
-        mesh_lib.shardings(mesh_lib.make_mesh(MeshConfig(data=1, tensor=8)), axes, shapes)
+        mesh_lib.with_shardings(mesh_lib.make_mesh(MeshConfig(data=1, tensor=8)), axes, shapes)
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert f"params/layers/mlp/{name}/kernel has 44 along mlp, not divisible by tensor=8" in str(error.value)
 

@@ -63,7 +63,7 @@ def run_steps(variables, *, model=MODEL, microbatches=1, mode="lora", mesh=None,
     """-> (trained variables, metrics of each step, the jitted step)."""
     mesh = mesh or mesh_lib.make_mesh(MeshConfig(), jax.devices()[:1])
     shapes, axes = decoder.abstract(model)
-    layout = mesh_lib.shardings(mesh, axes, shapes)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.with_shardings(mesh, axes, shapes))
     variables = {name: jax.tree.map(jnp.copy, variables[name]) for name in shapes}
     variables = jax.device_put(variables, layout)
     mask = partition.trainable_mask(variables, mode)
@@ -145,9 +145,9 @@ def test_eight_devices_equal_one(variables, plain):
     close(history, expected_history)
     close(found, expected)
     shapes, axes = decoder.abstract(MODEL)
-    layout = mesh_lib.shardings(mesh, axes, shapes)
+    layout = partition.named_leaves(mesh_lib.with_shardings(mesh, axes, shapes))
     for name, leaf in partition.named_leaves(found).items():
-        assert leaf.sharding.is_equivalent_to(partition.named_leaves(layout)[name], leaf.ndim), name
+        assert leaf.sharding.is_equivalent_to(layout[name].sharding, leaf.ndim), name
 
 
 def test_base_stays_and_every_adapter_leaf_moves(variables, plain):
