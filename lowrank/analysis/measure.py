@@ -3,7 +3,6 @@
 The questions of section 7 of the LoRA paper (Hu et al., 2021); the linear algebra is in `subspaces.py`.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -43,8 +42,7 @@ class Module(NamedTuple):
 Modules = dict[str, list[Module]]  # by projection, in the order of layers
 
 
-@dataclasses.dataclass(frozen=True)
-class Analysis:
+class Analysis(NamedTuple):
     adapter: paths.Path
     other: paths.Path | None
     modules: Modules  # of `adapter`
@@ -104,15 +102,13 @@ def measure(folder: paths.Path, base: Base) -> Modules:
 
 def compare(modules: Modules, others: Modules) -> dict[tuple[str, str], dict[int, np.ndarray]]:
     """`Analysis.similarities`: of the input directions of lora_a, and of those of the whole update."""
-    similarities = {}
-    for target in (target for target in modules if target in others):
-        by_layer = {other.layer: other for other in others[target]}
-        pairs = [(one, by_layer[one.layer]) for one in modules[target] if one.layer in by_layer]
-        for name, directions in (
-            ("lora_a", lambda module: subspaces.input_directions(module.lora_a)),
-            ("update", lambda module: module.update.left),
-        ):
-            maps = {one.layer: subspaces.similarity(directions(one), directions(other)) for one, other in pairs}
-            if maps:
-                similarities[target, name] = maps
+    similarities: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for target in modules:
+        by_layer = {other.layer: other for other in others.get(target, ())}
+        for one in (one for one in modules[target] if one.layer in by_layer):
+            other = by_layer[one.layer]
+            factors = (subspaces.input_directions(module.lora_a) for module in (one, other))
+            similarities.setdefault((target, "lora_a"), {})[one.layer] = subspaces.similarity(*factors)
+            whole = subspaces.similarity(one.update.left, other.update.left)
+            similarities.setdefault((target, "update"), {})[one.layer] = whole
     return similarities

@@ -23,9 +23,7 @@ def write_analysis(analysis: Analysis, to: str | os.PathLike) -> None:
     modules = [module for of in analysis.modules.values() for module in of]
     with new_folder(to) as folder:
         _write_csv(folder / "analysis.csv", COLUMNS, map(_row, modules))
-        values = (
-            (m.layer, m.projection, i, value) for m in modules for i, value in enumerate(m.update.values, start=1)
-        )
+        values = ((m.layer, m.projection, i, value) for m in modules for i, value in enumerate(m.update.values, 1))
         _write_csv(folder / "singular_values.csv", ("layer", "projection", "i", "value"), values)
         pictures.draw_values(folder / "singular_values.png", analysis.modules)
         pictures.draw_modules(folder / "modules.png", analysis.modules)
@@ -72,23 +70,15 @@ def describe(analysis: Analysis) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for target, of in analysis.modules.items():
-        table = [
-            (
-                module.relative_norm,
-                module.effective_rank,
-                (module.update.values[0] / module.norms.update) ** 2,
-                module.norms.factor,
-                module.norms.update / module.norms.through_base,
-            )
-            for module in of
-        ]
-        norm, effective, first, factor, own = np.exp(np.mean(np.log(table), axis=0))
+        norms = [(m.relative_norm, m.norms.factor, m.norms.update / m.norms.through_base) for m in of]
+        shares = [(m.effective_rank, (m.update.values[0] / m.norms.update) ** 2) for m in of]
+        norm, factor, own, effective, first = np.exp(np.mean(np.log(np.hstack([norms, shares])), axis=0))
         ranks = sorted({module.rank for module in of})
         shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines.append(f"| {target} | {shown} | {norm:.4f} | {effective:.1f} | {first:.0%} | {factor:.1f} | {own:.2f} |")
     modules = [module for of in analysis.modules.values() for module in of]
     strongest = max(modules, key=lambda module: module.relative_norm)
-    used = np.mean([module.effective_rank / len(module.update.values) for module in modules])
+    used = np.mean([m.effective_rank / len(m.update.values) for m in modules])
     through = np.array([(m.norms.through_update, m.norms.through_random, m.norms.through_base) for m in modules])
     update, random, own = np.linalg.norm(through, axis=0)
     lines += [
@@ -101,28 +91,26 @@ def describe(analysis: Analysis) -> str:
         f"directions. Over all layers, W is {update / random:.1f} times as strong there as through random directions, and "
         f"{update / own:.2f} times as strong as through its own strongest directions.",
     ]
-    return "\n".join(lines + (_describe_similarities(analysis) if analysis.other else [])) + "\n"
-
-
-def _describe_similarities(analysis: Analysis) -> list[str]:
-    lines = [
-        "",
-        f"## Directions shared with `{analysis.other}`",
-        "",
-        "φ(i, j) is 1 where the first i directions of one adapter and the first j of the other span the same space "
-        "(section 7.2); two random spaces would have max(i, j) / in. Means over layers.",
-        "",
-    ]
+    if analysis.other:
+        lines += [
+            "",
+            f"## Directions shared with `{analysis.other}`",
+            "",
+            "φ(i, j) is 1 where the first i directions of one adapter and the first j of the other span the same space "
+            "(section 7.2); two random spaces would have max(i, j) / in. Means over layers.",
+            "",
+        ]
     if analysis.common_seed is not None:
         lines += [
             f"Both runs have seed {analysis.common_seed}: where their ranks are equal they began with the same lora_a, so "
             "what they share there says little. Compare runs with different seeds.",
             "",
         ]
-    lines += ["| projection | of | φ(1, 1) | φ of all | random, of all |", "| --- | --- | --- | --- | --- |"]
+    if analysis.other:
+        lines += ["| projection | of | φ(1, 1) | φ of all | random, of all |", "| --- | --- | --- | --- | --- |"]
     for (target, of), maps in analysis.similarities.items():
         inputs = len(analysis.modules[target][0].lora_a)
         table = [(phi[0, 0], phi[-1, -1], max(phi.shape) / inputs) for phi in maps.values()]
         first, whole, random = np.mean(table, axis=0)
         lines.append(f"| {target} | {SHOWN[of]} | {first:.3f} | {whole:.3f} | {random:.3f} |")
-    return lines
+    return "\n".join(lines) + "\n"

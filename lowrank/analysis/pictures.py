@@ -1,6 +1,7 @@
 """The pictures of an analysis."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +14,14 @@ QUANTITIES: dict[str, Callable[[Module], float]] = {
     "effective rank of ΔW": lambda module: module.effective_rank,
     "amplification": lambda module: module.norms.factor,
 }
+INTEGERS: dict[str, Any] = {"integer": True, "min_n_ticks": 1}  # of a matplotlib locator
 
 
 def draw_values(file: paths.Path, modules: Modules) -> None:
     """The singular values of ΔW: a panel for each projection, a line for each layer."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = _panels(len(modules), most=4, width=3.2, height=2.8, sharey=True)
     last = max(module.layer for of in modules.values() for module in of)
@@ -29,10 +32,10 @@ def draw_values(file: paths.Path, modules: Modules) -> None:
             axis.plot(range(1, len(values) + 1), values, color=shades.to_rgba(module.layer), marker=".", linewidth=1)
         axis.set(title=target, yscale="log", xlabel="i")
         axis.grid(alpha=0.3)
-        _integer_ticks(axis.xaxis)
+        axis.locator_params("x", **INTEGERS)
     figure.supylabel("singular value of ΔW")
-    bar = figure.colorbar(shades, ax=axes, label="layer", boundaries=np.arange(last + 2) - 0.5)
-    _integer_ticks(bar.ax.yaxis)
+    ticks = MaxNLocator("auto", **INTEGERS)
+    figure.colorbar(shades, ax=axes, label="layer", boundaries=np.arange(last + 2) - 0.5, ticks=ticks)
     figures.save(figure, file)
 
 
@@ -48,7 +51,7 @@ def draw_modules(file: paths.Path, modules: Modules) -> None:
         figure.colorbar(axis.imshow(table, aspect="auto", vmin=0), ax=axis)
         axis.set_title(title)
         axis.set_xticks(range(len(modules)), list(modules), rotation=45, ha="right")
-        _integer_ticks(axis.yaxis)
+        axis.locator_params("y", **INTEGERS)
     axes[0].set_ylabel("layer")
     figures.save(figure, file)
 
@@ -60,7 +63,7 @@ def draw_similarity(file: paths.Path, title: str, names: tuple[str, str], maps: 
         extent = (0.5, phi.shape[1] + 0.5, phi.shape[0] + 0.5, 0.5)
         image = axis.imshow(phi, vmin=0, vmax=1, aspect="auto", extent=extent)
         axis.set_title(f"layer {layer}", fontsize=9)
-        _integer_ticks(axis.xaxis, axis.yaxis)
+        axis.locator_params(**INTEGERS)
     figure.colorbar(image, ax=axes, label="φ(i, j)")
     figure.suptitle(title)
     figure.supxlabel(f"j, of {names[1]}")
@@ -77,10 +80,3 @@ def _panels(count: int, most: int, width: float, height: float, **options):
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes
-
-
-def _integer_ticks(*axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))

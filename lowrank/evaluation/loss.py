@@ -37,8 +37,7 @@ class Estimate(NamedTuple):
     margin: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The loss of each example under one model, or under two that are compared."""
 
     settings: DataConfig  # how the examples were made
@@ -91,9 +90,7 @@ def evaluate(
             f"max_length={settings.max_length} is more than the model reads ({source.config.max_length}); "
             f"give {source.config.max_length} or less"
         )
-    records = read_records(data, settings.format)
-    losses: list[np.ndarray] = []
-    fingerprints = set()
+    records, losses, fingerprints = read_records(data, settings.format), [], set()
     for opened in adapters:
         model = load(source, opened, dtype=dtype, mesh=mesh)
         options = (settings.max_length, settings.train_on_prompt, data)
@@ -118,11 +115,8 @@ def _choose_settings(config: Config | None, adapters: list[Adapter | None], give
         return dataclasses.replace(config.data, **given)
     runs = [workdir.read_config(adapter.folder).data for adapter in adapters if adapter and adapter.step is not None]
     found = [dataclasses.replace(settings, **given) for settings in runs or [DataConfig()]]
-    differing = [
-        f"{name} is {' and '.join(str(getattr(settings, name)) for settings in found)}"
-        for name in ("format", "max_length", "train_on_prompt")
-        if getattr(found[0], name) != getattr(found[-1], name)
-    ]
+    values = {name: [getattr(each, name) for each in found] for name in ("format", "max_length", "train_on_prompt")}
+    differing = [f"{name} is {' and '.join(map(str, each))}" for name, each in values.items() if each[0] != each[-1]]
     if differing:
         raise UserError(f"the two runs made examples in different ways: {', '.join(differing)}; give these settings")
     return found[0]
@@ -131,8 +125,7 @@ def _choose_settings(config: Config | None, adapters: list[Adapter | None], give
 def _example_losses(model: Model, examples: Examples, mesh: Mesh, *, batch_size: int, **shape) -> np.ndarray:
     """float64 [examples]: the summed loss of each example's predicted tokens."""
     shards = mesh_lib.batch_shards(mesh)
-    rows = -(-batch_size // shards) * shards  # every device gets as many
-    step = make_losses_step(model.model)
+    step, rows = make_losses_step(model.model), -(-batch_size // shards) * shards  # every device gets as many
     place = {example.index: i for i, example in enumerate(examples.examples)}
     sums = np.zeros(len(place))
     for batch, indices in loader.evaluation_batches(examples, batch_size=rows, **shape):
@@ -148,21 +141,18 @@ def estimate_mean(sums: np.ndarray, tokens: np.ndarray) -> Estimate:
     The mean is a ratio of two sums over examples; its variance is that of the ratio's linear part (Cochran, Sampling
     Techniques, 1977, section 6.3).
     """
-    mean = sums.sum() / tokens.sum()
-    count = len(sums)
+    mean, count = sums.sum() / tokens.sum(), len(sums)
     if count < 2:
         return Estimate(float(mean), None)
-    deviation = sums - mean * tokens
-    variance = count / (count - 1) * np.sum(deviation**2) / tokens.sum() ** 2
+    variance = count / (count - 1) * np.sum((sums - mean * tokens) ** 2) / tokens.sum() ** 2
     return Estimate(float(mean), Z * math.sqrt(variance))
 
 
 def write_losses(file: paths.Path, evaluation: Evaluation) -> None:
     """Write a JSON line for each example: its index in the data, its predicted tokens, its mean loss under each model."""
-    written = []
-    for example, tokens, losses in zip(
-        evaluation.examples.examples, evaluation.tokens, evaluation.losses.T, strict=True
-    ):
+    written = ""
+    columns = (evaluation.examples.examples, evaluation.tokens, evaluation.losses.T)
+    for example, tokens, losses in zip(*columns, strict=True):
         means = dict(zip(("loss", "other_loss"), (losses / tokens).tolist(), strict=False))
-        written.append(json.dumps({"example": example.index, "tokens": int(tokens)} | means) + "\n")
-    lines.replace(file, "".join(written))
+        written += json.dumps({"example": example.index, "tokens": int(tokens)} | means) + "\n"
+    lines.replace(file, written)

@@ -15,10 +15,8 @@ def question_and_answer(example: Example) -> tuple[list[int], list[int]]:
 
     The response is the last run of trained tokens: a chat template may write something untrained after it.
     """
-    trained = np.flatnonzero(example.loss_mask)
-    end = trained[-1]
-    before = np.flatnonzero(~example.loss_mask[: end + 1])
-    start = before[-1] + 1 if len(before) else 0
+    end = np.flatnonzero(example.loss_mask)[-1]
+    start = 1 + max(np.flatnonzero(~example.loss_mask[: end + 1]), default=-1)
     return example.ids[: start + 1].tolist(), example.ids[start + 1 : end + 2].tolist()  # the mask is over ids[1:]
 
 
@@ -30,9 +28,8 @@ def answer_examples(
     The answer to a prompt that leaves the model no room is "".
     """
     results = []
-    pairs = [question_and_answer(example) for example in examples]
-    for start in range(0, len(pairs), rows):
-        part = pairs[start : start + rows]
+    for start in range(0, len(examples), rows):
+        part = [question_and_answer(example) for example in examples[start : start + rows]]
         fitting = [prompt for prompt, _ in part if len(prompt) < model.config.max_length]
         longest = max(len(reference) for _, reference in part)  # a longer answer cannot be equal
         texts = iter(complete(model, variables, tokenizer, fitting, longest))

@@ -41,31 +41,26 @@ def generate_ids(
     longest = max(len(prompt) for prompt in prompts)
     width = -(-longest // ROUND) * ROUND
     slots = -(-(width + max_new_tokens) // ROUND) * ROUND
-    tokens = np.zeros((len(prompts), width), np.int32)
-    segments = np.zeros((len(prompts), slots), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        segments[row, width - len(prompt) :] = 1
     pads = np.asarray([width - len(prompt) for prompt in prompts], np.int32)
+    tokens = np.stack([np.pad(prompt, (pad, 0)) for prompt, pad in zip(prompts, pads, strict=True)]).astype(np.int32)
+    segments = (np.arange(slots) >= pads[:, None]).astype(np.int32)
     settings = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     key = jax.random.key(sampling.seed)
-
-    layouts = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables)]
-    meshes = [layout.mesh for layout in layouts if isinstance(layout, NamedSharding)]
+    layouts = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables))
+    meshes = (layout.mesh for layout in layouts if isinstance(layout, NamedSharding))
     # Replicated, so that every process can read the tokens: the compiler may shard them over the devices otherwise.
-    sharding = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-
-    draw_key = jax.random.fold_in(key, 0)
-    token, cache = _prefill(model, sharding, variables, tokens, segments, pads, draw_key, settings)
+    sharding = next((NamedSharding(mesh, PartitionSpec()) for mesh in meshes), None)
+    given = (model, sharding, variables, segments, pads, settings)
+    token, cache = _prefill(*given, tokens, jax.random.fold_in(key, 0))
     for drawn in range(1, max_new_tokens + 1):
         yield np.asarray(token)
         if drawn < max_new_tokens:
             slot, draw_key = jnp.int32(width + drawn - 1), jax.random.fold_in(key, drawn)
-            token, cache = _decode(model, sharding, variables, token, slot, segments, pads, cache, draw_key, settings)
+            token, cache = _decode(*given, cache, token, slot, draw_key)
 
 
 @functools.partial(lazy_jit, static_argnums=(0, 1))
-def _prefill(model: Decoder, sharding: NamedSharding | None, variables, tokens, segments, pads, key, settings):
+def _prefill(model: Decoder, sharding: NamedSharding | None, variables, segments, pads, settings, tokens, key):
     rows, width = tokens.shape
     empty = empty_cache(model.config, rows, segments.shape[1], model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
@@ -73,14 +68,11 @@ def _prefill(model: Decoder, sharding: NamedSharding | None, variables, tokens, 
     return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
 
 
-@functools.partial(lazy_jit, static_argnums=(0, 1), donate_argnums=7)
-def _decode(
-    model: Decoder, sharding: NamedSharding | None, variables, token, slot, segments, pads, cache, key, settings
-):
+@functools.partial(lazy_jit, static_argnums=(0, 1), donate_argnums=6)
+def _decode(model, sharding, variables, segments, pads, settings, cache, token, slot, key):
     positions = (slot - pads)[:, None]
-    hidden, head, cache = model.apply(
-        variables, token[:, None], positions, jnp.ones_like(positions), cache, slot, segments
-    )
+    row = (token[:, None], positions, jnp.ones_like(positions))
+    hidden, head, cache = model.apply(variables, *row, cache, slot, segments)
     return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
 
 

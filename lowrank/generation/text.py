@@ -36,29 +36,29 @@ def stream_text(
     """Continue each row of ids; yield (row, piece of text) until each has met EOS, a stop string or its length."""
     if not rows:
         return
-    limit = model.config.max_length
-    longest = max(len(prompt) for prompt in rows)
-    if longest >= limit:
-        raise UserError(f"a prompt of {longest} tokens leaves no room: the model reads {limit}; shorten it")
-    if min(len(prompt) for prompt in rows) == 0:
+    limit, lengths = model.config.max_length, [len(prompt) for prompt in rows]
+    if max(lengths) >= limit:
+        raise UserError(f"a prompt of {max(lengths)} tokens leaves no room: the model reads {limit}; shorten it")
+    if min(lengths) == 0:
         raise UserError("an empty prompt needs a tokenizer with a BOS token; this one has none: write some text")
     ends = {*model.config.eos_ids, tokenizer.eos_id}
     ids: list[list[int]] = [[] for _ in rows]
     sent = [0] * len(rows)  # characters of each row's text that were yielded
     running = list(range(len(rows)))
-    max_new_tokens = min(max_new_tokens, limit - min(len(prompt) for prompt in rows))
+    max_new_tokens = min(max_new_tokens, limit - min(lengths))
     for count, tokens in enumerate(generate_ids(model, variables, rows, max_new_tokens, sampling), start=1):
         for row in list(running):
             token = int(tokens[row])
             if token not in ends:
                 ids[row].append(token)
-            ended = token in ends or len(rows[row]) + count >= limit
-            text = tokenizer.decode(ids[row], continues=len(rows[row]) > 1)  # after BOS alone a text begins
-            met = [at for at in (text.find(string) for string in stop) if at >= 0]
-            if met:
+            ended = token in ends or lengths[row] + count >= limit
+            text = tokenizer.decode(ids[row], continues=lengths[row] > 1)  # after BOS alone a text begins
+            if met := [text.index(string) for string in stop if string in text]:
                 text, ended = text[: min(met)], True
             if not ended and count < max_new_tokens:
-                text = text[: len(text) - _withheld(text, stop)]
+                # What may still change: part of a character's bytes, or the beginning of a stop string.
+                starts = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
+                text = text[: min(len(text.rstrip("\ufffd")), len(text) - max(starts, default=0))]
             if len(text) > sent[row]:
                 yield row, text[sent[row] :]
                 sent[row] = len(text)
@@ -66,10 +66,3 @@ def stream_text(
                 running.remove(row)
         if not running:
             return
-
-
-def _withheld(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that may still change: part of a character's bytes, or the beginning of a stop string."""
-    broken = len(text) - len(text.rstrip("\ufffd"))
-    starts = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
-    return max([broken, *starts])

@@ -7,6 +7,7 @@ folder gets its name last, so a failure leaves nothing that looks like an export
 import dataclasses
 import pathlib
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,7 @@ from lowrank.weights.peft import write_peft
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
+class Export(NamedTuple):
     """A verified export."""
 
     folder: pathlib.Path
@@ -89,14 +89,13 @@ def export(
         else:
             dtype = dtype or (architecture.stored_dtype if lora else "float32")
             params = merge(source.params, trained, lora, jnp.dtype(dtype)) if source and lora else trained
+            written = architecture
             if run.tokenizer:  # not the base's, so other ids begin and end a text
                 assert tokenizer.eos_id is not None  # nothing is trained without one
-                ends = dataclasses.replace(architecture, bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,))
-                write_huggingface(folder, params, ends, dtype=dtype)
-            else:
-                write_huggingface(folder, params, architecture, dtype=dtype)
-                if source:
-                    carry(source.folder, folder, ["generation_config.json"])
+                written = dataclasses.replace(written, bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,))
+            write_huggingface(folder, params, written, dtype=dtype)
+            if source and not run.tokenizer:
+                carry(source.folder, folder, ["generation_config.json"])
             del params
         if format == "merged" or run.tokenizer:  # an adapter goes with its base's, unless it has one of its own
             write_tokenizer(tokenizer, folder)
@@ -110,6 +109,7 @@ def export(
                 f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try dtype=float32"
             )
         facts = {"name": to.absolute().name, "format": format, "dtype": dtype, "difference": difference}
+        facts["tolerance"] = TOLERANCE[dtype]
         card = model_card(
             record=workdir_lib.read_record(run_folder),
             lines=lines.read_lines(run_folder / "metrics.jsonl"),
@@ -117,7 +117,7 @@ def export(
             lora=lora,
             trained=partition.count(trained) - (padding_size(lora, architecture) if lora else 0),
             base=base_name,
-            export=facts | {"tolerance": TOLERANCE[dtype]},
+            export=facts,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(to, dtype, difference)

@@ -42,23 +42,21 @@ class Model:
         """The ids that a prompt in this format starts generation from, as in training; `input` is alpaca's."""
         return encode_prompt(prompt, input, format, self.tokenizer)
 
-    def generate(
-        self, prompts: str | Sequence[Prompt], *, max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling
-    ) -> list[str]:
-        """The continuation of each prompt, up to EOS, a string of `stop` (left out), or `max_new_tokens`.
-
-        `sampling`: temperature (0: greedy), top_k, top_p, seed.
-        """
+    def generate(self, prompts: str | Sequence[Prompt], **options) -> list[str]:
+        """The continuation of each prompt; `options`: those of `stream`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         texts = [""] * len(prompts)
-        for row, piece in self.stream(prompts, max_new_tokens=max_new_tokens, stop=stop, **sampling):
+        for row, piece in self.stream(prompts, **options):
             texts[row] += piece
         return texts
 
     def stream(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling
     ) -> Iterator[tuple[int, str]]:
-        """The same as it is generated: (row, piece of text)."""
+        """Continue each prompt, up to EOS, a string of `stop` (left out), or `max_new_tokens` -> (row, piece of text).
+
+        `sampling`: temperature (0: greedy), top_k, top_p, seed.
+        """
         rows = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         options = (max_new_tokens, stop, Sampling(**sampling))
         yield from stream_text(self.model, self.variables, self.tokenizer, rows, *options)
@@ -89,8 +87,8 @@ def load(
         variables = jax.tree.map(lambda leaf: leaf.astype(held), adapter.restore(shapes))
     else:
         variables = {"params": load_params(source, shapes["params"])}
-    if adapter is not None and adapter.lora is not None:
-        variables |= adapter.restore({"lora": shapes["lora"]})
+        if adapter is not None:
+            variables |= adapter.restore({"lora": shapes["lora"]})
     if adapter is not None and adapter.base not in (None, source.fingerprint):
         message = f"adapter {adapter.folder} was trained over other weights than those in {source.folder}"
         warnings.warn(message, stacklevel=2)
