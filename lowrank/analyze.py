@@ -11,7 +11,6 @@ from absl import flags
 
 from lowrank import analysis
 from lowrank.cli import run as cli
-from lowrank.errors import UserError
 
 flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
 flags.DEFINE_string("other", None, "A second adapter over the same base, to compare directions with.")
@@ -22,9 +21,7 @@ FLAGS = flags.FLAGS
 
 def main(arguments: list[str]):
     cli.refuse_unknown(arguments)
-    missing = [f"--{name}" for name in ("adapter", "to") if not getattr(FLAGS, name)]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing; see --help")
+    cli.require("adapter", "to")
     result = analysis.analyze(FLAGS.adapter, FLAGS.other, FLAGS.base)
     analysis.write_analysis(result, FLAGS.to)
     count = sum(map(len, result.modules.values()))

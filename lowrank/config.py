@@ -8,11 +8,10 @@ defaults below. `--config.lora.rank=16` overrides any key, whether the file has 
 import ast
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import ml_collections
@@ -268,8 +267,8 @@ def build(cls: Any, values: dict, prefix: str, errors: list[str]) -> Any:
     for key, value in values.items():
         name = f"config.{prefix}{key}"
         if key not in hints:
-            unknown = _leaf_keys(value, prefix + key)
-            errors += [f"config.{leaf} is no config key{did_you_mean(leaf)}" for leaf in unknown]
+            unknown = flat({key: value}, prefix)
+            errors += [f"config.{leaf} is no config key{did_you_mean(leaf)}" for leaf, _ in unknown]
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
                 fields[key] = build(hints[key], value, f"{prefix}{key}.", errors)
@@ -342,9 +341,6 @@ def literal(text: str) -> Any:
         return text
 
 
-# ---- Keys ------------------------------------------------------------------------------------------------------------
-
-
 def set_key(values: dict, key: str, value: Any) -> None:
     """Set a key such as "lora.rank" in nested dicts of config values, not checked yet."""
     try:
@@ -353,24 +349,18 @@ def set_key(values: dict, key: str, value: Any) -> None:
         raise UserError(f"config.{key} is no key: config.{error}") from None
 
 
-def value(config: Config, key: str) -> Any:
-    """The value under a key such as "lora.rank"."""
-    return functools.reduce(getattr, key.split("."), config)
+def flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dicts -> (key, value) pairs with keys such as "lora.rank"."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
-def _leaf_keys(value: Any, key: str) -> list[str]:
-    """The keys of the values in nested dicts that stand under `key`."""
-    if not isinstance(value, dict) or not value:
-        return [key]
-    return [leaf for name, part in value.items() for leaf in _leaf_keys(part, f"{key}.{name}")]
-
-
-def all_keys(cls: Any = Config, prefix: str = "") -> list[str]:
+def all_keys() -> list[str]:
     """Every key, in the order of the fields."""
-    keys = []
-    for name, hint in typing.get_type_hints(cls).items():
-        keys += all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return keys
+    return [key for key, _ in flat(to_dict(Config()))]
 
 
 def did_you_mean(key: str, root: str = "config.") -> str:

@@ -11,7 +11,6 @@ import sys
 from absl import flags
 
 from lowrank.cli import run as cli
-from lowrank.errors import UserError
 from lowrank.weights.convert import convert
 
 flags.DEFINE_string("from", None, "The base to convert: a folder of any supported format.")
@@ -22,10 +21,8 @@ FLAGS = flags.FLAGS
 
 def main(arguments: list[str]):
     cli.refuse_unknown(arguments)
+    cli.require("from", "to")
     source, to = FLAGS["from"].value, FLAGS.to
-    missing = [f"--{name}" for name, value in (("from", source), ("to", to)) if not value]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing; see --help")
     made = convert(source, to, FLAGS.dtype, progress=sys.stderr.isatty())
     print(
         f"converted {source} to {to}: {made.parameters:,} parameters, {made.nbytes / 1e9:.3g} GB in {made.files} "

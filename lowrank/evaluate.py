@@ -43,9 +43,7 @@ FEW = 30  # examples, below which the normal distribution makes an interval too 
 def main(arguments: list[str]):
     if not FLAGS.config:
         cli.refuse_unknown(arguments)
-    missing = [f"--{name}" for name in ("base", "data") if not getattr(FLAGS, name)]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing; see --help")
+    cli.require("base", "data")
     if FLAGS.to and paths.local(FLAGS.to).exists():
         raise UserError(f"--to={FLAGS.to} exists; give a new name or remove it")
     if FLAGS.to and not pathlib.Path(FLAGS.to).parent.is_dir():

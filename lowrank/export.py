@@ -11,7 +11,6 @@ from absl import flags
 
 from lowrank import inference
 from lowrank.cli import run as cli
-from lowrank.errors import UserError
 
 flags.DEFINE_string("workdir", None, "The workdir of the run.")
 flags.DEFINE_integer("step", None, "Which checkpoint; default: the latest.")
@@ -29,9 +28,7 @@ FLAGS = flags.FLAGS
 
 def main(arguments: list[str]):
     cli.refuse_unknown(arguments)
-    missing = [f"--{name}" for name in ("workdir", "format", "to") if not getattr(FLAGS, name)]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing; see --help")
+    cli.require("workdir", "format", "to")
     options = {name: FLAGS[name].value for name in ("step", "base", "base_name", "dtype")}
     made = inference.export(FLAGS.workdir, FLAGS.to, FLAGS.format, **options)
     print(

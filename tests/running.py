@@ -25,7 +25,7 @@ from absl import flags
 from lowrank.cli import run as cli
 from lowrank.model import decoder
 from lowrank.parallel import compiling, mesh
-from lowrank.runs import setup
+from lowrank.runs import setup, speed
 from lowrank.sweeping import group, members
 from lowrank.training.partition import named_leaves
 from lowrank.training.step import make_eval_step
@@ -137,6 +137,7 @@ make_members_eval_step = shared(members.make_members_eval_step)
 SHARING = {  # what stands in for what while a command runs
     "lowrank.runs.train.abstract_step": abstract_step,
     "lowrank.runs.train.make_eval_step": shared(make_eval_step),
+    "lowrank.runs.speed.product_flops": shared(speed.product_flops),
     "lowrank.sweeping.group.Programs": shared(group.Programs, _programs_key),
     "lowrank.parallel.compiling.compile_for": shared(
         compiling.compile_for, lambda function, *arguments: (function, _signature(arguments))

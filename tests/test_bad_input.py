@@ -492,8 +492,8 @@ def test_a_mistake_ends_in_one_line_and_loses_nothing(given, name, prepare, said
     ("name", "prepare", "said"),
     [
         ("train", mistyped_key, "did you mean config.lora.rank?"),
-        ("generate", prompts_missing, "cannot be read"),
-        ("export", export_without_flags, "--workdir, --format, --to missing"),
+        pytest.param("generate", prompts_missing, "cannot be read", marks=pytest.mark.slow),
+        pytest.param("export", export_without_flags, "--workdir, --format, --to missing", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_in_a_process_of_its_own_ends_in_one_line(given, name, prepare, said):

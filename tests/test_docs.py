@@ -1,6 +1,8 @@
 """README and docs/: links and paths exist, commands name real configs, and the Python page runs."""
 
+import ast
 import functools
+import inspect
 import pathlib
 import re
 
@@ -48,6 +50,21 @@ def test_commands_and_configs_exist(page):
     assert not [file for file in files if not (ROOT / file).is_file()]
 
 
+def test_the_python_page_imports_and_calls_what_there_is():
+    """Each name that its blocks import exists and takes the arguments that it is given."""
+    tree = ast.parse("\n".join(blocks((ROOT / "docs" / "python.md").read_text(), "python")))
+    names: dict = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([statement], []), "docs/python.md", "exec"), names)
+    called = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+    for call in called:
+        arguments = {keyword.arg: None for keyword in call.keywords}
+        inspect.signature(names[ast.unparse(call.func)]).bind(*call.args, **arguments)
+    assert {ast.unparse(call.func) for call in called} >= {"train", "evaluate", "sweep", "export", "analyze", "plan"}
+
+
+@pytest.mark.slow
 def test_the_python_page_runs(tmp_path, monkeypatch):
     """Its blocks from top to bottom, on one device, in a folder that has the clone's configs."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -10,6 +10,7 @@ import traceback
 
 import ml_collections
 
+from lowrank.cli.run import refuse_unknown
 from lowrank.config import Config, Unparsed, from_values, plain, set_key
 from lowrank.errors import UserError
 
@@ -73,6 +74,5 @@ def _override_pairs(arguments: list[str]) -> list[tuple[str, str]]:
             pairs.append((name.removeprefix("config."), rest.pop(0)))
         else:
             raise UserError(f"{argument} has no value; write {argument}=VALUE")
-    if unknown:
-        raise UserError(f"unknown argument{'s' * (len(unknown) > 1)} {' '.join(unknown)}; see --help")
+    refuse_unknown(unknown)
     return pairs

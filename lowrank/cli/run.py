@@ -73,6 +73,12 @@ def refuse_unknown(arguments: list[str]):
         raise UserError(f"unknown argument{'s' * (len(arguments) > 1)} {' '.join(arguments)}; see --help")
 
 
+def require(*names: str):
+    """UserError for all of these flags that are not given."""
+    if missing := [f"--{name}" for name in names if not flags.FLAGS[name].value]:
+        raise UserError(f"{', '.join(missing)} missing; see --help")
+
+
 def use_compile_cache():
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's own cache folder.
 

@@ -1,7 +1,6 @@
 """Adapters on the disk, whoever wrote them: a workdir's or a PEFT folder's, opened alike; and a run that starts from one."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -39,61 +38,38 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
     folder = paths.path(folder)
     if (folder / "adapter_config.json").is_file():
         tree, lora, made_for = read_peft(folder, layers)
-        return Adapter(
-            folder,
-            lora,
-            format=None,
-            tokenizer=None,
-            base=None,
-            step=None,
-            restore=lambda wanted: _fitted({"lora": tree}, wanted, folder, made_for),
-        )
+
+        def fit(wanted: dict) -> dict:
+            if misfits := partition.misfits({"lora": tree}, wanted):
+                of = f", which was made for {made_for}," if made_for else ""
+                raise UserError(f"adapter {folder}{of} does not fit the model: {'; '.join(misfits)}; give its own base")
+            as_wanted = lambda leaf, like: mesh_lib.put(leaf.astype(like.dtype), like.sharding)  # noqa: E731
+            return jax.tree.map(as_wanted, {"lora": tree}, wanted)
+
+        return Adapter(folder, lora, format=None, tokenizer=None, base=None, step=None, restore=fit)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
             "name the --workdir of a training run or the folder of a PEFT adapter"
         )
     run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
-    step = _saved_step(folder, step)
-    return Adapter(
-        folder,
-        run.adapter,
-        run.data.format,
-        run.tokenizer,
-        trained_over,
-        step,
-        lambda wanted: _restored(folder, wanted, step),
-    )
-
-
-def _fitted(found: dict, wanted: dict, folder: pathlib.Path, made_for: str | None) -> dict:
-    misfits = partition.misfits(found, wanted)
-    if misfits:
-        of = f", which was made for {made_for}," if made_for else ""
-        raise UserError(f"adapter {folder}{of} does not fit the model: {'; '.join(misfits)}; give its own base")
-    return jax.tree.map(lambda leaf, like: mesh_lib.put(leaf.astype(like.dtype), like.sharding), found, wanted)
-
-
-def _saved_step(folder: pathlib.Path, step: int | None) -> int:
-    """`step` if there is a checkpoint of it; the latest, if none is named."""
     with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.manager.all_steps()
+        steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
         has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
         raise UserError(f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}")
-    return max(steps) if step is None else step
+    saved = max(steps) if step is None else step
 
+    def restore(wanted: dict) -> dict:
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            return checkpoints.restore_adapter(saved, wanted)
 
-def _restored(folder: pathlib.Path, wanted: dict, step: int) -> dict:
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.restore_adapter(step, wanted)
-
-
-# ---- A run that starts from an adapter --------------------------------------------------------------------------------
+    return Adapter(folder, run.adapter, run.data.format, run.tokenizer, trained_over, saved, restore)
 
 
 def read_init_adapter(config: Config, base: Base | None) -> Adapter:
-    """Open `config.init_adapter`; UserError if it holds no adapter or was trained over another base."""
+    """Open `config.init_adapter`; UserError if it holds no adapter, was trained over another base, or means something else
+    under the config's settings."""
     assert base is not None and config.init_adapter  # a run from scratch has no adapter
     adapter = read_adapter(config.init_adapter, layers=base.config.layers)
     if adapter.lora is None:
@@ -105,6 +81,7 @@ def read_init_adapter(config: Config, base: Base | None) -> Adapter:
             f"config.init_adapter={config.init_adapter} was trained over other weights than those in {base.folder}; "
             "give its own base"
         )
+    check_init_adapter(adapter, config, base.config.layers)
     return adapter
 
 
@@ -120,23 +97,23 @@ def check_init_adapter(adapter: Adapter, config: Config, layers: int) -> None:
     if set(there.targets) != set(lora.targets):
         differing.append(f"lora.targets is {there.targets} there and {lora.targets} here")
     elif lora.uneven:
-        for name, values_of in (("ranks", LoraConfig.layer_ranks), ("alphas", _alphas_in_use)):
+
+        def alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | None, ...]:
+            """None where the rank is 0: PEFT's files hold no alpha there, so nothing can differ."""
+            pairs = zip(lora.layer_ranks(target, layers), lora.layer_alphas(target, layers), strict=False)
+            return tuple(alpha if rank else None for rank, alpha in pairs)
+
+        for name, values_of in (("ranks", LoraConfig.layer_ranks), ("alphas", alphas_in_use)):
             theirs, ours = ({t: values_of(own, t, layers) for t in lora.targets} for own in (there, lora))
             if theirs != ours:
                 differing.append(f"lora.{name} is {theirs} there and {ours} here")
     if differing:
-        settings = {"rank": there.rank, "alpha": there.alpha, "scaling": there.scaling}
-        settings |= {"targets": ",".join(there.targets)}
-        flags = " ".join(f"--config.lora.{name}={value}" for name, value in settings.items())
+        flags = [f"--config.lora.{name}={getattr(there, name)}" for name in ("rank", "alpha", "scaling")]
+        flags += [f"--config.lora.targets={','.join(there.targets)}"]
         raise UserError(
-            f"config.init_adapter={config.init_adapter} does not fit this config: {'; '.join(differing)}; say {flags}"
+            f"config.init_adapter={config.init_adapter} does not fit this config: {'; '.join(differing)}; "
+            f"say {' '.join(flags)}"
         )
-
-
-def _alphas_in_use(lora: LoraConfig, target: str, layers: int) -> tuple[float | None, ...]:
-    """None where the rank is 0: PEFT's files hold no alpha there, so nothing can differ."""
-    pairs = zip(lora.layer_ranks(target, layers), lora.layer_alphas(target, layers), strict=False)
-    return tuple(alpha if rank else None for rank, alpha in pairs)
 
 
 def with_ranks_of(config: Config, lora: LoraConfig | None) -> Config:

@@ -12,6 +12,11 @@ from lowrank.runs.report import describe_ranks
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
+LOSSES = {
+    "train/loss": "training, a step's own",
+    "eval/loss": "held out",
+    "eval/perplexity": "held-out perplexity",
+}
 PROMPTS = {
     "alpaca": "Prompts need the words it was trained with, without an input\n\n```\n{plain}```\n\nand with one\n\n```\n{given}```",
     "chat": "It was trained on conversations: render them with the tokenizer's chat template.",
@@ -28,40 +33,36 @@ def model_card(
     `record` is the run's config.json, `lines` its metrics, `trained` the number of trained parameters, `base` what to
     load the base by; `export` says name, format ("peft" | "merged"), dtype, difference and tolerance.
     """
+    config, is_peft = record["config"], export["format"] == "peft"
+    is_here = paths.is_remote(base) or pathlib.Path(base).exists()
+    header = [f"library_name: {'peft' if is_peft else 'transformers'}", "pipeline_tag: text-generation"]
+    header += [] if is_here else [f"base_model: {base}"]  # the hub refuses a card whose base_model is a path
+    header += ["tags:", *(["- lora"] if lora else []), "- lowrank"]
+    data = pathlib.Path(config["data"]["train"]).name
+    if lora is None:
+        origin = f"`{config['architecture']}` from scratch" if config["architecture"] else f"`{base}`"
+        summary = f"A full training of {origin} on `{data}`, made with lowrank (JAX)."
+    else:
+        what = "A LoRA adapter for" if is_peft else "With a LoRA adapter merged into it:"
+        summary = f"{what} `{base}`, trained on `{data}` with lowrank (JAX)."
+    facts = _facts(record, step, lora, trained, base)
+    plain = ALPACA.format(instruction="{instruction}")
+    given = ALPACA_WITH_INPUT.format(instruction="{instruction}", input="{input}")
     parts = [
-        _header(base, lora, export["format"]),
+        "\n".join(["---", *header, "---"]),
         f"# {export['name']}",
-        _summary(record, base, lora, export["format"]),
-        f"## Training\n\n{_table(_facts(record, step, lora, trained, base))}",
+        summary,
+        "## Training",
+        "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())]),
         f"## Losses\n\n{_losses(lines, step)}",
-        f"## Prompts\n\n{_prompts(record['config']['data']['format'])}",
-        f"## Loading\n\n{_loading(record, base, lora, export)}",
-        f"## Verification\n\n{_verification(export)}",
+        f"## Prompts\n\n{PROMPTS[config['data']['format']].replace('{plain}', plain).replace('{given}', given)}",
+        f"## Loading\n\n{_loading(config, base, is_here, lora, export)}",
+        "## Verification",
+        "Before this folder got its name, every tensor in it was read back and compared, and the float32 logits of fixed "
+        f"tokens were compared with the trained model's: the largest difference was {export['difference']:.2g} of the "
+        f"largest logit (allowed for {export['dtype']}: {export['tolerance']:g}).",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _header(base: str, lora: LoraConfig | None, form: str) -> str:
-    fields = [f"library_name: {'peft' if form == 'peft' else 'transformers'}", "pipeline_tag: text-generation"]
-    if not _is_here(base):  # the hub refuses a card whose base_model is a path
-        fields.append(f"base_model: {base}")
-    fields += ["tags:", *(["- lora"] if lora else []), "- lowrank"]
-    return "\n".join(["---", *fields, "---"])
-
-
-def _is_here(base: str) -> bool:
-    return paths.is_remote(base) or pathlib.Path(base).exists()
-
-
-def _summary(record: dict, base: str, lora: LoraConfig | None, form: str) -> str:
-    data = pathlib.Path(record["config"]["data"]["train"]).name
-    if lora is None:
-        origin = (
-            f"`{record['config']['architecture']}` from scratch" if record["config"]["architecture"] else f"`{base}`"
-        )
-        return f"A full training of {origin} on `{data}`, made with lowrank (JAX)."
-    what = "A LoRA adapter for" if form == "peft" else "With a LoRA adapter merged into it:"
-    return f"{what} `{base}`, trained on `{data}` with lowrank (JAX)."
 
 
 def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base: str) -> dict[str, str]:
@@ -93,35 +94,19 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
     return facts
 
 
-def _table(facts: dict[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())])
-
-
 def _losses(lines: list[dict], step: int) -> str:
     """The first and the last up to the exported step, as they were logged."""
     rows = []
-    for name, shown in (
-        ("train/loss", "training, a step's own"),
-        ("eval/loss", "held out"),
-        ("eval/perplexity", "held-out perplexity"),
-    ):
+    for name, shown in LOSSES.items():
         logged = [(line["step"], line[name]) for line in lines if name in line and line["step"] <= step]
         if logged:
-            first, last = logged[0], logged[-1]
-            rows.append(f"| {shown} | {first[1]:.4f} (step {first[0]}) | {last[1]:.4f} (step {last[0]}) |")
+            cells = " | ".join(f"{loss:.4f} (step {at})" for at, loss in (logged[0], logged[-1]))
+            rows.append(f"| {shown} | {cells} |")
     return "\n".join(["| loss | first | last |", "| --- | --- | --- |", *rows]) if rows else "None was logged."
 
 
-def _prompts(form: str) -> str:
-    plain = ALPACA.format(instruction="{instruction}")
-    given = ALPACA_WITH_INPUT.format(instruction="{instruction}", input="{input}")
-    return PROMPTS[form].replace("{plain}", plain).replace("{given}", given)
-
-
-def _loading(record: dict, base: str, lora: LoraConfig | None, export: dict) -> str:
-    name, form = export["name"], record["config"]["data"]["format"]
-    here = base if _is_here(base) else "DIR"  # lowrank reads folders, not names on a hub
-    download = [] if here == base else ["", f"(`DIR`: the folder that `{base}` was downloaded to.)"]
+def _loading(config: dict, base: str, is_here: bool, lora: LoraConfig | None, export: dict) -> str:
+    name, form = export["name"], config["data"]["format"]
     if export["format"] == "merged":
         return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -133,28 +118,20 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
 ```"""
-    lines = [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name if record["config"]["tokenizer"] else base}")',
-        f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
-        f'model = PeftModel.from_pretrained(base, "{name}")',
-        "```",
-        "",
-        "```",
-        f"python -m lowrank.generate --base={here} --adapter={name} --format={form} --prompt=TEXT",
-    ]
     rank = next((rank for rank in VLLM_RANKS if lora and rank >= lora.rank), None)
+    vllm = ""
     if rank and lora and not lora.uneven:  # vLLM takes one rank and one alpha for all modules
-        lines.append(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}")
-    return "\n".join([*lines, "```", *download])
+        vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}\n"
+    download = "" if is_here else f"\n\n(`DIR`: the folder that `{base}` was downloaded to.)"  # no name on a hub
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+tokenizer = AutoTokenizer.from_pretrained("{name if config["tokenizer"] else base}")
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{name}")
+```
 
-def _verification(export: dict) -> str:
-    return (
-        "Before this folder got its name, every tensor in it was read back and compared, and the float32 logits of fixed "
-        f"tokens were compared with the trained model's: the largest difference was {export['difference']:.2g} of the "
-        f"largest logit (allowed for {export['dtype']}: {export['tolerance']:g})."
-    )
+```
+python -m lowrank.generate --base={base if is_here else "DIR"} --adapter={name} --format={form} --prompt=TEXT
+{vllm}```{download}"""

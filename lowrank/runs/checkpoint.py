@@ -25,12 +25,12 @@ from lowrank.training import partition
 from lowrank.training.step import State
 
 EVAL_LOSS = "eval/loss"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-DISK_SIGNS = tuple(map(os.strerror, DISK_ERRORS))  # C++ libraries pass on only the text
+# Of a full or read-only disk, as texts: C++ libraries pass on nothing else.
+DISK_SIGNS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)]
 
 
 @dataclasses.dataclass
-class _KeepSteps(ocp.checkpoint_managers.PreservationPolicy):
+class _Steps(ocp.checkpoint_managers.PreservationPolicy):
     steps: Callable[[], Collection[int]]
 
     def should_preserve(self, checkpoints, *, context):
@@ -60,19 +60,14 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[EVAL_LOSS], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("adapter", "opt_state")}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
         self.folder = epath.Path(str((workdir / "checkpoints").absolute()))  # on a disk or in a bucket
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={
-                "adapter": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep), best, _KeepSteps(also_keep)]
-                ),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best, _Steps(also_keep)]),
                 save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides when to save
                 # Removes what a killed run left half written; a reader must not remove a save that is running.
                 cleanup_tmp_directories=not read_only,
@@ -108,7 +103,6 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint."""
         return list(self.manager.all_steps())
 
     def save(self, step: int, state: State, data: dict, meta: dict, eval_loss: float | None = None):
@@ -133,13 +127,12 @@ class Checkpoints:
         self._read(step, meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
         with self._read_errors(step):
             metadata = self.manager.item_metadata(step)
-            missing = [item for item in ("adapter", "opt_state") if not dict(metadata[item] or {})]
-            if missing:
+            if missing := [item for item in ("adapter", "opt_state") if not dict(metadata[item] or {})]:
                 raise ValueError(f"no {' and no '.join(missing)}")
 
     def forget(self):
         """Remove all checkpoints."""
-        for step in self.manager.all_steps():
+        for step in self.steps():
             (self.folder / str(step)).rmtree()
         self.manager.reload()
 
@@ -160,8 +153,7 @@ class Checkpoints:
         """-> the trainable tree saved at `step`, laid out as `trainable`; UserError if their leaves differ."""
         with self._read_errors(step):
             found = dict(self.manager.item_metadata(step).adapter)
-        misfits = partition.misfits(found, nested(trainable))
-        if misfits:
+        if misfits := partition.misfits(found, nested(trainable)):
             raise UserError(
                 f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}; give its own base"
             )
@@ -194,22 +186,17 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            text = f"{error} {error.__cause__ or ''}"
             if reason := bucket.explain(error):
                 raise UserError(f"checkpoint in {self.folder} could not be written: {reason}") from error
+            text = f"{error} {error.__cause__ or ''}"
             signs = [sign for sign in DISK_SIGNS if sign in text]
-            if signs or getattr(error, "errno", None) in DISK_ERRORS:
-                last = self.latest()
-                kept = (
-                    f"the checkpoint of step {last} is whole"
-                    if last is not None
-                    else "no checkpoint was written before"
-                )
-                reason = signs[0] if signs else os.strerror(error.errno)  # type: ignore[attr-defined]
-                raise UserError(
-                    f"checkpoint in {self.folder} could not be written ({reason}); {kept}; make room and run again"
-                ) from error
-            raise
+            if not signs:
+                raise
+            last = self.latest()
+            kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is whole"
+            raise UserError(
+                f"checkpoint in {self.folder} could not be written ({signs[0]}); {kept}; make room and run again"
+            ) from error
 
 
 def _abstract(tree):

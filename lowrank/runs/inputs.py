@@ -77,7 +77,7 @@ def identity(config: Config, inputs: RunInputs) -> dict:
 
 def facts(config: Config, run_identity: dict) -> dict[str, str]:
     """What must be the same in all processes of a run, as short texts: files by content, not by path."""
-    values = workdir_lib.flat(config_lib.to_dict(config))
+    values = config_lib.flat(config_lib.to_dict(config))
     settings = {f"config.{key}": repr(value) for key, value in values if key not in workdir_lib.PATHS}
     files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
     settings["config.init_adapter"] = "set" if config.init_adapter else "not set"

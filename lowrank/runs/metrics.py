@@ -3,8 +3,10 @@
 Of several processes the first one writes; in the others the same calls write nothing.
 """
 
+import importlib
 import math
 import uuid
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,6 +46,13 @@ def best_evaluation(workdir: paths.Path) -> tuple[float, int]:
     return min(((loss, step) for step, loss in read_evaluations(workdir).items()), default=(math.inf, 0))
 
 
+def _library(name: str, key: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{key} needs {name}; pip install 'lowrank[logging]'") from None
+
+
 class Metrics:
     """Writes the scalars of a step everywhere the config asks for."""
 
@@ -54,24 +63,15 @@ class Metrics:
         if not distributed.is_first():
             return
         if config.log.tensorboard:
-            try:
-                import tensorboardX
-            except ImportError:
-                raise UserError("config.log.tensorboard needs tensorboardX; pip install 'lowrank[logging]'") from None
-            self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            library = _library("tensorboardX", "config.log.tensorboard")
+            self.tensorboard = library.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if config.log.wandb:
-            try:
-                import wandb as wandb_library
-            except ImportError:
-                raise UserError("config.log.wandb needs wandb; pip install 'lowrank[logging]'") from None
             id_file = workdir / "wandb_id"  # a resumed workdir continues the same W&B run
             if not id_file.exists():
                 replace(id_file, uuid.uuid4().hex)
-            run_id = id_file.read_text()
+            options = {"project": config.log.wandb, "id": id_file.read_text(), "config": config_lib.to_dict(config)}
             place = None if paths.is_remote(workdir) else str(workdir)
-            self.wandb = wandb_library.init(
-                project=config.log.wandb, id=run_id, resume="allow", config=config_lib.to_dict(config), dir=place
-            )
+            self.wandb = _library("wandb", "config.log.wandb").init(**options, resume="allow", dir=place)
 
     def write(self, step: int, scalars: dict[str, float]):
         append_line(self.file, {"step": step, **scalars})

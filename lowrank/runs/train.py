@@ -5,37 +5,30 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from lowrank import config as config_lib
 from lowrank.cli.signals import stop_signals
 from lowrank.config import Config
+from lowrank.data.loader import TrainLoader
 from lowrank.errors import UserError
 from lowrank.files import paths
 from lowrank.files.lines import flush_lines, forget_after, read_lines
 from lowrank.formatting import format_number
 from lowrank.parallel import distributed
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.runs import inputs as inputs_lib
 from lowrank.runs import report
 from lowrank.runs import workdir as workdir_lib
-from lowrank.runs.adapter import Adapter, check_init_adapter, read_adapter, read_init_adapter, with_ranks_of
+from lowrank.runs.adapter import Adapter, read_adapter, read_init_adapter, with_ranks_of
 from lowrank.runs.checkpoint import Checkpoints
 from lowrank.runs.console import Console
 from lowrank.runs.curves import plot_curves
-from lowrank.runs.inputs import (
-    RunInputs,
-    check_mesh,
-    evaluation_batches,
-    facts,
-    identity,
-    initial_variables,
-    prepare,
-    training_batches,
-)
+from lowrank.runs.inputs import RunInputs
 from lowrank.runs.loop import StepResult, due, run_steps
 from lowrank.runs.metrics import Metrics, best_evaluation, evaluation_scalars, evaluation_sums
 from lowrank.runs.profiling import Profile
@@ -46,6 +39,7 @@ from lowrank.training import partition
 from lowrank.training.step import State, init_state, make_eval_step
 
 REMEDY = "use a lower config.optim.learning_rate, in another --workdir"
+NOT_WRITTEN = ("train/mfu", "train/waiting")  # shown on the console only: they are the machine's, not the run's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +54,15 @@ class Run:
     profile: Profile
     init_adapter: Adapter | None  # the opened `config.init_adapter`; None for a workdir that holds the run already
 
-    @property
-    def mesh(self) -> Mesh:
-        return self.setup.mesh
+
+class Begun(NamedTuple):
+    """A run whose variables are on the devices, and whose data stands at its place."""
+
+    step: int  # the last one that is done; 0 for a run from the beginning
+    state: State
+    frozen: dict
+    batches: TrainLoader
+    tokens: int  # that were seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +99,31 @@ def train(
     Raises UserError for whatever the config or its files have wrong, and for a loss that is not finite.
     """
     run = prepare_run(config, workdir, profile)
+    folder, steps = run.workdir, run.inputs.steps
     print(describe(run))
     with (
-        workdir_lib.open_workdir(run.workdir, run.config, run.identity, overrides, command),
-        Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints,
+        workdir_lib.open_workdir(folder, run.config, run.identity, overrides, command),
+        Checkpoints(folder, run.config.checkpoint.keep) as checkpoints,
         contextlib.closing(run.profile),
     ):
-        return _train(run, checkpoints)
+        begun = _begin(run, checkpoints)
+        first = begun.step
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            forget_after(folder / name, first or -1)
+        if first >= steps:
+            plot_curves(folder)
+            print(f"the run in {folder} is complete at step {first}; raise config.train.steps to go on")
+            return read_result(folder, first)
+        if first:
+            print(f"resumed from step {first}")
+            if left_out := run.profile.skip_until(first):
+                print(left_out)
+        step, tokens, stopped_by, seconds = _loop(run, checkpoints, begun)
+        distributed.barrier("written")  # the first process has flushed its lines, which all read
+        if not stopped_by and distributed.is_first():
+            plot_curves(folder)
+            print(report.closing(folder, run.config, tokens, steps - first, seconds))
+        return read_result(folder, step, stopped_by)
 
 
 def prepare_run(
@@ -119,65 +137,72 @@ def prepare_run(
             "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
         )
     profiled = Profile(profile, folder)
-    inputs = prepare(config)
-    run_identity = identity(config, inputs)
-    distributed.refuse_differences(facts(config, run_identity), "give all of them the same command, code and files")
+    inputs = inputs_lib.prepare(config)
+    identity = inputs_lib.identity(config, inputs)
+    facts = inputs_lib.facts(config, identity)
+    distributed.refuse_differences(facts, "give all of them the same command, code and files")
     profiled.check(inputs.steps)
     mesh = mesh_lib.make_mesh(config.mesh)
-    check_mesh(mesh, config, inputs.architecture)
+    inputs_lib.check_mesh(mesh, config, inputs.architecture)
     start = None
     if config.init_adapter:
         if workdir and distributed.broadcast_from_first((folder / "config.json").exists):
             config = with_ranks_of(config, workdir_lib.read_config(folder).lora)
         else:
             start = read_init_adapter(config, inputs.base)
-            check_init_adapter(start, config, inputs.architecture.layers)
             config = with_ranks_of(config, start.lora)
     setup = abstract_step(config, inputs.architecture, mesh, inputs.steps)
     distributed.refuse_differences({"attention": setup.model.attention}, "say which with --config.attention")
     if start:  # whether it fits is found out before there is a workdir
         start.restore({"lora": setup.shapes["lora"]})
-    return Run(config, folder, inputs, run_identity, setup, profiled, start)
+    return Run(config, folder, inputs, identity, setup, profiled, start)
 
 
 def describe(run: Run, leaves: bool = False) -> str:
     """What would be trained on what, and at what cost; `leaves`: every parameter, too."""
-    setup = run.setup
-    parts = [
-        report.describe_model(
-            run.config, run.inputs.architecture, run.mesh, setup.state.trainable, setup.frozen, setup.optimizer
-        ),
-        report.describe_data(run.config, run.inputs),
-    ]
+    model = report.describe_model(run.config, run.inputs.architecture, run.setup)
+    parts = [model, report.describe_data(run.config, run.inputs)]
     if leaves:
-        parts.append(report.describe_leaves(setup.shapes, setup.mask))
+        parts.append(report.describe_leaves(run.setup.shapes, run.setup.mask))
     return "\n".join(parts)
 
 
-def _train(run: Run, checkpoints: Checkpoints) -> Result:
-    config, workdir, inputs, mesh, setup = run.config, run.workdir, run.inputs, run.mesh, run.setup
-    steps, model = inputs.steps, setup.model
-
-    # ---- State: from the last checkpoint, else from the beginning.
-    batches = training_batches(config, inputs.train)
+def _begin(run: Run, checkpoints: Checkpoints) -> Begun:
+    """Load the run's variables: from its last checkpoint, else from the beginning."""
+    config, setup, start = run.config, run.setup, run.init_adapter
+    batches = inputs_lib.training_batches(config, run.inputs.train)
     first = distributed.broadcast_from_first(checkpoints.latest) or 0
-    state, frozen, tokens = _begin(run, checkpoints, batches, first)
-    samples_file = workdir / "samples.jsonl"
-    for file in (workdir / "metrics.jsonl", samples_file):
-        forget_after(file, first or -1)
-    if first >= steps:
-        plot_curves(workdir)
-        print(f"the run in {workdir} is complete at step {first}; raise config.train.steps to go on")
-        return read_result(workdir, first)
-    if first:
-        print(f"resumed from step {first}")
-        if left_out := run.profile.skip_until(first):
-            print(left_out)
+    # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
+    made = set(setup.shapes) - ({"lora" if config.adapter else "params"} if first else set())
+    if config.init_adapter and not first and start is None:  # a run that was stopped before its first checkpoint
+        start = read_init_adapter(config, run.inputs.base)
+    variables = inputs_lib.initial_variables(config, setup.model, run.inputs.base, setup.shapes, made, start)
+    trainable, frozen = partition.split(variables, setup.mask)
+    layout, key = setup.state, jax.random.key(config.seed)
+    if not first:
+        return Begun(0, init_state(setup.optimizer, trainable, key, layout), frozen, batches, 0)
+    state, position = checkpoints.restore(first, layout)
+    batches.set_state(position)
+    meta = checkpoints.meta(first)
+    if meta["config"]["mesh"] != config_lib.to_dict(config)["mesh"]:
+        print("mesh changed: the reduction order differs, so the run is no longer bitwise reproducible")
+    step = mesh_lib.put(np.int32(first), layout.step.sharding)
+    state = state._replace(step=step, key=mesh_lib.put(key, layout.key.sharding))
+    return Begun(first, state, frozen, batches, meta["tokens"])
 
+
+def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, str | None, float]:
+    """Log, evaluate, sample and save; a checkpoint is made after everything up to its step is written.
+
+    -> the last step, the tokens seen, the signal that stopped the run, the seconds that it took.
+    """
+    config, workdir, inputs, setup = run.config, run.workdir, run.inputs, run.setup
+    first, state, frozen, batches, tokens = begun
+    steps, model, samples_file = inputs.steps, setup.model, workdir / "samples.jsonl"
     train_step = distributed.compile_together(setup.function)
     eval_step = distributed.compile_together(make_eval_step(model))
-    eval_batches = evaluation_batches(config, inputs.held_out)
-    speed = make_speed(mesh, model.dtype, config, [(inputs.architecture, config.adapter)])
+    eval_batches = inputs_lib.evaluation_batches(config, inputs.held_out)
+    speed = make_speed(setup.mesh, model.dtype, config, [(inputs.architecture, config.adapter)])
     best = distributed.broadcast_from_first(lambda: best_evaluation(workdir)[0])
     distributed.barrier("loaded")  # some processes have more of the base to read than others
     began, stopped_by, step = time.monotonic(), None, first
@@ -186,51 +211,59 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
         contextlib.closing(Metrics(workdir, config, first)) as metrics,
         contextlib.closing(Console(steps, first)) as console,
     ):
-        # ---- The loop: log, evaluate, sample, save. A checkpoint is made after everything up to its step is written.
+
+        def log(done: StepResult):
+            line = None
+            if (config.log.every and done.step == 1) or due(done.step, config.log.every, steps):
+                line = training_scalars(done, tokens) | speed.rates()
+                metrics.write(done.step, {name: line[name] for name in line if name not in NOT_WRITTEN})
+            console.show_step(done.step, line)
+
+        def evaluate(state: State) -> float:
+            total, count = evaluation_sums(eval_step, eval_batches, setup.mesh, state.trainable, frozen)
+            loss = float(total / count)
+            if not math.isfinite(loss):
+                raise UserError(f"step {step}: the evaluation loss is {loss}; {intact(checkpoints)}; {REMEDY}")
+            scalars = evaluation_scalars(loss)
+            if config.eval.answers:
+                variables = partition.merge(state.trainable, frozen)
+                scalars["eval/exact_match"] = write_answers(samples_file, step, model, variables, inputs, config)
+            metrics.write(step, scalars)
+            shown = "  ".join(f"{name} {format_number(x)}" for name, x in scalars.items())
+            console.say(f"step {step}/{steps}  {shown}")
+            return loss
+
+        def sample(variables: dict):
+            for prompt, text in write_samples(samples_file, step, model, variables, inputs, config):
+                console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
+
+        def save(state: State, loss: float | None):
+            meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
+            meta |= {"identity": run.identity, "versions": workdir_lib.versions()}
+            flush_lines()
+            checkpoints.save(step, state, batches.get_state(), meta, loss)
+
         for tick in run_steps(
             lambda state, batch, _: train_step(state, frozen, batch),
-            state, batches, mesh, config, first, steps, stop, speed, run.profile,
+            state, batches, setup.mesh, config, first, steps, stop, speed, run.profile,
         ):  # fmt: skip
-            step, state = tick.step, tick.state
+            step = tick.step
             if 0 < step == run.profile.stop:
                 console.say(run.profile.describe())
             for done in tick.results:
                 refuse_not_finite(done, checkpoints)
                 tokens += int(done.metrics.tokens)
-                line = None
-                if (config.log.every and done.step == 1) or due(done.step, config.log.every, steps):
-                    line = training_scalars(done, tokens) | speed.rates()
-                    metrics.write(done.step, {name: line[name] for name in line if name not in NOT_WRITTEN})
-                console.show_step(done.step, line)
+                log(done)
             if not tick.pauses:
                 continue
             with speed.paused():
-                variables = partition.merge(state.trainable, frozen)
-                loss = None
-                if tick.evaluates and eval_batches:
-                    total, count = evaluation_sums(eval_step, eval_batches, mesh, state.trainable, frozen)
-                    loss = float(total / count)
-                    if not math.isfinite(loss):
-                        raise UserError(f"step {step}: the evaluation loss is {loss}; {intact(checkpoints)}; {REMEDY}")
-                    scalars = evaluation_scalars(loss)
-                    if config.eval.answers:
-                        share = write_answers(samples_file, step, model, variables, inputs, config)
-                        scalars["eval/exact_match"] = share
-                    metrics.write(step, scalars)
-                    console.say(
-                        f"step {step}/{steps}  {'  '.join(f'{name} {format_number(x)}' for name, x in scalars.items())}"
-                    )
+                loss = evaluate(tick.state) if tick.evaluates and eval_batches else None
                 if tick.samples:
-                    for prompt, text in write_samples(samples_file, step, model, variables, inputs, config):
-                        console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
-                del variables  # the next step donates the state's arrays
+                    sample(partition.merge(tick.state.trainable, frozen))
                 better = loss is not None and loss < best
                 best = min(best, math.inf if loss is None else loss)
                 if tick.saves or (better and step > 0) or tick.stopped_by:
-                    meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
-                    meta |= {"identity": run.identity, "versions": workdir_lib.versions()}
-                    flush_lines()
-                    checkpoints.save(step, state, batches.get_state(), meta, loss)
+                    save(tick.state, loss)
             if tick.stopped_by and step < steps:
                 stopped_by = tick.stopped_by
                 checkpoints.wait()
@@ -238,15 +271,7 @@ def _train(run: Run, checkpoints: Checkpoints) -> Result:
                     f"stopped by {stopped_by} after step {step}, which is saved; run the same command again to go on"
                 )
         checkpoints.wait()
-    distributed.barrier("written")  # the first process has flushed its lines, which all read
-    result = read_result(workdir, step, stopped_by)
-    if not stopped_by and distributed.is_first():
-        plot_curves(workdir)
-        print(report.closing(workdir, config, tokens, steps - first, time.monotonic() - began))
-    return result
-
-
-NOT_WRITTEN = ("train/mfu", "train/waiting")  # shown on the console only: they are the machine's, not the run's
+    return step, tokens, stopped_by, time.monotonic() - began
 
 
 def training_scalars(result: StepResult, tokens: int, member: int | None = None) -> dict[str, float]:
@@ -254,29 +279,6 @@ def training_scalars(result: StepResult, tokens: int, member: int | None = None)
     values = result.metrics if member is None else jax.tree.map(lambda leaf: leaf[member], result.metrics)
     scalars = {"loss": values.loss, "grad_norm": values.grad_norm, "learning_rate": values.learning_rate}
     return {f"train/{name}": float(value) for name, value in scalars.items()} | {"train/tokens": tokens}
-
-
-def _begin(run: Run, checkpoints: Checkpoints, batches, first: int) -> tuple[State, dict, int]:
-    """-> (state, frozen leaves, tokens seen) after step `first`; `batches` go to their place."""
-    config, setup = run.config, run.setup
-    # A resumed run loads the frozen leaves alone: the trained ones stay shapes until the checkpoint fills them.
-    made = set(setup.shapes) - ({"lora" if config.adapter else "params"} if first else set())
-    start = run.init_adapter
-    if config.init_adapter and not first and start is None:  # a run that was stopped before its first checkpoint
-        start = read_init_adapter(config, run.inputs.base)
-        check_init_adapter(start, config, run.inputs.architecture.layers)
-    variables = initial_variables(config, setup.model, run.inputs.base, setup.shapes, made, start)
-    trainable, frozen = partition.split(variables, setup.mask)
-    layout, key = setup.state, jax.random.key(config.seed)
-    if not first:
-        return init_state(setup.optimizer, trainable, key, layout), frozen, 0
-    state, position = checkpoints.restore(first, layout)
-    step = mesh_lib.put(np.int32(first), layout.step.sharding)
-    batches.set_state(position)
-    meta = checkpoints.meta(first)
-    if meta["config"]["mesh"] != config_lib.to_dict(config)["mesh"]:
-        print("mesh changed: the reduction order differs, so the run is no longer bitwise reproducible")
-    return state._replace(step=step, key=mesh_lib.put(key, layout.key.sharding)), frozen, meta["tokens"]
 
 
 def read_result(workdir: paths.Path, step: int, stopped_by: str | None = None) -> Result:

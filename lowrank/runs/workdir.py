@@ -12,7 +12,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO
 
 import jax
 
@@ -34,12 +33,15 @@ FREE_ON_RESUME = (
 )
 
 
-# Defaults of an architecture's fields, as JSON: a run older than a field has its default.
-DEFAULTS = {
-    field.name: json.loads(json.dumps(field.default))
-    for field in dataclasses.fields(ModelConfig)
-    if field.default is not dataclasses.MISSING
-}
+def as_json(values):
+    """Values as they come back from a JSON file: tuples are lists."""
+    return json.loads(json.dumps(values))
+
+
+# Of an architecture's fields: a run older than a field has its default.
+DEFAULTS = as_json(
+    {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING}
+)
 
 
 @contextlib.contextmanager
@@ -58,11 +60,7 @@ def open_workdir(workdir: paths.Path, config: Config, identity: dict, overrides:
                     f"workdir {workdir} holds another run, which cannot go on with: {'; '.join(differences)}; "
                     "choose another --workdir, or give the run what it began with"
                 )
-        record = {
-            **origin(command, overrides),
-            "config": config_lib.to_dict(config),
-            "identity": identity,
-        }
+        record = origin(command, overrides) | {"config": config_lib.to_dict(config), "identity": identity}
         replace(file, json.dumps(record, indent=1) + "\n")
         distributed.broadcast_from_first(lambda: record["at"])
         yield
@@ -100,14 +98,21 @@ def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Checked before the lock is made, so that nothing is left in somebody else's folder.
-        if not file.exists() and any(
-            path.name not in (".lock", file.with_suffix(".tmp").name) for path in workdir.iterdir()
-        ):
+        ours = (".lock", file.with_suffix(".tmp").name)
+        if not file.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
+        lock: contextlib.AbstractContextManager
         if isinstance(workdir, pathlib.Path):
-            lock: contextlib.AbstractContextManager = _lock_file(workdir)
+            lock = file_lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
+            try:
+                fcntl.flock(file_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file_lock.close()
+                raise UserError(
+                    f"workdir {workdir} is in use by another process; wait for it or choose another"
+                ) from None
         else:
             workdir.check_bucket()
             lock = bucket_lock.locked(workdir / ".lock", str(workdir))
@@ -119,42 +124,22 @@ def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[
         yield
 
 
-def _lock_file(workdir: pathlib.Path) -> IO[str]:
-    """The workdir's lock, held until it is closed."""
-    lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"workdir {workdir} is in use by another process; wait for it or choose another") from None
-    return lock
-
-
 def resume_differences(before: dict, config: Config, identity: dict, free=FREE_ON_RESUME) -> list[str]:
     """How the run in a workdir differs from this one beyond the keys that are `free` to: a line each."""
     differences = []
     known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
-    for name, value in json.loads(json.dumps(identity)).items():
+    for name, value in as_json(identity).items():
         if known.get(name) != value:
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
     # Through the config and back: keys that are newer than the run get their defaults.
-    configs = (config_lib.to_dict(config_lib.from_values(before["config"])), config_lib.to_dict(config))
-    was, now = (dict(flat(json.loads(json.dumps(values)))) for values in configs)
-    for key in sorted(was.keys() | now.keys()):
-        if key not in free and was.get(key) != now.get(key):
-            differences.append(f"config.{key} was {was.get(key)} and is {now.get(key)}")
-    return differences
-
-
-def flat(values: dict, prefix: str = ""):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    configs = (config_lib.from_values(before["config"]), config)
+    was, now = (dict(config_lib.flat(as_json(config_lib.to_dict(own)))) for own in configs)
+    differing = [key for key in sorted(now) if key not in free and was[key] != now[key]]
+    return differences + [f"config.{key} was {was[key]} and is {now[key]}" for key in differing]
 
 
 def file_hash(file) -> str | None:
+    """Of its content."""
     if file is None:
         return None
     found = paths.path(file).stat()
@@ -170,19 +155,17 @@ def _hash_of(file: str, modified: int, size: int) -> str:
 
 @functools.cache
 def versions() -> dict:
-    packages = ("lowrank", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    found = {}
-    for package in packages:
+    found = {"python": platform.python_version()}
+    for package in ("lowrank", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    return {"python": platform.python_version(), **found}
+    return found
 
 
 @functools.cache
 def code_hash() -> str:
     """Of the Python files of this package."""
-    digest = hashlib.sha256()
-    package = pathlib.Path(__file__).parents[1]
+    digest, package = hashlib.sha256(), pathlib.Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -191,13 +174,10 @@ def code_hash() -> str:
 @functools.cache
 def git_revision() -> str | None:
     """Of the code that runs, with "+changes" if it was edited since; None outside a checkout."""
-    folder = pathlib.Path(__file__).parent
-
-    def git(*words):
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
-
+    describe = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--abbrev=40"]
     try:
-        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+        options = ["--exclude=*", "--dirty=+changes"]
+        return subprocess.run([*describe, *options], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -7,6 +7,7 @@ and the seed. Any other difference (targets, data, base, mode, …) makes anothe
 import dataclasses
 import hashlib
 import itertools
+import operator
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -151,7 +152,7 @@ def _make_members(values: dict[str, Any], axes: dict[str, list]) -> tuple[tuple[
         without_effect: tuple[str, ...] = ()
         if config.train.mode == "full":  # no adapter, and the seed draws nothing where a base is loaded
             without_effect = ("lora.", "seed") if config.base else ("lora.",)
-        swept = {key: config_lib.value(config, key) for key in axes if not key.startswith(without_effect)}
+        swept = {key: operator.attrgetter(key)(config) for key in axes if not key.startswith(without_effect)}
         if "lora.targets" in swept:  # a set: the order in which targets are named has no effect
             swept["lora.targets"] = tuple(sorted(swept["lora.targets"], key=TARGETS.index))
         name = _make_name(swept)

@@ -76,7 +76,7 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     start = None
     if config.init_adapter:
         start = read_init_adapter(config, inputs.base)
-        for member in members:
+        for member in members[1:]:
             check_init_adapter(start, member.config, inputs.architecture.layers)
         members = [dataclasses.replace(m, config=with_ranks_of(m.config, start.lora)) for m in members]
     config, architecture = members[0].config, inputs.architecture

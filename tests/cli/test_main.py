@@ -68,19 +68,19 @@ def test_runs_the_module_with_the_arguments(monkeypatch):
     }
 
 
-def test_is_the_same_as_python_m():
+@pytest.mark.parametrize("argument", ["--help", pytest.param("--base", marks=pytest.mark.slow)])
+def test_is_the_same_as_python_m(argument):
     """Exit code and both outputs, in processes of their own: absl finds the flags of the module that runs as __main__."""
     code = "import sys; from lowrank.cli.main import main; sys.exit(main())"
-    for arguments in (["--help"], ["--base"]):
-        script = [sys.executable, "-c", code, "generate", *arguments]
-        module = [sys.executable, "-m", "lowrank.generate", *arguments]
-        console_script, python_m = (subprocess.run(words, capture_output=True, text=True) for words in (script, module))
-        assert (console_script.returncode, console_script.stdout, console_script.stderr) == (
-            python_m.returncode,
-            python_m.stdout,
-            python_m.stderr,
-        )
-        assert python_m.returncode == 1
+    script = [sys.executable, "-c", code, "generate", argument]
+    module = [sys.executable, "-m", "lowrank.generate", argument]
+    console_script, python_m = (subprocess.run(words, capture_output=True, text=True) for words in (script, module))
+    assert (console_script.returncode, console_script.stdout, console_script.stderr) == (
+        python_m.returncode,
+        python_m.stdout,
+        python_m.stderr,
+    )
+    assert python_m.returncode == 1
 
 
 def test_does_not_import_jax():

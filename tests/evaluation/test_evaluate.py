@@ -132,5 +132,5 @@ def test_mistakes_get_one_line(base, tiny, trained, held_out, tmp_path):
         finished = run_evaluate(*arguments)
         assert (finished.code, finished.err.count("\n")) == (1, 1) and said in finished.err
     finished = running.run("evaluate")
-    assert finished.code == 1 and "--base and --data missing" in finished.err
+    assert finished.code == 1 and "--base, --data missing" in finished.err
     assert (tmp_path / "there.jsonl").read_text() == "mine"

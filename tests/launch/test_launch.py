@@ -1,8 +1,12 @@
-"""The launch scripts, with a fake `ssh` that runs its command on this machine, in a folder that plays the other one."""
+"""The launch scripts, with a fake `ssh` that runs its command on this machine, in a folder that plays the other one.
+
+`local_processes.py` with a fake training; with real ones it is tested in runs/test_processes.py."""
 
 import os
 import pathlib
+import signal
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -39,3 +43,30 @@ def test_ssh_without_a_host_says_so():
     result = subprocess.run([ROOT / "launch" / "ssh.sh"], capture_output=True, text=True)
     assert result.returncode != 0
     assert "say USER@HOST first" in result.stderr
+
+
+def test_local_processes_are_numbered_and_get_a_stop_signal(tmp_path):
+    (tmp_path / "lowrank").mkdir()
+    (tmp_path / "lowrank" / "train.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print(os.environ['JAX_NUM_CPU_DEVICES'], *sys.argv[1:], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    words = [
+        sys.executable,
+        ROOT / "launch" / "local_processes.py",
+        "--processes=2",
+        "--devices=3",
+        "--",
+        "--workdir=a b",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    script = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    lines = sorted(script.stdout.readline() for _ in range(2))
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(30) == 75  # stopped and saved
+    for number, line in enumerate(lines):
+        beginning, _, rest = line.partition(" --coordinator=localhost:")
+        assert beginning == f"[{number}] 3"
+        assert rest.split(" ", 1)[1] == f"--processes=2 --process={number} --workdir=a b\n"

@@ -4,6 +4,7 @@ What one process computes on four devices is the reference. The order of the dat
 are, so a run goes on with another number of them exactly where it was; sums over a mesh run in another order on another one.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -18,6 +19,9 @@ import pytest
 import running
 from running import steps
 
+from lowrank.errors import UserError
+from lowrank.parallel import distributed
+
 ROOT = running.ROOT
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.lora.dropout=0")
 LONG = (
@@ -27,6 +31,7 @@ LONG = (
     "--config.eval.every=0",
     "--config.checkpoint.every=5",
 )
+STOPPED = (*LONG, "--config.eval.every=2", "--config.checkpoint.every=0")
 
 
 def step_lines(text: str) -> list[int]:
@@ -67,6 +72,60 @@ def assert_close(workdir, other, step, lines=None):
 
 
 @pytest.fixture(scope="module")
+def stopped(tiny, tmp_path_factory) -> tuple[pathlib.Path, int, str]:
+    """A run of two processes on two devices each, stopped by SIGTERM to one of them -> its workdir, its last step, what
+    process 0 said."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    processes = start(tiny, workdir, *STOPPED)
+    wait_for_step(workdir, 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = finish(processes)
+    assert (first.code, second.code) == (75, 75), first.err + second.err
+    assert second.out == ""  # process 0 speaks for all
+    return workdir, steps(workdir)[-1], first.out
+
+
+@pytest.fixture(scope="module")
+def stopped_alone(tiny, stopped, tmp_path_factory) -> pathlib.Path:
+    """The same run of one process on four devices, stopped after the same step."""
+    _, last, _ = stopped
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    signals = lambda: contextlib.nullcontext(lambda step: "SIGTERM" if step == last else None)  # noqa: E731
+    changes = {"lowrank.runs.train.stop_signals": signals}
+    finished = running.run("train", tiny, f"--workdir={workdir}", *STOPPED, devices=4, changes=changes)
+    assert finished.code == 75, finished.err
+    return workdir
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step(stopped):
+    _, last, said = stopped
+    assert last >= 2
+    assert f"stopped by SIGTERM after step {last}, which is saved; run the same command again" in said
+
+
+def test_two_processes_compute_what_one_does(stopped, stopped_alone):
+    workdir, last, said = stopped
+    assert_close(workdir, stopped_alone, step=last)
+    assert "processes  2, found through flags; process 0 is at localhost:" in said
+    assert "mesh       data 2 x fsdp 2 x tensor 1 (4 x cpu)" in said
+
+
+def test_two_processes_write_a_checkpoint_as_one_does(stopped, stopped_alone):
+    """Whole, though each process has written the parts of its own devices; and none of it is of the base."""
+    workdir, last, _ = stopped
+    for item in ("adapter", "opt_state"):
+        found, expected = running.arrays(workdir, last, item), running.arrays(stopped_alone, last, item)
+        assert {name: leaf.shape for name, leaf in found.items()} == {
+            name: leaf.shape for name, leaf in expected.items()
+        }
+    assert not [name for name in running.arrays(workdir, last, "adapter") if "kernel" in name or "embedding" in name]
+    assert steps(workdir) == steps(stopped_alone)
+
+
+# ---- Runs that end: samples and curves, too -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
 def one_process(tiny, tmp_path_factory) -> pathlib.Path:
     """Six steps of one process on four devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
@@ -87,28 +146,18 @@ def two_processes(tiny, tmp_path_factory) -> tuple[pathlib.Path, str]:
     return workdir, finished.stdout
 
 
-def test_two_processes_compute_what_one_does(one_process, two_processes):
+@pytest.mark.slow
+def test_the_launch_script_trains_what_one_process_does(one_process, two_processes):
     workdir, said = two_processes
     assert_close(workdir, one_process, step=6)
     assert (workdir / "samples.jsonl").read_text() == (one_process / "samples.jsonl").read_text()
     assert "[0] processes  2, found through flags; process 0 is at localhost:" in said
-    assert "mesh       data 2 x fsdp 2 x tensor 1 (4 x cpu)" in said
     assert not [line for line in said.splitlines() if line.startswith("[1]")]  # process 0 speaks for all
     assert (workdir / "curves.png").stat().st_size > 10_000
-
-
-def test_two_processes_write_a_checkpoint_as_one_does(one_process, two_processes):
-    """Whole, though each process has written the parts of its own devices; and none of it is of the base."""
-    workdir, _ = two_processes
-    for item in ("adapter", "opt_state"):
-        found, expected = running.arrays(workdir, 6, item), running.arrays(one_process, 6, item)
-        assert {name: leaf.shape for name, leaf in found.items()} == {
-            name: leaf.shape for name, leaf in expected.items()
-        }
-    assert not [name for name in running.arrays(workdir, 6, "adapter") if "kernel" in name or "embedding" in name]
     assert steps(workdir) == steps(one_process)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_to_the_bit(tiny, two_processes, tmp_path):
     workdir = shutil.copytree(two_processes[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "6")
@@ -131,36 +180,20 @@ def test_a_run_of_one_process_goes_on_with_two_on_another_mesh(tiny, one_process
     assert_close(tmp_path / "two", tmp_path / "one", step=9)
 
 
-def stopped_run(tiny, workdir) -> int:
-    """A run of two processes of which one gets SIGTERM -> the step at which both have stopped."""
-    processes = start(tiny, workdir, *LONG)
-    wait_for_step(workdir, 3, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    first, second = finish(processes)
-    assert (first.code, second.code) == (75, 75), first.err + second.err
-    step = steps(workdir)[-1]
-    assert f"stopped by SIGTERM after step {step}, which is saved; run the same command again" in first.out
-    assert second.out == ""
-    return step
-
-
-def test_sigterm_to_one_process_stops_all_at_one_step(tiny, tmp_path):
-    assert stopped_run(tiny, tmp_path / "run") >= 3
+@pytest.mark.slow
+def test_a_run_of_two_processes_that_was_stopped_goes_on_to_the_bit(tiny, stopped, tmp_path):
+    begun, step, _ = stopped
+    whole, resumed = tmp_path / "whole", shutil.copytree(begun, tmp_path / "resumed")
+    until = f"--config.train.steps={step + 6}"
+    for workdir in (whole, resumed):
+        finished = finish(start(tiny, workdir, *STOPPED, until))
+        assert [process.code for process in finished] == [0, 0], finished
+    assert f"resumed from step {step}" in finished[0].out
+    running.assert_same_run(resumed, whole, step + 6)
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_that_was_stopped_goes_on_to_the_bit(tiny, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    step = stopped_run(tiny, stopped)
-    until = f"--config.train.steps={step + 6}"
-    for workdir in (whole, stopped):
-        finished = finish(start(tiny, workdir, *LONG, until))
-        assert [process.code for process in finished] == [0, 0], finished
-    assert f"resumed from step {step}" in finished[0].out
-    running.assert_same_run(stopped, whole, step + 6)
-
-
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("killed", [0, 1])
 def test_sigkill_to_one_process_ends_the_other_and_the_run_goes_on_with_another_number(tiny, tmp_path, killed):
     workdir = tmp_path / "run"
     processes = start(tiny, workdir, *LONG)
@@ -200,29 +233,23 @@ def test_a_mistake_of_one_process_ends_all_with_its_message(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_other_data_and_settings_are_refused(tiny, tmp_path):
+def test_processes_with_other_data_settings_and_code_are_refused(tiny, tmp_path):
     data = json.loads((pathlib.Path(tiny.split("=")[1]).parent / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps(data[1:]))
+    shutil.copytree(ROOT / "lowrank", tmp_path / "code" / "lowrank")
+    with open(tmp_path / "code" / "lowrank" / "training" / "optimizer.py", "a") as file:
+        file.write("\n# Edited on one host and not on the other.\n")
     own = {1: (f"--config.data.train={tmp_path / 'data.json'}", "--config.lora.rank=2")}
-    first, second = finish(start(tiny, tmp_path / "run", own=own))
+    first, second = finish(start(tiny, tmp_path / "run", own=own, code=(ROOT, tmp_path / "code")))
     assert (first.code, second.code) == (1, 1)
     for finished in (first, second):
         line = finished.err.strip().splitlines()[-1]
         assert "the processes do not run the same thing: config.lora.rank is 2 in process 1 of 2 (" in line
         assert "data.train is " in line
+        assert "the code of lowrank is " in line
         assert "data.eval" not in line
         assert "give all of them the same command, code and files" in line
     assert not (tmp_path / "run").exists()
-
-
-def test_processes_with_other_code_are_refused(tiny, tmp_path):
-    shutil.copytree(ROOT / "lowrank", tmp_path / "code" / "lowrank")
-    with open(tmp_path / "code" / "lowrank" / "training" / "optimizer.py", "a") as file:
-        file.write("\n# Edited on one host and not on the other.\n")
-    first, second = finish(start(tiny, tmp_path / "run", code=(ROOT, tmp_path / "code")))
-    assert (first.code, second.code) == (1, 1)
-    assert "the processes do not run the same thing: the code of lowrank is " in first.err
-    assert "process 1 of 2" in second.err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -245,17 +272,16 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever(tiny, tmp_path, 
         assert f"waited 3 s: not all of the 2 processes came to localhost:{port}" in line
 
 
-def test_a_port_that_is_taken_is_refused(tiny, tmp_path):
+def test_a_port_that_is_taken_is_refused():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        flags = (f"--coordinator={address}", "--processes=2", "--process=0")
-        finished = running.finish(running.start("train", tiny, f"--workdir={tmp_path / 'run'}", *flags))
-    assert finished.code == 1
-    assert f"error: --coordinator={address}: port" in finished.err and "cannot be opened here" in finished.err
+        with pytest.raises(UserError, match=rf"--coordinator={address}: port \d+ cannot be opened here"):
+            distributed.start(address, processes=2, process=0, timeout=3)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_all(tiny, tmp_path):
     first, second = start(tiny, tmp_path / "run", *LONG)
     first.stdout.close()
@@ -263,7 +289,8 @@ def test_a_closed_pipe_ends_all(tiny, tmp_path):
     assert first.wait(60) == second.returncode == 1
 
 
-def test_the_launch_script_hands_a_stop_signal_on(tiny, tmp_path):
+@pytest.mark.slow
+def test_the_launch_script_hands_a_stop_signal_on_to_a_training(tiny, tmp_path):
     command = [sys.executable, ROOT / "launch" / "local_processes.py", "--processes=2", "--devices=2", "--", tiny]
     words = [*command, f"--workdir={tmp_path / 'run'}", *LONG]
     script = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=running.environment(devices=1))

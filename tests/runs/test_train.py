@@ -6,6 +6,8 @@ are in the slow tests at the end.
 
 import dataclasses
 import fcntl
+import functools
+import importlib
 import json
 import os
 import pathlib
@@ -13,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -21,7 +24,14 @@ import pytest
 import running
 from running import TRAIN_KEYS, arrays, assert_same_run, largest_file, metrics, steps
 
+from lowrank import runs
+from lowrank.adapters.lora import LoraConfig
+from lowrank.cli import config_file
+from lowrank.config import Config, TrainConfig
+from lowrank.errors import UserError
 from lowrank.inference import model as model_lib
+from lowrank.parallel import mesh
+from lowrank.runs.adapter import Adapter, check_init_adapter
 from lowrank.training.partition import named_leaves
 from lowrank.training.step import make_eval_step
 
@@ -36,6 +46,14 @@ def without_checkpoints(trained, workdir, gone) -> pathlib.Path:
     for step in gone:
         shutil.rmtree(workdir / "checkpoints" / str(step))
     return workdir
+
+
+class Enough(BaseException):
+    """Ends a run whose first step is not needed."""
+
+
+def enough(number):
+    raise Enough
 
 
 class Spy:
@@ -65,11 +83,10 @@ class Spy:
 
 def test_the_base_is_unchanged_every_adapter_leaf_moves_and_the_step_compiles_once(tiny, tmp_path, caplog):
     spy = Spy()
-    running.forget_programs()
+    overrides = ("--verbosity=-1", "--config.lora.rank=3", "--config.sample.every=0", "--config.eval.every=0")
     with jax.log_compiles():
-        assert (
-            train(tiny, tmp_path / "run", "--verbosity=-1", changes={"lowrank.runs.train.abstract_step": spy}).code == 0
-        )
+        finished = train(tiny, tmp_path / "run", *overrides, changes={"lowrank.runs.train.abstract_step": spy})
+    assert finished.code == 0
     trainable, frozen = (named_leaves(tree) for tree in spy.first)
     assert len(frozen) == 11 and len(trainable) == 14
     for name, leaf in named_leaves(spy.frozen).items():
@@ -81,7 +98,8 @@ def test_the_base_is_unchanged_every_adapter_leaf_moves_and_the_step_compiles_on
 
 def test_full_mode_trains_every_parameter_and_no_adapter(tiny, tmp_path):
     spy = Spy()
-    overrides = ("--config.train.mode=full", "--config.train.steps=3", "--config.sample.every=0")
+    overrides = ("train.mode=full", "train.steps=3", "sample.every=0", "eval.every=0")
+    overrides = [f"--config.{override}" for override in overrides]
     finished = train(tiny, tmp_path / "run", *overrides, changes={"lowrank.runs.train.abstract_step": spy})
     assert finished.code == 0
     assert "trainable  918,656 of 918,656 parameters = 100 %" in finished.out
@@ -93,9 +111,10 @@ def test_full_mode_trains_every_parameter_and_no_adapter(tiny, tmp_path):
 
 
 def test_init_adapter_starts_from_another_runs_adapter(tiny, trained, tmp_path):
-    spy = Spy()
-    overrides = (f"--config.init_adapter={trained}", "--config.train.steps=1", "--config.sample.every=0")
-    assert train(tiny, tmp_path / "run", *overrides, changes={"lowrank.runs.train.abstract_step": spy}).code == 0
+    spy = Spy(enough)
+    overrides = (f"--config.init_adapter={trained}", "--config.sample.every=0")
+    with pytest.raises(Enough):
+        train(tiny, tmp_path / "run", *overrides, changes={"lowrank.runs.train.abstract_step": spy})
     begun, source = named_leaves(spy.first[0]), arrays(trained, 6, "adapter")
     assert begun.keys() == source.keys()
     assert all(np.array_equal(begun[name], source[name]) for name in source)
@@ -112,6 +131,7 @@ def test_init_adapter_that_means_something_else_is_refused_with_all_differences(
     assert "targets is" in finished.err
 
 
+@pytest.mark.slow
 def test_an_uneven_run_is_started_from_through_peft_with_the_same_ranks_said(tiny, tmp_path):
     """PEFT's files have no alpha for a layer without an adapter: what the config says of it there differs from nothing."""
     uneven = ("--config.lora.ranks={'v_proj': (1, 0, 3, 3)}", "--config.lora.alphas={'v_proj': 6}")
@@ -131,6 +151,19 @@ def test_an_uneven_run_is_started_from_through_peft_with_the_same_ranks_said(tin
         tiny, tmp_path / "other", *settings, f"--config.init_adapter={peft}", "--config.lora.alphas={'v_proj': 7}"
     )
     assert finished.code == 1 and "lora.alphas is" in finished.err and "(7.0, None, 7.0, 7.0)" in finished.err
+
+
+def test_what_the_config_says_of_layers_without_an_adapter_differs_from_nothing():
+    """PEFT's files have no alpha there."""
+    lora = LoraConfig(
+        4, 8.0, targets=("v_proj",), ranks=(("v_proj", (1, 0, 3)),), alphas=(("v_proj", (6.0, 1.0, 6.0)),)
+    )
+    adapter = Adapter(pathlib.Path(), lora, None, None, None, None, restore=dict)
+    here = dataclasses.replace(lora, alphas=(("v_proj", (6.0,)),))
+    check_init_adapter(adapter, Config(lora=here), layers=3)
+    other = dataclasses.replace(lora, alphas=(("v_proj", (7.0,)),))
+    with pytest.raises(UserError, match=r"lora.alphas is .*\(6.0, None, 6.0\).* there and .*\(7.0, None, 7.0\).* here"):
+        check_init_adapter(adapter, Config(lora=other), layers=3)
 
 
 def test_an_adapter_to_start_from_that_does_not_fit_leaves_no_workdir(tiny, trained, tmp_path, demo_base):
@@ -175,20 +208,14 @@ def test_a_run_from_before_a_key_or_a_field_existed_goes_on(tiny, trained, tmp_p
     record = json.loads((run / "config.json").read_text())
     del record["config"]["lora"]["ranks"], record["identity"]["architecture"]["windows"]
     (run / "config.json").write_text(json.dumps(record))
-    finished = train(tiny, run, "--config.train.steps=7")
+    finished = train(tiny, run, "--config.train.steps=8")
     assert finished.code == 0 and "resumed from step 6" in finished.out, finished.err
-    finished = train(tiny, run, "--config.train.steps=7", "--config.lora.ranks={'q_proj': 1}")
+    finished = train(tiny, run, "--config.train.steps=8", "--config.lora.ranks={'q_proj': 1}")
     assert finished.code == 1 and "config.lora.ranks was [] and is [['q_proj', [1]]]" in finished.err
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_evaluation_covers_every_example_once_whatever_the_batch_size(tiny, tmp_path, packing):
-    class Enough(BaseException):
-        pass
-
-    def stop(number):
-        raise Enough
-
     counted = []
 
     def counting_eval_step(*arguments):
@@ -213,7 +240,7 @@ def test_evaluation_covers_every_example_once_whatever_the_batch_size(tiny, tmp_
                 f"--config.data.packing={packing}",
                 "--config.sample.every=0",
                 changes={
-                    "lowrank.runs.train.abstract_step": Spy(stop),
+                    "lowrank.runs.train.abstract_step": Spy(enough),
                     "lowrank.runs.train.make_eval_step": counting_eval_step,
                 },
             )
@@ -343,15 +370,23 @@ def test_killed_while_removing_an_old_checkpoint_equals_uninterrupted(tiny, trai
     assert_same_run(workdir, trained)
 
 
-def test_killed_before_the_config_was_written_begins(tiny, trained, tmp_path):
+def test_killed_before_the_config_was_written_begins(tiny, tmp_path):
     (tmp_path / "run").mkdir()
     for name in (".lock", "config.tmp"):
         (tmp_path / "run" / name).touch()
-    assert train(tiny, tmp_path / "run").code == 0
-    assert_same_run(tmp_path / "run", trained)
+    spy = Spy(enough)
+    with pytest.raises(Enough):
+        train(tiny, tmp_path / "run", "--config.sample.every=0", changes={"lowrank.runs.train.abstract_step": spy})
+    assert spy.calls == 1 and not steps(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_signal_saves_and_ends_with_its_own_exit_code(tiny, trained, tmp_path, number):
     spy = Spy(lambda step: os.kill(os.getpid(), number) if step == 5 else None)
     stopped = train(tiny, tmp_path / "run", changes={"lowrank.runs.train.abstract_step": spy})
@@ -414,19 +449,20 @@ def test_the_same_base_and_data_may_lie_elsewhere(tiny, trained, tmp_path, demo_
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_console_shows_speed_and_a_profile_is_written(tiny, tmp_path):
-    workdir = tmp_path / "run"
-    finished = train(tiny, workdir, "--profile=2:3", "--config.train.steps=4", "--config.sample.every=0")
+def test_the_console_shows_speed_and_a_profile_is_written(tiny, trained, tmp_path):
+    workdir = without_checkpoints(trained, tmp_path / "run", gone=[4, 6])
+    finished = train(tiny, workdir, "--profile=5:6", "--config.sample.every=0")
     assert finished.code == 0, finished.err
     lines = re.findall(
-        r"^step \d+/4  loss .* tokens_per_second [\d.,]+  mfu [\d.]+%  waiting [\d.]+%$", finished.out, re.M
+        r"^step \d+/6  loss .* tokens_per_second [\d.,]+  mfu [\d.]+%  waiting [\d.]+%$", finished.out, re.M
     )
-    assert len(lines) == 4, finished.out
-    assert f"profile of steps 2 to 3 in {workdir / 'profile'}" in finished.out
+    assert len(lines) == 3, finished.out
+    assert f"profile of steps 5 to 6 in {workdir / 'profile'}" in finished.out
     (trace,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
     names = trace.read_bytes()
     assert b"train_step" in names and b"step_num" in names
-    again = train(tiny, workdir, "--profile=4:6", "--config.train.steps=6", "--config.sample.every=0")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    again = train(tiny, workdir, "--profile=4:6", "--config.sample.every=0")
     assert again.code == 0 and "--profile=4:6: step 4 is done already, so nothing is traced" in again.out
 
 
@@ -514,6 +550,55 @@ def test_a_second_process_in_the_same_workdir_is_refused(tiny, trained, tmp_path
         fcntl.flock(lock, fcntl.LOCK_EX)
         finished = train(tiny, workdir)
     assert finished.code == 1 and "in use by another process" in finished.err
+
+
+# ---- From Python -----------------------------------------------------------------------------------------------------
+# As a notebook calls it: no flags, no process exit, Ctrl-C saves, and no handler is left behind.
+
+
+@pytest.fixture
+def config(tiny, monkeypatch):
+    one_device = functools.partial(mesh.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(mesh, "make_mesh", one_device)
+    for name, made in running.SHARING.items():
+        place, _, attribute = name.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(place), attribute, made)
+    return config_file.read(tiny.removeprefix("--config="), [])
+
+
+def test_an_interrupted_run_saves_leaves_no_handler_and_resumes_to_the_bit(config, trained, tmp_path, monkeypatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        interrupted = Spy(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
+        patch.setitem(runs.train.__globals__, "abstract_step", interrupted)
+        stopped = runs.train(config, tmp_path / "run")
+    assert (stopped.stopped_by, stopped.step, stopped.checkpoint.is_dir()) == ("SIGINT", 3, True)
+    assert list(stopped.losses) == [1, 2, 3] and list(stopped.eval_losses) == [0, 3]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    result = runs.train(config, tmp_path / "run")
+    assert (result.stopped_by, result.step) == (None, 6)
+    assert_same_run(tmp_path / "run", trained)
+    adapter = result.adapter
+    assert adapter.step == 6 and adapter.lora == config.lora
+    assert runs.train(config, tmp_path / "run").losses == result.losses  # complete: nothing is trained
+
+
+def test_a_run_in_another_thread_needs_no_signals(config, trained, tmp_path):
+    results = []
+    workdir = without_checkpoints(trained, tmp_path / "run", gone=[6])
+    thread = threading.Thread(target=lambda: results.append(runs.train(config, workdir)))
+    thread.start()
+    thread.join()
+    assert results[0].step == 6
+    assert_same_run(workdir, trained)
+
+
+def test_a_config_built_in_python_is_checked_before_a_run(tmp_path):
+    wrong = dataclasses.replace(Config(), train=TrainConfig(steps=0), dtype="float8")
+    with pytest.raises(UserError, match=r"config.train.steps=0 must be at least 1.*config.dtype=float8 must be one of"):
+        runs.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Real signals to real processes ----------------------------------------------------------------------------------

@@ -3,17 +3,23 @@
 import datetime
 import importlib.util
 import json
+import pathlib
 import re
 import signal
 import threading
 import time
+from typing import NamedTuple
 
 import fake_gcs
+import jax
+import numpy as np
 import pytest
 import running
 from running import assert_same_run
 
 from lowrank.files import bucket_lock, paths
+from lowrank.inference import load
+from lowrank.runs.adapter import read_adapter
 
 WORKDIR = "gs://bucket/runs/tiny"
 RUN = WORKDIR.removeprefix("gs://")
@@ -39,21 +45,30 @@ def fetched(bucket, folder):
     return folder
 
 
+class FinishedRun(NamedTuple):
+    files: dict[str, bytes]  # its objects
+    writes: dict[str, list]  # what was written when, by object
+    said: str
+
+
 @pytest.fixture(scope="module")
-def finished_run(tiny):
-    """Every object of a run of six steps, and what it said."""
+def finished_run(tiny, trained, demo_base) -> FinishedRun:
+    """The command of a TPU VM, of six steps: base, data and workdir in a bucket, so that nothing of the run lies on its disk."""
     if importlib.util.find_spec("gcsfs") is None:
         pytest.skip("gcsfs is not installed")
+    data = json.loads((trained / "config.json").read_text())["config"]["data"]["train"]
     with fake_gcs.serving() as bucket:
-        finished = train(tiny)
+        bucket.put_folder("bucket/base", demo_base)
+        bucket.put("bucket/data.json", pathlib.Path(data).read_bytes())
+        finished = train(tiny, "--config.base=gs://bucket/base", "--config.data.train=gs://bucket/data.json")
         assert finished.code == 0, finished.err
-        return bucket.files(RUN), finished.out
+        return FinishedRun(bucket.files(RUN), bucket.writes, finished.out)
 
 
 @pytest.fixture
 def run(bucket, finished_run):
     """That run, once more in a bucket."""
-    for name, content in finished_run[0].items():
+    for name, content in finished_run.files.items():
         bucket.put(f"{RUN}/{name}", content)
     return bucket
 
@@ -74,19 +89,9 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(run, trained, tmp_path, finished
     files = run.files(RUN)
     assert files["curves.png"].startswith(b"\x89PNG") and ".lock" not in files
     record, expected = (json.loads(text) for text in (files["config.json"], (trained / "config.json").read_text()))
+    expected["config"]["base"], expected["config"]["data"]["train"] = "gs://bucket/base", "gs://bucket/data.json"
     assert (record["config"], record["identity"]) == (expected["config"], expected["identity"])
-    assert re.search(rf"adapter +{WORKDIR}/checkpoints \(\d+\.\d [KM]B\)", finished_run[1])
-
-
-def test_base_data_and_workdir_in_a_bucket(bucket, tiny, trained, tmp_path, demo_base):
-    """The command of a TPU VM: nothing of the run lies on its disk."""
-    bucket.put_folder("bucket/base", demo_base)
-    data = json.loads((trained / "config.json").read_text())["config"]["data"]["train"]
-    with open(data, "rb") as file:
-        bucket.put("bucket/data.json", file.read())
-    finished = train(tiny, "--config.base=gs://bucket/base", "--config.data.train=gs://bucket/data.json")
-    assert finished.code == 0, finished.err
-    assert_same_run(fetched(bucket, tmp_path), trained)
+    assert re.search(rf"adapter +{WORKDIR}/checkpoints \(\d+\.\d [KM]B\)", finished_run.said)
 
 
 def test_resumed_equals_uninterrupted(run, tiny, trained, tmp_path):
@@ -110,6 +115,7 @@ def test_killed_while_removing_an_old_checkpoint_equals_uninterrupted(run, tiny,
     assert_same_run(fetched(run, tmp_path), trained)
 
 
+@pytest.mark.slow
 def test_killed_by_sigkill_equals_uninterrupted(bucket, tiny, tmp_path):
     process = running.start("train", tiny, f"--workdir={WORKDIR}", "--config.train.steps=1000")
     deadline = time.monotonic() + 120
@@ -138,7 +144,7 @@ def test_a_run_that_was_copied_from_a_disk_goes_on_and_is_read(bucket, tiny, tra
     """In a bucket Orbax removes what has no commit_success.txt; it writes one on disks, too."""
     bucket.put_folder(RUN, trained)
     without(bucket, "checkpoints/6/")
-    assert running.run("export", f"--workdir={WORKDIR}", "--format=peft", f"--to={tmp_path / 'peft'}").code == 0
+    assert read_adapter(WORKDIR).step == 4
     finished = train(tiny)
     assert finished.code == 0 and "resumed from step 4" in finished.out, finished
     assert_same_run(fetched(bucket, tmp_path / "run"), trained)
@@ -249,15 +255,13 @@ def test_a_folder_that_is_somebody_elses_is_left_alone(bucket, tiny):
 # ---- Lines -------------------------------------------------------------------------------------------------------------
 
 
-def test_lines_are_written_together_and_before_every_checkpoint(bucket, tiny):
+def test_lines_are_written_together_and_before_every_checkpoint(finished_run):
     """An object can be replaced about once a second, so not for each line; but no checkpoint is ahead of its lines."""
-    finished = train(tiny)
-    assert finished.code == 0
-    assert len(bucket.files(RUN)["metrics.jsonl"].splitlines()) == 9
-    written = bucket.writes[f"{RUN}/metrics.jsonl"]
+    assert len(finished_run.files["metrics.jsonl"].splitlines()) == 9
+    written = finished_run.writes[f"{RUN}/metrics.jsonl"]
     assert len(written) <= 6
     for step in (2, 3, 4, 6):
-        [(saved, _)] = bucket.writes[f"{RUN}/checkpoints/{step}/commit_success.txt"]
+        [(saved, _)] = finished_run.writes[f"{RUN}/checkpoints/{step}/commit_success.txt"]
         before = [content for generation, content in written if generation < saved]
         assert f'{{"step": {step}, "train/loss"'.encode() in before[-1]
 
@@ -265,6 +269,18 @@ def test_lines_are_written_together_and_before_every_checkpoint(bucket, tiny):
 # ---- Read from there ---------------------------------------------------------------------------------------------------
 
 
+def test_an_adapter_in_a_bucket_is_read_as_on_a_disk(run, trained, tmp_path, demo_base):
+    there, here = (load(demo_base, adapter).variables["lora"] for adapter in (WORKDIR, trained))
+    assert jax.tree.all(jax.tree.map(np.array_equal, there, here))
+    words = (f"--workdir={WORKDIR}", f"--base={demo_base}", "--format=peft", f"--to={tmp_path / 'peft'}")
+    exported = running.run("export", *words)
+    assert exported.code == 0, exported.err
+    run.put_folder("bucket/peft", tmp_path / "peft")
+    from_peft = load(demo_base, "gs://bucket/peft").variables["lora"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, from_peft, here))
+
+
+@pytest.mark.slow
 def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_path, demo_base):
     base = f"--base={demo_base}"
     ask = ("generate", base, "--prompt=Name a colour.", "--max_new_tokens=8")
@@ -276,7 +292,7 @@ def test_commands_read_an_adapter_in_a_bucket_as_on_a_disk(run, trained, tmp_pat
     assert there.code == 0 and re.findall(r"loss [\d.]+", here.out) == re.findall(r"loss [\d.]+", there.out), there.err
     analysed = running.run("analyze", base, f"--adapter={WORKDIR}", f"--to={tmp_path / 'analysis'}")
     assert analysed.code == 0, analysed.err
-    exported = running.run("export", f"--workdir={WORKDIR}", "--format=peft", f"--to={tmp_path / 'peft'}")
+    exported = running.run("export", f"--workdir={WORKDIR}", base, "--format=peft", f"--to={tmp_path / 'peft'}")
     assert exported.code == 0, exported.err
     run.put_folder("bucket/peft", tmp_path / "peft")
     from_peft = running.run(*ask, "--adapter=gs://bucket/peft", "--format=completion")

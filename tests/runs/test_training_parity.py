@@ -38,7 +38,9 @@ def records(shared_data) -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["standard", "rslora"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.slow, id="standard"), pytest.param(True, id="rslora")]
+)
 def started(request, base, tmp_path_factory):
     """A PEFT model with an adapter whose lora_B is not zero, and the folder that it was saved in."""
     torch.manual_seed(0)
