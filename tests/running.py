@@ -116,7 +116,8 @@ def _step_key(config, architecture, mesh, steps):
 
 def _members_optim(config):
     """Of the optimizer, what is the same for all members; the rest is an argument of their step."""
-    optim = dataclasses.replace(config.optim, learning_rate=1.0, schedule="constant", warmup_steps=0)
+    same = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "clip_norm": 1.0}
+    optim = dataclasses.replace(config.optim, **same)
     return (config.train.mode, config.train.microbatches, optim)
 
 

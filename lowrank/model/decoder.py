@@ -7,6 +7,7 @@ their memory: the objective computes chunks of the trained tokens, generation th
 Left out on purpose: positions other than rotary, mixtures of experts.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -161,8 +162,9 @@ def init(model: Decoder, key: jax.Array) -> dict:
     return nn.meta.unbox(_init_boxed(model, key))
 
 
+@functools.lru_cache(maxsize=100)  # tracing takes 0.3 s, and a sweep asks twice for each member
 def abstract(model: Decoder) -> tuple[dict, dict]:
-    """The variables' ShapeDtypeStructs and their logical axes (tuples), without computing anything."""
+    """The variables' ShapeDtypeStructs and their logical axes (tuples), without computing anything; not to be changed."""
     boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
     axes = jax.tree.map(
         lambda leaf: tuple(leaf.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)

@@ -27,7 +27,6 @@ from lowrank.training.optimizer import OptimConfig
 # Logging, evaluation data and devices belong to the sweep, not to a member.
 NOT_SWEPT = ("eval.", "data.eval", "checkpoint.", "log.", "sample.", "mesh.")
 MAX_NAME_BYTES = 150  # a folder's name may have 255
-GROUP_OPTIM_FIELDS = ("b1", "b2", "eps")  # the optimizer's fields that all members of a group share
 CHOSEN_OR_MORE = config_lib.must_be("0 (chosen) or more", lambda size: size >= 0)
 
 
@@ -85,15 +84,13 @@ def group_members(members: tuple[Member, ...]) -> list[list[Member]]:
     """Members that can share a compiled step, in the order of the grid."""
     found: dict[Config, list[Member]] = {}
     for member in members:
-        found.setdefault(_shared_config(member.config), []).append(member)
+        # Defaults stand for all that members of a group may differ in.
+        config = member.config
+        optim = OptimConfig(b1=config.optim.b1, b2=config.optim.b2, eps=config.optim.eps)
+        lora = LoraConfig(targets=tuple(sorted(config.lora.targets))) if config.adapter else LoraConfig()
+        shared = dataclasses.replace(config, lora=lora, optim=optim, seed=0)
+        found.setdefault(shared, []).append(member)
     return list(found.values())
-
-
-def _shared_config(config: Config) -> Config:
-    """The config with defaults for all that members of a group may differ in."""
-    optim = dataclasses.replace(OptimConfig(), **{name: getattr(config.optim, name) for name in GROUP_OPTIM_FIELDS})
-    lora = LoraConfig(targets=tuple(sorted(config.lora.targets))) if config.adapter else LoraConfig()
-    return dataclasses.replace(config, lora=lora, optim=optim, seed=0)
 
 
 def _parse_axes(swept: dict[str, Any], errors: list[str]) -> dict[str, list]:

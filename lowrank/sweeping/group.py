@@ -16,13 +16,7 @@ from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import compile_once
-from lowrank.runs.adapter import (
-    Adapter,
-    check_init_adapter,
-    read_init_adapter,
-    refuse_other_layers,
-    with_ranks_of,
-)
+from lowrank.runs.adapter import Adapter, check_init_adapter, read_init_adapter, refuse_other_layers, with_ranks_of
 from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, with_steps
 from lowrank.runs.setup import model_of
 from lowrank.sweeping import members as members_lib
@@ -64,9 +58,6 @@ class Group:
         return [self.members[i : i + self.size] for i in range(0, len(self.members), self.size)]
 
 
-# ---- Before anything is computed ---------------------------------------------------------------------------------------
-
-
 def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     """Read what the members name and choose how many train at once. `known` caches what earlier groups have read."""
     config = members[0].config
@@ -90,21 +81,6 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     group = Group(tuple(members), inputs, mesh, model, shapes, mask, len(members), 1, start)
     size, at_once = choose_sizes(group, sweep, memory.free_bytes(mesh), mesh.devices.flat[0].platform)
     return dataclasses.replace(group, size=size, at_once=at_once)
-
-
-def unusable_ranks(group: Group) -> tuple[list[str], list[str]]:
-    """-> (members whose rank exceeds every matrix that it adapts, members whose rank exceeds some): a line each."""
-    sizes = {target: min(shape) for target, shape in group.inputs.architecture.projections().items()}
-    above_all: list[str] = []
-    above_some: list[str] = []
-    for member in group.members if group.config.adapter else ():
-        lora = member.config.lora
-        above = [target for target in lora.targets if lora.width(target) > sizes[target]]
-        if above:
-            text = f"rank {max(map(lora.width, above))} above {', '.join(f'{t} ({sizes[t]})' for t in above)}"
-            named = any(target in dict(lora.ranks) for target in above)  # a rank for this very target
-            (above_all if named or len(above) == len(lora.targets) else above_some).append(text)
-    return list(dict.fromkeys(above_all)), list(dict.fromkeys(above_some))
 
 
 def choose_sizes(group: Group, sweep: SweepConfig, free: int, platform: str) -> tuple[int, int]:
@@ -138,8 +114,7 @@ def activation_bytes(group: Group) -> int:
     trainable, frozen = partition.split(group.shapes, group.mask)
 
     def kept(rows: int, remat: str) -> int:
-        model = group.model.clone(remat=remat)
-        shape = (rows, config.data.max_length)
+        model, shape = group.model.clone(remat=remat), (rows, config.data.max_length)
 
         def loss(trainable):
             weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), frozen)
@@ -155,14 +130,12 @@ def activation_bytes(group: Group) -> int:
     return (whole + layer) // shards + 2 * tokens * group.inputs.architecture.vocab * 4
 
 
-# ---- Programs and states -----------------------------------------------------------------------------------------------
-
-
 class Programs:
     """A group's jitted steps and the layout of its stacked state, made once for all of its waves."""
 
     def __init__(self, group: Group):
         config, mesh = group.config, group.mesh
+        self.group = group
         trainable, _ = partition.split(group.shapes, group.mask)
         schedule = learning_rate_schedule(config.optim, group.inputs.steps)
         self.optimizer = make_optimizer(config.optim, schedule, group.mask)
@@ -179,10 +152,8 @@ def shardings_of(shapes):
 
 def initial_state(group: Group, programs: Programs, wave: tuple[Member, ...]) -> State:
     """The members' states before step 1; each equals that of the same run alone."""
-    layout = programs.layout
-    trainable = jax.device_put(
-        pad_members(initial_trainables(group, wave), group.count), shardings_of(layout.trainable)
-    )
+    layout, begun = programs.layout, pad_members(initial_trainables(group, wave), group.count)
+    trainable = jax.device_put(begun, shardings_of(layout.trainable))
     step = jax.device_put(jnp.zeros(group.count, jnp.int32), layout.step.sharding)
     return State(step, trainable, programs.init(trainable), member_keys(group, programs, wave))
 
@@ -190,14 +161,11 @@ def initial_state(group: Group, programs: Programs, wave: tuple[Member, ...]) ->
 def initial_trainables(group: Group, wave: tuple[Member, ...]):
     """The members' trainable trees, stacked [members of the wave, …]."""
     config, base = group.config, group.inputs.base
-    wide, _ = partition.split(group.shapes, group.mask)
     if config.train.mode == "full" and base:  # all start from the base
-        params = load_params(base, group.shapes["params"])
-        return partition.split(
-            {"params": jax.tree.map(lambda leaf: jnp.stack([leaf] * len(wave)), params)}, group.mask
-        )[0]
+        shared, _ = partition.split({"params": load_params(base, group.shapes["params"])}, group.mask)
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(wave)), shared)
     collection = "params" if config.train.mode == "full" else "lora"
-    begun = []
+    wide, begun = partition.split(group.shapes, group.mask)[0], []
     for member in wave:
         model, shapes = own_model(group, member)
         made = initial_variables(member.config, model, base, shapes, {collection}, group.init_adapter)

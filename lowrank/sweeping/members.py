@@ -30,21 +30,19 @@ class MemberHyperparams(NamedTuple):
     rates: jax.Array  # float32 [members, steps], the learning rate of each step
     weight_decay: jax.Array  # float32 [members]
     clip_norm: jax.Array  # float32 [members], infinity where it is off
-    adapters: (
-        dict[str, LayerScalars] | None
-    )  # of each target: scale, rank and kept [members, layers]; None in mode "full"
+    # Of each target: scale, rank and kept [members, layers]; None in mode "full".
+    adapters: dict[str, LayerScalars] | None
 
 
 def widest(loras: list[LoraConfig]) -> LoraConfig:
     """The adapter into which each of these fits: as wide as the widest, with a scale of 1."""
-    first = loras[0]
-    ranks = tuple((target, (max(lora.width(target) for lora in loras),)) for target in first.targets)
+    widths = {target: max(lora.width(target) for lora in loras) for target in loras[0].targets}
     return LoraConfig(
-        rank=max(width for _, (width,) in ranks),
-        targets=first.targets,
+        rank=max(widths.values()),
+        targets=loras[0].targets,
         dropout=max(lora.dropout for lora in loras),
-        ranks=ranks,
-        alphas=tuple((target, (float(width),)) for target, (width,) in ranks),
+        ranks=tuple((target, (width,)) for target, width in widths.items()),
+        alphas=tuple((target, (float(width),)) for target, width in widths.items()),
     )
 
 
@@ -52,13 +50,10 @@ def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHype
     """The members' hyperparameters, as arrays on the host."""
     step = jnp.arange(steps)
     schedules = [learning_rate_schedule(config.optim, steps) for config in configs]
-    of_layers = [
-        {
-            target: own._replace(keep_prob=jnp.full(layers, 1 - lora.dropout, jnp.float32))
-            for target, own in table.items()
-        }
-        for lora, table in ((config.lora, config.lora.layer_scalars(layers)) for config in configs if config.adapter)
-    ]
+    of_layers = []
+    for lora in [config.lora for config in configs if config.adapter]:
+        kept = jnp.full(layers, 1 - lora.dropout, jnp.float32)
+        of_layers.append({name: own._replace(keep_prob=kept) for name, own in lora.layer_scalars(layers).items()})
     return MemberHyperparams(
         # Evaluated here and not in the step, so that schedules may differ in every way, in their kind too.
         rates=np.stack([np.broadcast_to(jax.vmap(schedule)(step), steps) for schedule in schedules]).astype(np.float32),
@@ -66,9 +61,6 @@ def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHype
         clip_norm=np.float32([config.optim.clip_norm or np.inf for config in configs]),
         adapters=jax.tree.map(lambda *leaves: np.stack(leaves), *of_layers) if of_layers else None,
     )
-
-
-# ---- Stacking --------------------------------------------------------------------------------------------------------
 
 
 def stacked_shapes(shapes, members: int, mesh: Mesh):
@@ -105,9 +97,6 @@ def scaled(trainable: dict, scales: dict[str, jax.Array]) -> dict:
     return jax.tree_util.tree_map_with_path(one, trainable)
 
 
-# ---- Steps -----------------------------------------------------------------------------------------------------------
-
-
 def make_members_step(model: Decoder, config: Config, mask: dict, layout: State, at_once: int):
     """-> jitted (state, hyperparams, frozen, batch, step) -> (state, StepMetrics), whose leaves have a leading axis of members.
 
@@ -127,24 +116,18 @@ def make_members_step(model: Decoder, config: Config, mask: dict, layout: State,
         return State(kept[0], kept[1], kept[2], state.key), metrics
 
     def members_step(state, hyperparams, frozen, batch, step):
-        return _mapped(
-            lambda state, hyperparams: one(state, hyperparams, frozen, batch, step), at_once, state, hyperparams
-        )
+        return _mapped(lambda state, own: one(state, own, frozen, batch, step), at_once, state, hyperparams)
 
-    platform, layout = platform_of(layout), jax.tree.map(lambda leaf: leaf.sharding, layout)
-    return jit(members_step, platform, donate_argnums=0, out_shardings=(layout, None))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jit(members_step, platform_of(layout), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_members_eval_step(model: Decoder, at_once: int):
     """-> jitted (trainable, hyperparams, frozen, batch) -> (summed losses [members], trained tokens of the batch)."""
 
     def members_eval_step(trainable, hyperparams, frozen, batch):
-        losses = _mapped(
-            lambda trainable, adapters: loss_sum(model, trainable, frozen, batch, adapters=adapters),
-            at_once,
-            trainable,
-            hyperparams.adapters,
-        )
+        loss = lambda trainable, adapters: loss_sum(model, trainable, frozen, batch, adapters=adapters)  # noqa: E731
+        losses = _mapped(loss, at_once, trainable, hyperparams.adapters)
         return losses, jnp.sum(batch.loss_mask, dtype=jnp.int32)
 
     return jit(members_eval_step)

@@ -6,7 +6,7 @@ its other seeds would flatter it.
 
 import pathlib
 import statistics
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lowrank.files import figure as figure_lib
 from lowrank.sweeping import ranking
@@ -21,11 +21,8 @@ MARKERS = "osD^vPX*<>dp"
 DASHES = ("-", "--", ":", "-.")
 
 
-class Line(NamedTuple):
-    """Settings that differ only in the learning rate, the best one first, and how they are drawn."""
-
-    settings: list[Setting]
-    style: dict[str, Any]
+# Settings that differ only in the learning rate, the best one first, and how they are drawn.
+Line = tuple[list[Setting], dict[str, Any]]
 
 
 def write_picture(file: pathlib.Path, results: list[Result], title: str) -> None:
@@ -41,29 +38,28 @@ def draw(results: list[Result]) -> "Figure":
     keys = [key for key in ranking.list_keys(results) if key != SEED and len(ranking.list_values(key, adapted)) > 1]
     across = RANK if RANK in keys else next((key for key in keys if key != RATE), None)
     variants = [key for key in keys if key not in (across, RATE)]
-    lines = _style_lines(ranking.group_by(adapted, [across, *variants] if across else []), across, variants)
-    baselines = _style_baselines(ranking.group_rates(baseline))
-    best_baseline = [min(baselines, key=lambda line: line.settings[0].mean)] if baselines else []
+    lines, baselines = _style_lines(adapted, across, variants), _style_baselines(baseline)
+    best_baseline = sorted(baselines, key=lambda line: line[0][0].mean)[:1]
 
-    with_across = bool(across) or not (ranking.has_held_out(results) or RATE in keys)
-    count = with_across + ranking.has_held_out(results) + (RATE in keys)
-    figure, axes = figure_lib.figure(1, count, figsize=(5 * count + 1, 5), squeeze=False)
-    panels = list(axes[0])
+    with_steps, with_rates = ranking.has_held_out(results), RATE in keys
+    with_across = bool(across) or not (with_steps or with_rates)
+    count = with_across + with_steps + with_rates
+    figure, ((*panels,),) = figure_lib.figure(1, count, figsize=(5 * count + 1, 5), squeeze=False)
     for axis in panels:
         axis.set_ylabel(f"{ranking.name_loss(results)} (nats per token)")
         axis.grid(alpha=0.25)
     if settings and with_across:
         _draw_across(panels[0], lines, best_baseline, across, variants)
-    if settings and ranking.has_held_out(results):
+    if settings and with_steps:
         _draw_steps(panels[with_across], [*lines, *best_baseline])
-    if RATE in keys:
+    if with_rates:
         _draw_rates(panels[-1], [*lines, *baselines])
     handles, labels = panels[-1].get_legend_handles_labels()
     if count > with_across and len(labels) > 1:
         figure.legend(handles, labels, loc="outside right upper", ncols=1 + len(labels) // 28, fontsize="small")
     with_seeds = any(setting.deviation is not None for setting in settings)
-    notes = ["means over seeds, bars: ± one sample standard deviation"] if with_seeds else ["one seed of each setting"]
-    if left_out := sum(len(one.members) for one in ranking.rank_settings(results) if not one.complete):
+    notes = ["means over seeds, bars: ± one sample standard deviation" if with_seeds else "one seed of each setting"]
+    if left_out := len(results) - sum(len(setting.members) for setting in settings):
         notes.append(f"not drawn: {left_out} members of settings in which a seed diverged or has no loss")
     if any(max(line.get_ydata()) > axis.get_ylim()[1] for axis in panels for line in axis.get_lines()):
         notes.append("lines that leave a panel at the top go on above it")
@@ -71,13 +67,10 @@ def draw(results: list[Result]) -> "Figure":
     return figure
 
 
-# ---- Panels ----------------------------------------------------------------------------------------------------------
-
-
 def _draw_across(axis: "Axes", lines: list[Line], baselines: list[Line], across: str | None, variants: list[str]):
     """A line for each rate or, if more than rank and rate is swept, for each variant, with points at their best rates."""
-    settings = [setting for line in lines for setting in line.settings]
-    best = [line.settings[0] for line in lines]
+    settings = [setting for line, _ in lines for setting in line]
+    best = [line[0] for line, _ in lines]
     groups = ranking.group_by(best, variants) if variants else ranking.group_by(settings, [RATE])
     values: list[Any] = ranking.list_values(across, settings) if across else [None]
     on_scale = all(ranking.is_number(value) and value > 0 for value in values)
@@ -87,14 +80,13 @@ def _draw_across(axis: "Axes", lines: list[Line], baselines: list[Line], across:
         names = [_shorten(format_value(across, value)) for value in values]
         axis.set_xticks(range(len(values)), names, rotation=20, ha="right")
     for i, group in enumerate(groups):
-        points = {
-            one.values[across or ""] if on_scale else values.index(one.values.get(across or "")): one for one in group
-        }
+        own = [one.values.get(across or "") for one in group]
+        places = own if on_scale else [values.index(value) for value in own]
         style = {"color": _pick_colour("plasma", i, len(groups)), "marker": MARKERS[i % len(MARKERS)]}
-        _draw_means(axis, points, label=_label(group[0], variants or [RATE]), **style)
-    for line in baselines:
-        mean, deviation = line.settings[0].mean, line.settings[0].deviation or 0
-        axis.axhline(mean, color="black", linestyle="--", label=line.style["label"])
+        _draw_means(axis, dict(zip(places, group, strict=True)), label=_label(group[0], variants or [RATE]), **style)
+    for line, style in baselines:
+        mean, deviation = line[0].mean, line[0].deviation or 0
+        axis.axhline(mean, color="black", linestyle="--", label=style["label"])
         axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.1)
     name = format_key(across) if across else "one setting"
     axis.set(xlabel=name, title=f"over {name}" + ", each at its best rate" * bool(variants))
@@ -106,24 +98,23 @@ def _draw_across(axis: "Axes", lines: list[Line], baselines: list[Line], across:
 def _draw_steps(axis: "Axes", lines: list[Line]):
     """The evaluations of each line's best setting, as means at the steps that all of its seeds were evaluated at."""
     late = []
-    for line in lines:
-        curves = [dict(member.finite_curve) for member in line.settings[0].members]
+    for (best, *_), style in lines:
+        curves = [dict(member.finite_curve) for member in best.members]
         steps = [step for step in curves[0] if all(step in curve for curve in curves)]
         losses = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-        axis.plot(steps, losses, markevery=max(1, len(steps) // 10), **line.style)
+        axis.plot(steps, losses, markevery=max(1, len(steps) // 10), **style)
         late += [loss for step, loss in zip(steps, losses, strict=True) if step >= steps[-1] / 2]
-    rates = any(len(line.settings) > 1 for line in lines)
+    rates = any(len(line) > 1 for line, _ in lines)
     axis.set(xlabel="step", title="over steps" + ", each at its best rate" * rates)
     if len(lines) > 1:  # a run begins far above the differences between runs
         _limit(axis, late)
 
 
 def _draw_rates(axis: "Axes", lines: list[Line]):
-    settings = [setting for line in lines for setting in line.settings if RATE in setting.values]
+    settings = [setting for line, _ in lines for setting in line if RATE in setting.values]
     _scale_log(axis, RATE, ranking.list_values(RATE, settings), base=10)
-    for line in lines:
-        points = {one.values[RATE]: one for one in line.settings if RATE in one.values}
-        _draw_means(axis, points, **line.style)
+    for line, style in lines:
+        _draw_means(axis, {one.values[RATE]: one for one in line if RATE in one.values}, **style)
     axis.set(xlabel="learning rate", title="over the learning rate")
     _limit_means(axis, settings, lines)
 
@@ -144,7 +135,7 @@ def _scale_log(axis: "Axes", key: str, values: list, base: int):
 def _limit_means(axis: "Axes", settings: list[Setting], lines: list[Line]):
     """Show each line's best and the better half of all; far outliers (a rate too high) would flatten the differences."""
     ends = [one.mean + sign * (one.deviation or 0) for one in settings for sign in (-1, 1)]
-    best = [line.settings[0].mean + (line.settings[0].deviation or 0) for line in lines]
+    best = [line[0].mean + (line[0].deviation or 0) for line, _ in lines]
     matters = max(statistics.median(one.mean for one in settings), *best) - min(ends)
     _limit(axis, [end for end in ends if end <= min(ends) + 3 * matters])
 
@@ -154,11 +145,10 @@ def _limit(axis: "Axes", losses: list[float]):
     axis.set_ylim(min(losses) - margin, max(losses) + margin)
 
 
-# ---- Styles and words ------------------------------------------------------------------------------------------------
-
-
-def _style_lines(groups: list[list[Setting]], across: str | None, variants: list[str]) -> list[Line]:
+def _style_lines(settings: list[Setting], across: str | None, variants: list[str]) -> list[Line]:
     """Colour by the value of `across`, dashes by the variant, marker by the variant or, without any, by the value."""
+    keys = [across, *variants] if across else []
+    groups = ranking.group_by(settings, keys)
     best = [group[0] for group in groups]
     values = ranking.list_values(across, best) if across else [None]
     kinds = [same[0].without(across, RATE) for same in ranking.group_by(best, variants)]
@@ -166,17 +156,16 @@ def _style_lines(groups: list[list[Setting]], across: str | None, variants: list
     for group in groups:
         value, kind = values.index(group[0].values.get(across or "")), kinds.index(group[0].without(across, RATE))
         style = {"color": _pick_colour("viridis", value, len(values)), "linestyle": DASHES[kind % len(DASHES)]}
-        style["marker"] = MARKERS[(kind if variants else value) % len(MARKERS)]
-        lines.append(Line(group, style | {"label": _label(group[0], [across, *variants] if across else [])}))
+        marker = MARKERS[(kind if variants else value) % len(MARKERS)]
+        lines.append((group, style | {"marker": marker, "label": _label(group[0], keys)}))
     return lines
 
 
-def _style_baselines(groups: list[list[Setting]]) -> list[Line]:
+def _style_baselines(settings: list[Setting]) -> list[Line]:
     lines = []
-    for i, group in enumerate(groups):
-        label = _shorten("full fine-tuning, " + format_values(group[0].without(RATE))).removesuffix(", ")
+    for i, group in enumerate(ranking.group_rates(settings)):
         style = {"color": "black", "linestyle": "--", "marker": MARKERS[-1 - i % len(MARKERS)], "zorder": 3}
-        lines.append(Line(group, style | {"label": label}))
+        lines.append((group, style | {"label": _shorten(format_values(group[0].without(RATE), "full"))}))
     return lines
 
 

@@ -14,7 +14,7 @@ MAX_ROWS = 20  # members in the live table, the best ones
 
 
 class Progress:
-    """The members' losses, the best first. A context manager; `say` prints above the live table."""
+    """The members' losses, the best first. While `live`, a context manager, is open, `say` prints above the table."""
 
     def __init__(self, names: list[str], steps: int, first: int):
         self.names, self.steps = names, steps
@@ -34,24 +34,8 @@ class Progress:
         if self.is_live:
             self.live = rich.live.Live(console=self.console, get_renderable=self._make_table, refresh_per_second=2)
 
-    def __enter__(self) -> "Progress":
-        self.live.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.live.__exit__(*error)
-
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
-
-    def record_train_loss(self, name: str, loss: float) -> None:
-        self.train_losses[name] = loss
-
-    def record_loss(self, name: str, loss: float) -> None:
-        self.losses[name] = loss
-
-    def record_divergence(self, name: str, step: int) -> None:
-        self.stopped[name] = step
 
     def show_step(self, step: int, rates: dict[str, float] | None) -> None:
         """Show that `step` is done; `rates`, its speeds, where its losses are logged."""

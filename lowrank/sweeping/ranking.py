@@ -33,6 +33,12 @@ class Result:
         return self.curve[-1][1] if self.curve and self.diverged is None else None
 
     @property
+    def score(self) -> float | None:
+        """The loss that ranks the member: of training, if nothing is held out. None if it diverged or overflowed."""
+        loss = self.loss if self.curve else self.train_loss
+        return loss if self.diverged is None and loss is not None and math.isfinite(loss) else None
+
+    @property
     def perplexity(self) -> float | None:
         return None if self.loss is None else perplexity(self.loss)
 
@@ -49,12 +55,16 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Members that differ only in the seed, and the losses of those that have one: a diverged member has none."""
+    """Members that differ only in the seed."""
 
     values: dict[str, Any]  # the swept keys without the seed
     mode: str
     members: tuple[Result, ...]
-    losses: tuple[float, ...]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The scores of the members that have one."""
+        return tuple(member.score for member in self.members if member.score is not None)
 
     @property
     def mean(self) -> float:
@@ -78,53 +88,35 @@ class Setting:
         return {key: value for key, value in self.values.items() if key not in keys}
 
 
-# ---- Rank ------------------------------------------------------------------------------------------------------------
-
-
 def has_held_out(results: list[Result]) -> bool:
     return any(result.curve for result in results)
-
-
-def has_answers(results: list[Result]) -> bool:
-    return any(result.exact_match is not None for result in results)
 
 
 def name_loss(results: list[Result]) -> str:
     return "held-out loss" if has_held_out(results) else "training loss"
 
 
-def choose_loss(result: Result, by_held_out: bool) -> float | None:
-    """The loss that ranks a member; None if it diverged or its evaluation overflowed."""
-    loss = result.loss if by_held_out else result.train_loss
-    return loss if result.diverged is None and loss is not None and math.isfinite(loss) else None
-
-
 def rank_members(results: list[Result]) -> list[Result]:
-    """By the held-out loss, or the training loss if nothing is held out; diverged members last, the latest first."""
-    by_held_out = has_held_out(results)
+    """By their scores; diverged members last, the latest first."""
 
     def place(result: Result) -> tuple[bool, int, float]:
-        loss = choose_loss(result, by_held_out)
-        return (result.diverged is not None, -(result.diverged or 0), math.inf if loss is None else loss)
+        return (
+            result.diverged is not None,
+            -(result.diverged or 0),
+            math.inf if result.score is None else result.score,
+        )
 
     return sorted(results, key=place)
 
 
 def rank_settings(results: list[Result]) -> list[Setting]:
     """By the share of seeds without a loss (most of them diverged), then by the mean loss of the others."""
-    by_held_out = has_held_out(results)
     groups: dict[tuple[str, tuple], list[Result]] = {}
     for result in results:
         values = tuple((key, value) for key, value in result.swept.items() if key not in (SEED, MODE))
         groups.setdefault((result.mode, values), []).append(result)
-    settings = []
-    for (mode, values), members in groups.items():
-        losses = [choose_loss(member, by_held_out) for member in members]
-        settings.append(Setting(dict(values), mode, tuple(members), tuple(loss for loss in losses if loss is not None)))
+    settings = [Setting(dict(values), mode, tuple(members)) for (mode, values), members in groups.items()]
     return sorted(settings, key=lambda one: (-len(one.losses) / len(one.members), one.mean if one.losses else math.inf))
-
-
-# ---- Group -----------------------------------------------------------------------------------------------------------
 
 
 def split_baseline(settings: list[Setting]) -> tuple[list[Setting], list[Setting]]:
@@ -169,20 +161,10 @@ def group_rates(settings: list[Setting]) -> list[list[Setting]]:
     return [*group_by(adapted, keys), *group_by(baseline, keys)]
 
 
-def find_edge(group: list[Setting]) -> str | None:
-    """Whether the best rate of a group is the "smallest" or the "largest" of several that were tried."""
-    rates = list_values(RATE, group)
-    if len(rates) < 2 or not group[0].complete:
-        return None
-    return {rates[0]: "smallest", rates[-1]: "largest"}.get(group[0].values[RATE])
-
-
 def pool_deviation(settings: list[Setting]) -> float | None:
     """The standard deviation between seeds of one setting, pooled over these settings; None if each has one seed."""
-    freedom = sum(len(one.losses) - 1 for one in settings if one.losses)
-    if not freedom:
-        return None
-    return math.sqrt(sum((len(one.losses) - 1) * (one.deviation or 0) ** 2 for one in settings) / freedom)
+    seeded = [(len(one.losses) - 1, one.deviation) for one in settings if one.deviation is not None]
+    return math.sqrt(sum(n * d**2 for n, d in seeded) / sum(n for n, _ in seeded)) if seeded else None
 
 
 def perplexity(loss: float) -> float:

@@ -5,7 +5,7 @@ import json
 import pathlib
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ml_collections
 
@@ -20,11 +20,11 @@ from lowrank.runs.inputs import identity
 from lowrank.runs.profiling import Profile
 from lowrank.sweeping import grid as grid_lib
 from lowrank.sweeping import group as group_lib
-from lowrank.sweeping import picture, ranking, tables, workdirs
-from lowrank.sweeping import wave as wave_lib
-from lowrank.sweeping.grid import Grid
+from lowrank.sweeping import picture, ranking, tables
+from lowrank.sweeping.grid import Grid, Member
 from lowrank.sweeping.group import Group
 from lowrank.sweeping.ranking import Result
+from lowrank.sweeping.wave import Wave, is_whole
 from lowrank.training import partition
 from lowrank.weights.load import load_params
 
@@ -51,30 +51,50 @@ def sweep(
     `grid`: from `make_grid`, or a ConfigDict with `sweep` among its keys. SIGTERM and Ctrl-C finish the step and save.
     `profile`: "START:STOP", the steps to trace for xprof, of the first wave that trains. Raises UserError.
     """
-    folder = paths.local(workdir)
+    workdir = paths.local(workdir)
     grid = grid if isinstance(grid, Grid) else grid_lib.make_grid(grid)
     groups = plan_groups(grid)
-    profiled = Profile(profile, folder)
+    profiled = Profile(profile, workdir)
     profiled.check(min(group.inputs.steps for group in groups))
-    origin = wave_lib.Origin(overrides, command)
-    with workdir_lib.lock_workdir(folder, folder / "sweep.json", "sweep"), stop_signals() as stop:
-        groups = _begin(folder, grid, groups, origin)
+    with workdir_lib.lock_workdir(workdir, workdir / "sweep.json", "sweep"), stop_signals() as stop:
+        groups = _begin(workdir, grid, groups, overrides, command)
         print(describe(grid, groups))
-        allow_open_files(sum(len(group.members) for group in groups))
+        # Each member's workdir is locked with an open file while it trains.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, len(grid.members) + 1024)), hard))
         results: list[Result] = []
-        stopped_by = None
-        try:
-            for found, is_new in _train_waves(folder, groups, origin, stop, profiled):
+        drawn, stopped_by, programs = 0, None, None
+        held: dict = {}  # the frozen base on the devices
+        for number, group, members, folder in _list_waves(workdir, groups):
+            done = folder / "results.json"
+            if done.exists():
+                results += _read_finished(workdir, group, members, folder)
+            else:
+                if stopped_by := stop():  # in the last step of the wave before
+                    break
+                print(f"\ngroup {number} of {len(groups)}, {title(group)}: {len(members)} members train together")
+                if programs is None or programs.group is not group:
+                    programs = group_lib.Programs(group)
+                origin = (overrides, command)
+                wave = Wave(group, programs, members, _load_frozen(group, held), workdir, folder, origin)
+                found, stopped_by = wave.train(stop, profiled)
+                del wave  # its state on the devices
+                if stopped_by:
+                    break
+                profiled = Profile(None, workdir)  # only the first wave is traced
+                replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
                 results += found
-                if is_new:
-                    write_tables(folder, results)
-        except wave_lib.Stopped as stopped:
-            stopped_by = str(stopped)
-            print("run the same command again to go on")
+                _write_tables(workdir, results)
+                drawn = len(results)
+            # Left behind if the sweep was killed just after this wave was finished.
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         else:
-            write_tables(folder, results)
-            print(closing(folder, groups, results))
-    return SweepResult(folder, ranking.rank_members(results), stopped_by)
+            if drawn < len(results):
+                _write_tables(workdir, results)
+            print(closing(workdir, groups, results))
+        if stopped_by:
+            print("run the same command again to go on")
+    return SweepResult(workdir, ranking.rank_members(results), stopped_by)
 
 
 def plan_groups(grid: Grid) -> list[Group]:
@@ -87,20 +107,25 @@ def plan_groups(grid: Grid) -> list[Group]:
     known: dict = {}
     groups = [group_lib.plan(members, grid.sweep, known) for members in grid_lib.group_members(grid.members)]
     refuse_unusable_ranks(groups)
-    refuse_without_evaluation(groups)
+    if any(group.inputs.held_out and not group.config.eval.every for group in groups):  # one batch's loss ranks nothing
+        raise UserError(
+            "config.eval.every=0: a sweep compares its members by what is held out; say --config.eval.every=N"
+        )
     return groups
 
 
-def _begin(workdir: pathlib.Path, grid: Grid, groups: list[Group], origin: wave_lib.Origin) -> list[Group]:
+def _begin(
+    workdir: pathlib.Path, grid: Grid, groups: list[Group], overrides: Sequence[str], command: str
+) -> list[Group]:
     """Write `sweep.json`, or check the one that is there -> the groups, split into waves as the sweep began with."""
     file = workdir / "sweep.json"
     record: dict = {"members": {m.name: m.swept for m in grid.members}, "sweep": dataclasses.asdict(grid.sweep)}
     sizes = [[group.size, group.at_once] for group in groups]
     if file.exists():
-        before = read_json(file)
+        before = _read_json(file)
         refuse_other_grid(file, before, json.loads(json.dumps(record | {"parts": sizes})))
         sizes = before["parts"]  # as chosen from the memory that there was then
-    record = workdir_lib.origin(origin.command, origin.overrides) | record | {"parts": sizes}
+    record = workdir_lib.origin(command, overrides) | record | {"parts": sizes}
     replace(file, json.dumps(record, indent=1) + "\n")
     groups = [
         # On more devices than it began with each has fewer members.
@@ -111,104 +136,61 @@ def _begin(workdir: pathlib.Path, grid: Grid, groups: list[Group], origin: wave_
     return groups
 
 
-def _train_waves(workdir: pathlib.Path, groups: list[Group], origin: wave_lib.Origin, stop, profile: Profile):
-    """Train one group after the other, wave after wave; yields (results, whether the wave was trained now) of each.
-    Raises wave.Stopped."""
-    bases = Bases()
+def _list_waves(
+    workdir: pathlib.Path, groups: list[Group]
+) -> Iterator[tuple[int, Group, tuple[Member, ...], pathlib.Path]]:
+    """Each wave: its group's number and its group, its members, its folder, with `results.json` when it is finished."""
     for number, group in enumerate(groups):
-        programs = None
-        for i, wave in enumerate(group.waves):
-            folder, done = wave_folder(workdir, number, i)
-            is_new = not done.exists()
-            if not is_new:
-                found = read_results(done, wave)
-                refuse_other_length(workdir, group, found)
-                refuse_damaged(workdir, folder, group, wave, found)
-            else:
-                if stopped_by := stop():  # in the last step of the wave before
-                    raise wave_lib.Stopped(stopped_by)
-                print(f"\ngroup {number + 1} of {len(groups)}, {title(group)}: {len(wave)} members train together")
-                programs = programs or group_lib.Programs(group)
-                frozen = bases.frozen(group)
-                found = wave_lib.train_wave(group, programs, wave, frozen, workdir, folder, origin, stop, profile)
-                profile = Profile(None, workdir)  # only the first wave is traced
-                replace(done, json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
-            # Left behind if the sweep was killed just after this wave was finished.
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            yield found, is_new
+        for i, members in enumerate(group.waves):
+            yield number + 1, group, members, workdir / "groups" / f"{number}.{i}"
 
 
-def wave_folder(workdir: pathlib.Path, group: int, wave: int) -> tuple[pathlib.Path, pathlib.Path]:
-    """-> (where a wave keeps its checkpoints, the file that is there when it is finished)."""
-    folder = workdir / "groups" / f"{group}.{wave}"
-    return folder, folder / "results.json"
-
-
-def allow_open_files(members: int):
-    """Raise the limit of open files: each member's workdir is locked with one while it trains."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = members + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-        )
-
-
-class Bases:
-    """The frozen base on the devices, held once; read again when a group needs another one than the group before."""
-
-    def __init__(self):
-        self._key = self._frozen = None
-
-    def frozen(self, group: Group) -> dict:
-        _, shapes = partition.split(group.shapes, group.mask)
-        if group.config.train.mode == "full":
-            self._key = self._frozen = None
-            return shapes  # all holes
-        assert group.inputs.base is not None  # adapters need a base
-        key = (group.inputs.base.fingerprint, group.model.param_dtype, group.mesh)
-        if key != self._key:
-            self._key = self._frozen = None  # freed before the next one is read
-            self._frozen = {"params": load_params(group.inputs.base, shapes["params"])}
-            self._key = key
-        return shapes | self._frozen
-
-
-# ---- What is refused ---------------------------------------------------------------------------------------------------
+def _load_frozen(group: Group, held: dict) -> dict:
+    """A group's frozen leaves. `held` keeps the base for the next group; another one is freed before it is read."""
+    _, shapes = partition.split(group.shapes, group.mask)
+    base = group.inputs.base
+    if group.config.train.mode == "full":
+        held.clear()
+        return shapes  # all holes
+    assert base is not None  # adapters need a base
+    key = (base.fingerprint, group.model.param_dtype, group.mesh)
+    if key not in held:
+        held.clear()
+        held[key] = {"params": load_params(base, shapes["params"])}
+    return shapes | held[key]
 
 
 def refuse_unusable_ranks(groups: list[Group]):
     """Refuse a rank that exceeds every matrix it adapts; print a note for one that exceeds some of them."""
-    found = [group_lib.unusable_ranks(group) for group in groups]
-    above_all = list(dict.fromkeys(line for lines, _ in found for line in lines))
+    above_all: dict[str, None] = {}
+    above_some: dict[str, None] = {}
+    for group in groups:
+        sizes = {target: min(shape) for target, shape in group.inputs.architecture.projections().items()}
+        for lora in [member.config.lora for member in group.members if member.config.adapter]:
+            above = [target for target in lora.targets if lora.width(target) > sizes[target]]
+            named = any(target in dict(lora.ranks) for target in above)  # a rank for this very target
+            if above:
+                matrices = ", ".join(f"{target} ({sizes[target]})" for target in above)
+                text = f"rank {max(map(lora.width, above))} above {matrices}"
+                (above_all if named or len(above) == len(lora.targets) else above_some)[text] = None
     if above_all:
         raise UserError(f"{'; '.join(above_all)}: no update of these matrices can have it; use a smaller rank")
-    for line in dict.fromkeys(line for _, lines in found for line in lines):
+    for line in above_some:
         print(f"note       {line}: there the update cannot use all of it")
-
-
-def refuse_without_evaluation(groups: list[Group]):
-    """Refuse held-out data that is never evaluated: members would be ranked by the loss of one training batch."""
-    if any(group.inputs.held_out and not group.config.eval.every for group in groups):
-        raise UserError(
-            "config.eval.every=0: a sweep compares its members by what is held out; say --config.eval.every=N"
-        )
 
 
 def refuse_other_grid(file: pathlib.Path, before: dict, now: dict):
     """A sweep resumes with exactly the members and the waves that it began with."""
     if not isinstance(before, dict) or before.keys() < now.keys():
         raise UserError(f"{file} is not the sweep.json of a sweep; choose another --workdir")
-    lines = []
-    gone = [name for name in before["members"] if name not in now["members"]]
-    new = [name for name in now["members"] if name not in before["members"]]
-    for what, names in (("no longer has", gone), ("also has", new)):
+    old, new, lines = before["members"], now["members"], []
+    gone, added = [name for name in old if name not in new], [name for name in new if name not in old]
+    for what, names in (("no longer has", gone), ("also has", added)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"the grid {what} {'; '.join(names[:3])}{more}")
-    same = [name for name in before["members"] if name in now["members"]]
-    lines += [f"{name} has other values" for name in same if before["members"][name] != now["members"][name]]
-    if list(before["members"]) != list(now["members"]) and not lines:
+    lines += [f"{name} has other values" for name in old if name in new and old[name] != new[name]]
+    if not lines and list(old) != list(new):
         lines.append("the members come in another order")
     for key, value in before["sweep"].items():
         if value != now["sweep"].get(key):
@@ -220,69 +202,56 @@ def refuse_other_grid(file: pathlib.Path, before: dict, now: dict):
 def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
     """A member that was begun must be the same run, of the same length; a finished one may have gone on alone."""
     of_members: dict[str, list[str]] = {}
-    begun = [
-        (group, member, wave_folder(workdir, number, i)[1].exists())
-        for number, group in enumerate(groups)
-        for i, wave in enumerate(group.waves)
-        for member in wave
-    ]
-    for group, member, finished in begun:
+    for _, group, wave, folder in _list_waves(workdir, groups):
+        finished = (folder / "results.json").exists()
         free = [key for key in workdir_lib.FREE_ON_RESUME if finished or key not in ("train.steps", "train.epochs")]
-        place = workdir / "members" / member.name
-        if (place / "config.json").exists():
-            own = identity(member.config, group.inputs)
-            for line in workdir_lib.resume_differences(workdir_lib.read_record(place), member.config, own, free):
-                of_members.setdefault(line, []).append(member.name)
-    if of_members:
-        lines = [f"{line} (in {names[0]}{' and others' * (len(names) > 1)})" for line, names in of_members.items()]
+        for member in wave:
+            place = workdir / "members" / member.name
+            if (place / "config.json").exists():
+                own = identity(member.config, group.inputs)
+                for line in workdir_lib.resume_differences(workdir_lib.read_record(place), member.config, own, free):
+                    of_members.setdefault(line, []).append(member.name)
+    lines = [f"{line} (in {names[0]}{' and others' * (len(names) > 1)})" for line, names in of_members.items()]
+    if lines:
         raise UserError(
             f"workdir {workdir} holds another sweep, which cannot go on with: {'; '.join(lines)}; choose another --workdir, "
             "or give the sweep what it began with"
         )
 
 
-def refuse_other_length(workdir: pathlib.Path, group: Group, results: list[Result]):
-    """A finished wave is not trained again, so it must be as long as the config asks for."""
-    steps = group.inputs.steps
-    other = [result for result in results if result.diverged is None and result.steps != steps]
-    if other:
-        raise UserError(
-            f"workdir {workdir} holds another sweep: {other[0].name} was trained for {other[0].steps} steps, and the config "
-            f"asks for {steps}; choose another --workdir"
-        )
-
-
-def refuse_damaged(workdir: pathlib.Path, folder: pathlib.Path, group: Group, wave, results: list[Result]):
-    """Refuse a finished member whose last checkpoint cannot be read."""
-    damaged = []
-    for member, result in zip(wave, results, strict=True):
+def _read_finished(
+    workdir: pathlib.Path, group: Group, members: tuple[Member, ...], folder: pathlib.Path
+) -> list[Result]:
+    """The results of a finished wave. Refused is one of another length, or one whose last checkpoints cannot be read."""
+    file = folder / "results.json"
+    try:
+        # Swept values come from the grid, because JSON has no tuples.
+        found = [Result(**one | {"swept": m.swept}) for m, one in zip(members, _read_json(file), strict=True)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is not what a wave ends with ({error}); remove it to train that wave again") from None
+    steps, damaged = group.inputs.steps, []
+    for member, result in zip(members, found, strict=True):
+        if result.diverged is None and result.steps != steps:
+            raise UserError(
+                f"workdir {workdir} holds another sweep: {result.name} was trained for {result.steps} steps, and the "
+                f"config asks for {steps}; choose another --workdir"
+            )
         place = workdir / "members" / member.name
-        if result.steps and not workdirs.adapter_is_whole(group, member, place, result.steps):
+        if result.steps and not is_whole(group, member, place, result.steps):
             damaged.append(f"{place}/checkpoints/{result.steps}")
     if damaged:
         raise UserError(
             f"the checkpoint {' and '.join(damaged)} of a finished member cannot be read; remove {folder} "
             "to have its group trained again, or put the checkpoint back"
         )
+    return found
 
 
-def read_results(file: pathlib.Path, wave) -> list[Result]:
-    """The results of a finished wave; swept values come from the grid, because JSON has no tuples."""
-    found = read_json(file)
-    try:
-        return [Result(**one | {"swept": member.swept}) for member, one in zip(wave, found, strict=True)]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file} is not what a wave ends with ({error}); remove it to train that wave again") from None
-
-
-def read_json(file: pathlib.Path):
+def _read_json(file: pathlib.Path):
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); remove it, or choose another --workdir") from None
-
-
-# ---- What is said ------------------------------------------------------------------------------------------------------
 
 
 def title(group: Group) -> str:
@@ -299,27 +268,24 @@ def describe(grid: Grid, groups: list[Group]) -> str:
             f"note       {grid.repeated} combinations are left out: in mode full neither the adapter nor the seed matters"
         )
     for number, group in enumerate(groups, start=1):
-        trainable, frozen = partition.split(group.shapes, group.mask)
-        config, data = group.config, report.describe_data(group.config, group.inputs)
-        adapted = config.train.mode == "lora"
+        config, shape, waves = group.config, group.mesh.shape, len(group.waves)
+        trainable, frozen = map(partition.nbytes, partition.split(group.shapes, group.mask))
+        base = f", padded to the widest; base {format_bytes(frozen)}, once, held in {config.param_dtype}"
         lines += [
             "",
-            f"group {number}    {title(group)}: {len(group.members)} members, {len(group.waves)} wave{'s' * (len(group.waves) > 1)} "
-            f"of {group.size} in one compiled step, {group.at_once} at once in the model",
-            f"trained    {format_bytes(partition.nbytes(trainable))} a member"
-            + (
-                f", padded to the widest; base {format_bytes(partition.nbytes(frozen))}, once, held in {config.param_dtype}"
-                * adapted
-            )
-            + f"; computed in {config.dtype}",
-            f"mesh       member {group.mesh.shape['member']} x fsdp {group.mesh.shape['fsdp']} x tensor "
-            f"{group.mesh.shape['tensor']} ({group.mesh.devices.size} x {group.mesh.devices.flat[0].device_kind})",
-            *([data] if data not in lines else []),
+            f"group {number}    {title(group)}: {len(group.members)} members, {waves} wave{'s' * (waves > 1)} of {group.size} "
+            f"in one compiled step, {group.at_once} at once in the model",
+            f"trained    {format_bytes(trainable)} a member{base * (config.train.mode == 'lora')}; computed in {config.dtype}",
+            f"mesh       member {shape['member']} x fsdp {shape['fsdp']} x tensor {shape['tensor']} "
+            f"({group.mesh.devices.size} x {group.mesh.devices.flat[0].device_kind})",
         ]
+        data = report.describe_data(config, group.inputs)
+        if data not in lines:
+            lines.append(data)
     return "\n".join(lines)
 
 
-def write_tables(workdir: pathlib.Path, results: list[Result]):
+def _write_tables(workdir: pathlib.Path, results: list[Result]):
     tables.write_csv(workdir / "sweep.csv", results)
     replace(workdir / "sweep.md", tables.describe(results, workdir.name))
     picture.write_picture(workdir / "sweep.png", results, workdir.name)
@@ -329,14 +295,11 @@ def closing(workdir: pathlib.Path, groups: list[Group], results: list[Result]) -
     ranked = ranking.rank_members(results)
     lines = ["", "best members"]
     for place, result in enumerate(ranked[:5], start=1):
-        loss = ranking.choose_loss(result, ranking.has_held_out(results))
-        value = "diverged" if result.diverged else tables.format_loss(loss)
-        lines.append(f"  {place}. {value}  {result.name}")
-    best = ranked[0]
+        lines.append(f"  {place}. {'diverged' if result.diverged else tables.format_loss(result.score)}  {result.name}")
     lines += ["", f"tables     {workdir}/sweep.md, {workdir}/sweep.csv", f"picture    {workdir}/sweep.png"]
-    base = next(m.config.base for group in groups for m in group.members if m.name == best.name)
+    best = ranked[0]
+    base = next(member.config.base for group in groups for member in group.members if member.name == best.name)
     if base and best.steps:
-        lines.append(
-            f"try        python -m lowrank.generate --base={base} --adapter='{workdir}/members/{best.name}' --prompt=…"
-        )
+        adapter = f"'{workdir}/members/{best.name}'"
+        lines.append(f"try        python -m lowrank.generate --base={base} --adapter={adapter} --prompt=…")
     return "\n".join(lines)

@@ -9,17 +9,20 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank import config as config_lib
+from lowrank.adapters.lora import padding_size
 from lowrank.errors import UserError
-from lowrank.files.lines import forget_after
+from lowrank.files.lines import forget_after, read_lines
 from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.checkpoint import Checkpoints
 from lowrank.runs.inputs import evaluation_batches, identity, training_batches
-from lowrank.runs.loop import due, run_steps
+from lowrank.runs.loop import StepResult, Tick, due, run_steps
 from lowrank.runs.metrics import Metrics, best_evaluation, evaluation_scalars, evaluation_sums, read_evaluations
 from lowrank.runs.profiling import Profile
 from lowrank.runs.samples import write_answers, write_samples
@@ -27,242 +30,295 @@ from lowrank.runs.speed import make_speed
 from lowrank.runs.train import NOT_WRITTEN, training_scalars
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member
-from lowrank.sweeping.group import Group, Programs, initial_state, member_keys, pad_members, shardings_of
+from lowrank.sweeping.group import Group, Programs, initial_state, member_keys, own_model, pad_members, shardings_of
 from lowrank.sweeping.progress import Progress
 from lowrank.sweeping.ranking import Result
-from lowrank.sweeping.workdirs import MemberCheckpoint, member_result, write_member
 from lowrank.training import partition
-from lowrank.training.step import State
+from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
+from lowrank.training.step import State, abstract_state
 
 
-class Stopped(Exception):
-    """The signal of this name asked to stop; everything is saved."""
+class MemberCheckpoint(NamedTuple):
+    """What a checkpoint of one member holds; the trees on the host, padded as in the wave."""
+
+    step: int
+    trainable: dict
+    opt_state: Any
+    tokens: int
+    position: dict  # of the data
+    eval_loss: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """How the sweep was called, for the members' `config.json`."""
+@dataclasses.dataclass
+class Wave:
+    """The members of a wave, and what it holds while it trains: the stacked state, what became of each member, its files."""
 
-    overrides: Sequence[str]
-    command: str
+    group: Group
+    programs: Programs
+    members: tuple[Member, ...]
+    frozen: dict
+    workdir: pathlib.Path  # of the sweep
+    folder: pathlib.Path  # of the wave's checkpoints
+    origin: tuple[Sequence[str], str]  # the sweep's overrides and command, for the members' `config.json`
 
+    def train(self, stop: Callable[[int], str | None], profile: Profile) -> tuple[list[Result], str | None]:
+        """Train the members to their end -> (what came of them, None), or (none, the signal that stopped the wave)."""
+        group, steps = self.group, self.group.inputs.steps
+        with contextlib.ExitStack() as stack:
+            stack.callback(profile.close)
+            self._begin(stack)
+            if left_out := profile.skip_until(self.first):
+                self.progress.say(left_out)
+            for tick in run_steps(
+                lambda state, batch, step: self.programs.step(state, self.hyperparams, self.frozen, batch, np.int32(step - 1)),
+                self.state, self.batches, group.mesh, group.config, self.first, steps, stop, self.speed, profile,
+            ):  # fmt: skip
+                if 0 < tick.step == profile.stop:
+                    self.progress.say(profile.describe())
+                for result in tick.results:
+                    self._log(result)
+                if tick.pauses:
+                    with self.speed.paused():
+                        improved = tick.evaluates and self._evaluate(tick)
+                        if tick.samples:
+                            self._sample(tick)
+                        if tick.saves or (improved and tick.step > 0) or tick.stopped_by:
+                            self._save(tick)
+                self.state = tick.state
+                if tick.stopped_by and tick.step < steps:
+                    self.checkpoints.wait()
+                    self.progress.say(f"stopped by {tick.stopped_by} after step {tick.step}, which is saved")
+                    return [], tick.stopped_by
+                if len(self.diverged) == len(self.members):
+                    break
+            self.checkpoints.wait()
+            return self._write_members(), None
 
-def train_wave(
-    group: Group,
-    programs: Programs,
-    wave: tuple[Member, ...],
-    frozen: dict,
-    workdir: pathlib.Path,
-    folder: pathlib.Path,
-    origin: Origin,
-    stop: Callable[[int], str | None],
-    profile: Profile,
-) -> list[Result]:
-    """Train the members of one wave to their end; `folder` holds its checkpoints until then. Raises Stopped."""
-    config, inputs, mesh, steps = group.config, group.inputs, group.mesh, group.inputs.steps
-    names = [member.name for member in wave]
-    places = {name: workdir / "members" / name for name in names}
-    diverged: dict[
-        str, dict
-    ] = {}  # frozen members: the step that was not finite, the data's position and tokens before it
-    best: dict[str, tuple[float, int]] = {}  # each member's best evaluation: (loss, step)
-    with contextlib.ExitStack() as stack:
-        stack.callback(profile.close)
-        for member in wave:
-            own_identity = identity(member.config, inputs)
-            opened = workdir_lib.open_workdir(
-                places[member.name], member.config, own_identity, origin.overrides, origin.command
-            )
-            stack.enter_context(opened)
-        in_use = lambda: {step for _, step in best.values()}  # noqa: E731
-        checkpoints = stack.enter_context(Checkpoints(folder, keep=2, also_keep=in_use))
-
-        # ---- State: from the wave's last checkpoint, else from the beginning.
-        batches = training_batches(config, inputs.train)
-        first, tokens = checkpoints.latest() or 0, 0
-        if first:
-            meta = checkpoints.meta(first)
-            if meta["members"] != names:
-                raise UserError(f"{folder} holds a checkpoint of other members; remove it to train this group anew")
-            tokens, diverged = meta["tokens"], meta["diverged"]
-            state, position = restore_wave(checkpoints, first, group, programs, wave)
-            at = [-1 if name in diverged else first for name in names] + [-1] * (group.count - len(wave))
-            state = state._replace(step=jax.device_put(np.int32(at), state.step.sharding))
-            batches.set_state(position)
+    def _begin(self, stack: contextlib.ExitStack) -> None:
+        """Open the members' workdirs until `stack` is left; the state is that of the last checkpoint, else the initial one."""
+        group, members, inputs, steps = self.group, self.members, self.group.inputs, self.group.inputs.steps
+        self.places = {member.name: self.workdir / "members" / member.name for member in members}
+        # Members that are frozen: the step that was not finite, the data's position and the tokens before it.
+        self.diverged: dict[str, dict] = {}
+        best: dict[str, tuple[float, int]] = {}  # each member's best evaluation: (loss, step)
+        self.best = best
+        for member in members:
+            run = self.places[member.name], member.config, identity(member.config, inputs)
+            stack.enter_context(workdir_lib.open_workdir(*run, *self.origin))
+        # Without a cycle through `self`, which would keep the state on the devices when the wave is done.
+        best_steps = lambda: {step for _, step in best.values()}  # noqa: E731
+        self.checkpoints = stack.enter_context(Checkpoints(self.folder, keep=2, also_keep=best_steps))
+        self.batches = training_batches(group.config, inputs.train)
+        self.first, self.tokens = self.checkpoints.latest() or 0, 0
+        if self.first:
+            meta = self.checkpoints.meta(self.first)
+            if meta["members"] != list(self.places):
+                raise UserError(
+                    f"{self.folder} holds a checkpoint of other members; remove it to train this group anew"
+                )
+            self.tokens, self.diverged = meta["tokens"], meta["diverged"]
+            state, position = self._restore(self.first)
+            self.state = self._at_step(state, self.first)
+            self.batches.set_state(position)
         else:
-            state = initial_state(group, programs, wave)
-        own_hyperparams = members_lib.hyperparams_of([m.config for m in wave], steps, inputs.architecture.layers)
-        by_member = NamedSharding(mesh, PartitionSpec("member"))
-        hyperparams = jax.device_put(pad_members(own_hyperparams, group.count), by_member)
-        writers = {}
-        for member in wave:
+            self.state = initial_state(group, self.programs, members)
+        # The members' hyperparameters on the host; in `hyperparams`, padded and on the devices.
+        self.own = members_lib.hyperparams_of([m.config for m in members], steps, inputs.architecture.layers)
+        by_member = NamedSharding(group.mesh, PartitionSpec("member"))
+        self.hyperparams = jax.device_put(pad_members(self.own, group.count), by_member)
+        self.writers = {}
+        for member in members:
+            place = self.places[member.name]
             for file in ("metrics.jsonl", "samples.jsonl"):
-                forget_after(places[member.name] / file, first or -1)
-            best[member.name] = best_evaluation(places[member.name])
-            writers[member.name] = Metrics(places[member.name], member.config, first)
-            stack.callback(writers[member.name].close)
-        progress = stack.enter_context(Progress(names, steps, first))
-        for name, found in diverged.items():
-            progress.record_divergence(name, found["step"])
-        if left_out := profile.skip_until(first):
-            progress.say(left_out)
-        eval_batches = evaluation_batches(config, inputs.held_out)
-        speed = make_speed(mesh, group.model.dtype, config, [(inputs.architecture, m.config.adapter) for m in wave])
+                forget_after(place / file, self.first or -1)
+            self.best[member.name] = best_evaluation(place)
+            writer = Metrics(place, member.config, self.first)
+            self.writers[member.name] = stack.enter_context(contextlib.closing(writer))
+        self.progress = Progress(list(self.places), steps, self.first)
+        self.progress.stopped = {name: found["step"] for name, found in self.diverged.items()}
+        stack.enter_context(self.progress.live)
+        self.eval_batches = evaluation_batches(group.config, inputs.held_out)
+        adapters = [(inputs.architecture, member.config.adapter) for member in members]
+        self.speed = make_speed(group.mesh, group.model.dtype, group.config, adapters)
 
-        def freeze(name: str, step: int, position: dict, seen: int, why: str):
-            diverged[name] = {"step": step, "data": position, "tokens": seen}
-            progress.record_divergence(name, step)
-            progress.say(f"step {step}/{steps}  {name}: {why}; it is frozen at step {step - 1}, the others go on")
+    def _going_on(self) -> list[tuple[int, str]]:
+        """The members that did not diverge: (index, name)."""
+        return [(i, name) for i, name in enumerate(self.places) if name not in self.diverged]
 
-        def going_on() -> list[tuple[int, str]]:
-            return [(i, name) for i, name in enumerate(names) if name not in diverged]
+    def _log(self, result: StepResult) -> None:
+        """Write a step's scalars where they are due; freeze the members for which they are not finite."""
+        config, steps = self.group.config, self.group.inputs.steps
+        loss, grad_norm = result.metrics.loss, result.metrics.grad_norm
+        for i, name in self._going_on():
+            if not np.isfinite(loss[i]) or not np.isfinite(grad_norm[i]):
+                why = f"the loss is {loss[i]} and the gradient's norm {grad_norm[i]}"
+                self._freeze(name, result.step, result.position, why)
+        self.tokens += int(result.metrics.tokens[0])
+        rates = None
+        if (config.log.every and result.step == 1) or due(result.step, config.log.every, steps):
+            rates = self.speed.rates()
+            logged = {key: rate for key, rate in rates.items() if key not in NOT_WRITTEN}
+            for i, name in self._going_on():
+                line = training_scalars(result, self.tokens, i) | logged
+                self.writers[name].write(result.step, line)
+                self.progress.train_losses[name] = line["train/loss"]
+        self.progress.show_step(result.step, rates)
 
-        def variables_of(trainables: dict, i: int) -> dict:
-            """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b.
+    def _evaluate(self, tick: Tick) -> bool:
+        """Evaluate every member -> whether one is better than before. A loss that is not finite freezes its member."""
+        if not self.eval_batches:
+            return False
+        group, step, improved, diverged = self.group, tick.step, False, len(self.diverged)
+        total, count = evaluation_sums(
+            self.programs.eval_step, self.eval_batches, group.mesh, tick.state.trainable, self.hyperparams, self.frozen
+        )
+        trainables = jax.device_get(tick.state.trainable) if group.config.eval.answers else None
+        for i, name in self._going_on():
+            loss = float(total[i] / count)
+            if not math.isfinite(loss):
+                self._freeze(name, step + 1, self.batches.get_state(), f"the evaluation loss is {loss}")
+                continue
+            scalars = evaluation_scalars(loss)
+            if trainables is not None:
+                file, variables = self.places[name] / "samples.jsonl", self._variables_of(trainables, i)
+                scalars["eval/exact_match"] = write_answers(
+                    file, step, group.model, variables, group.inputs, group.config
+                )
+            self.writers[name].write(step, scalars)
+            self.progress.losses[name] = loss
+            if loss < self.best[name][0]:
+                self.best[name], improved = (loss, step), True
+        if len(self.diverged) > diverged:
+            tick.state = self._at_step(tick.state, step)
+        self.progress.show_evaluation(step)
+        return improved
 
-            From leaves on the host: slicing one member out of an array that is spread over devices moves it through all of them.
-            """
-            trainable = jax.tree.map(lambda leaf: leaf[i], trainables)
-            scales = {target: scalars.scale[i] for target, scalars in (own_hyperparams.adapters or {}).items()}
-            return partition.merge(members_lib.scaled(trainable, scales), frozen)
+    def _sample(self, tick: Tick) -> None:
+        trainables = jax.device_get(tick.state.trainable)
+        for i, name in self._going_on():
+            file, variables = self.places[name] / "samples.jsonl", self._variables_of(trainables, i)
+            write_samples(file, tick.step, self.group.model, variables, self.group.inputs, self.group.config)
 
-        def evaluate(step: int, state: State) -> tuple[State, bool]:
-            """Evaluate every member -> (the state, where a loss that is not finite freezes its member; whether one improved)."""
-            total, count = evaluation_sums(programs.eval_step, eval_batches, mesh, state.trainable, hyperparams, frozen)
-            trainables = jax.device_get(state.trainable) if config.eval.answers else None
-            improved = False
-            for i, name in going_on():
-                loss = float(total[i] / count)
-                if not math.isfinite(loss):
-                    freeze(name, step + 1, batches.get_state(), tokens, f"the evaluation loss is {loss}")
-                    at = np.array(state.step)
-                    at[i] = -1  # a member whose step lags behind is not updated
-                    state = state._replace(step=jax.device_put(at, programs.layout.step.sharding))
-                    continue
-                scalars = evaluation_scalars(loss)
-                if trainables is not None:
-                    file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
-                    scalars["eval/exact_match"] = write_answers(file, step, group.model, variables, inputs, config)
-                writers[name].write(step, scalars)
-                progress.record_loss(name, loss)
-                if loss < best[name][0]:
-                    best[name], improved = (loss, step), True
-            progress.show_evaluation(step)
-            return state, improved
+    def _save(self, tick: Tick) -> None:
+        """Start saving the members' state, without its padding."""
+        state, count = tick.state, len(self.members)
+        if count < self.group.count:
+            state = jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))
+        meta = {"step": tick.step, "tokens": self.tokens, "diverged": self.diverged, "members": list(self.places)}
+        meta |= {"versions": workdir_lib.versions()}
+        self.checkpoints.save(tick.step, state, self.batches.get_state(), meta)
 
-        def sample(step: int, state: State):
-            trainables = jax.device_get(state.trainable)
-            for i, name in going_on():
-                file, variables = places[name] / "samples.jsonl", variables_of(trainables, i)
-                write_samples(file, step, group.model, variables, inputs, config)
-
-        # ---- The loop: log, evaluate, sample, save, as a run alone does.
-        step = first
-        for tick in run_steps(
-            lambda state, batch, step: programs.step(state, hyperparams, frozen, batch, np.int32(step - 1)),
-            state, batches, mesh, config, first, steps, stop, speed, profile,
-        ):  # fmt: skip
-            step = tick.step
-            if 0 < step == profile.stop:
-                progress.say(profile.describe())
-            for result in tick.results:
-                finite = np.isfinite(result.metrics.loss) & np.isfinite(result.metrics.grad_norm)
-                for i, name in going_on():
-                    if not finite[i]:
-                        loss, grad_norm = result.metrics.loss[i], result.metrics.grad_norm[i]
-                        why = f"the loss is {loss} and the gradient's norm {grad_norm}"
-                        freeze(name, result.step, result.position, tokens, why)
-                tokens += int(result.metrics.tokens[0])
-                rates = None
-                if (config.log.every and result.step == 1) or due(result.step, config.log.every, steps):
-                    rates = speed.rates()
-                    logged = {key: rate for key, rate in rates.items() if key not in NOT_WRITTEN}
-                    for i, name in going_on():
-                        line = training_scalars(result, tokens, i) | logged
-                        writers[name].write(result.step, line)
-                        progress.record_train_loss(name, line["train/loss"])
-                progress.show_step(result.step, rates)
-            if tick.pauses:
-                with speed.paused():
-                    improved = False
-                    if tick.evaluates and eval_batches:
-                        tick.state, improved = evaluate(step, tick.state)
-                    if tick.samples:
-                        sample(step, tick.state)
-                    if tick.saves or (improved and step > 0) or tick.stopped_by:
-                        meta = {"step": step, "tokens": tokens, "diverged": diverged, "members": names}
-                        meta |= {"versions": workdir_lib.versions()}
-                        checkpoints.save(step, _members_only(tick.state, len(wave)), batches.get_state(), meta)
-            state = tick.state
-            if tick.stopped_by and step < steps:
-                checkpoints.wait()
-                progress.say(f"stopped by {tick.stopped_by} after step {step}, which is saved")
-                raise Stopped(tick.stopped_by)
-            if len(diverged) == len(wave):
-                break
-        checkpoints.wait()
-
-        # ---- Every member becomes an ordinary workdir.
-        last_state, results = jax.device_get(state._replace(key=None)), []
-        earlier = _best_checkpoints(checkpoints, group, programs, wave, best, steps)
-        for i, member in enumerate(wave):
-            name, divergence = member.name, diverged.get(member.name)
-            evaluations = read_evaluations(places[name])
-            last, seen, position = steps, tokens, batches.get_state()
-            if divergence:
-                last, seen, position = divergence["step"] - 1, divergence["tokens"], divergence["data"]
+    def _write_members(self) -> list[Result]:
+        """Make every member an ordinary workdir -> what came of each."""
+        last_state, results = jax.device_get(self.state[1:3]), []
+        best = self._best_checkpoints()
+        now = {"step": self.group.inputs.steps + 1, "data": self.batches.get_state(), "tokens": self.tokens}
+        for i, member in enumerate(self.members):
+            place, name = self.places[member.name], member.name
+            end, evaluations = self.diverged.get(name, now), read_evaluations(place)
+            last = end["step"] - 1
             own = jax.tree.map(lambda leaf, i=i: leaf[i], last_state)
-            written = [MemberCheckpoint(last, own, seen, position, evaluations.get(last))]
-            if name in earlier and earlier[name].step < last:
-                written.insert(0, earlier[name])
-            trainable = write_member(group, member, places[name], written)
-            results.append(
-                member_result(group, member, places[name], trainable, last, divergence["step"] if divergence else None)
-            )
+            written = [MemberCheckpoint(last, *own, end["tokens"], end["data"], evaluations.get(last))]
+            if name in best and best[name].step < last:
+                written.insert(0, best[name])
+            diverged = end["step"] if name in self.diverged else None
+            results.append(write_member(self.group, member, place, written, diverged))
         return results
 
+    def _best_checkpoints(self) -> dict[str, MemberCheckpoint]:
+        """Each member's checkpoint of its best evaluation, if that came before the last step; one is on the host at a time."""
+        found = {}
+        steps = {step for _, step in self.best.values()} - {self.group.inputs.steps}
+        for step in sorted(steps & set(self.checkpoints.steps())):
+            state, position = self._restore(step)
+            host, tokens = jax.device_get(state[1:3]), self.checkpoints.meta(step)["tokens"]
+            for i, name in enumerate(self.places):
+                loss, best_step = self.best[name]
+                if best_step == step:
+                    own = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), host)
+                    found[name] = MemberCheckpoint(step, *own, tokens, position, loss)
+        return found
 
-def _best_checkpoints(
-    checkpoints: Checkpoints,
-    group: Group,
-    programs: Programs,
-    wave: tuple[Member, ...],
-    best: dict[str, tuple[float, int]],
-    steps: int,
-) -> dict[str, MemberCheckpoint]:
-    """Each member's checkpoint of its best evaluation, if that came before the last step; one wave is on the host at a time."""
-    found = {}
-    for step in sorted({step for _, step in best.values()} & set(checkpoints.steps()) - {steps}):
-        state, position = restore_wave(checkpoints, step, group, programs, wave)
-        host, seen = jax.device_get((state.trainable, state.opt_state)), checkpoints.meta(step)["tokens"]
-        for i, member in enumerate(wave):
-            loss, best_step = best[member.name]
-            if best_step == step:
-                trainable, opt_state = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), host)
-                own = State(np.int32(step), trainable, opt_state, None)
-                found[member.name] = MemberCheckpoint(step, own, seen, position, loss)
-    return found
+    def _restore(self, step: int) -> tuple[State, dict]:
+        """-> (the state saved at `step`, whose own `step` is still a shape; the data's position)."""
+        group, layout, count = self.group, self.programs.layout, len(self.members)
+        saved = layout
+        if count < group.count:  # padding is not saved
+            whole = NamedSharding(group.mesh, PartitionSpec())
+            saved = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
+            )
+        state, position = self.checkpoints.restore(step, saved)
+        filled = jax.device_put(pad_members(state[1:3], group.count), shardings_of(layout[1:3]))
+        return State(layout.step, *filled, member_keys(group, self.programs, self.members)), position
+
+    def _at_step(self, state: State, step: int) -> State:
+        """The state after `step`; a member whose own step lags behind, as that of a frozen one, is not updated any more."""
+        at = [-1 if name in self.diverged else step for name in self.places]
+        at += [-1] * (self.group.count - len(at))
+        return state._replace(step=jax.device_put(np.int32(at), self.programs.layout.step.sharding))
+
+    def _freeze(self, name: str, step: int, position: dict, why: str) -> None:
+        self.diverged[name] = {"step": step, "data": position, "tokens": self.tokens}
+        self.progress.stopped[name] = step
+        steps = self.group.inputs.steps
+        self.progress.say(f"step {step}/{steps}  {name}: {why}; it is frozen at step {step - 1}, the others go on")
+
+    def _variables_of(self, trainables: dict, i: int) -> dict:
+        """A member's variables for `group.model`, whose scale is 1: the member's own scale goes into lora_b.
+
+        From leaves on the host: slicing one member out of an array that is spread over devices moves it through all of them.
+        """
+        trainable = jax.tree.map(lambda leaf: leaf[i], trainables)
+        scales = {target: scalars.scale[i] for target, scalars in (self.own.adapters or {}).items()}
+        return partition.merge(members_lib.scaled(trainable, scales), self.frozen)
 
 
-def restore_wave(
-    checkpoints: Checkpoints, step: int, group: Group, programs: Programs, wave: tuple[Member, ...]
-) -> tuple[State, dict]:
-    """-> the wave's state at `step`, whose `step` is still a shape; the data's position."""
-    saved = programs.layout
-    if group.count != len(wave):  # padding is not saved
-        whole = NamedSharding(group.mesh, PartitionSpec())
-        saved = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((len(wave), *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
-        )
-    state, position = checkpoints.restore(step, saved)
-    filled = pad_members((state.trainable, state.opt_state), group.count)
-    layout = programs.layout
-    trainable, opt_state = jax.device_put(filled, shardings_of((layout.trainable, layout.opt_state)))
-    return State(layout.step, trainable, opt_state, member_keys(group, programs, wave)), position
+def write_member(
+    group: Group, member: Member, place: pathlib.Path, written: list[MemberCheckpoint], diverged: int | None
+) -> Result:
+    """Write a member's checkpoints, as the same run alone would have -> what came of it, also from the lines in its workdir.
+
+    `written`: in the order of their steps; nothing is written of step 0. `diverged`: the step that was not finite.
+    """
+    _, shapes = own_model(group, member)
+    config, inputs = member.config, group.inputs
+    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, inputs.steps), group.mask)
+    wanted = abstract_state(optimizer, partition.split(shapes, group.mask)[0], group.mesh)
+    with Checkpoints(place) as checkpoints:
+        checkpoints.forget()  # those of a sweep that was killed here, or of a group that is trained again
+        for one in written:
+            trainable, opt_state = members_lib.cut((one.trainable, one.opt_state), wanted[1:3])
+            if one.step > 0:
+                meta = {"step": one.step, "tokens": one.tokens, "config": config_lib.to_dict(config)}
+                meta |= {"identity": identity(config, inputs), "versions": workdir_lib.versions()}
+                state = State(one.step, trainable, opt_state, None)
+                checkpoints.save(one.step, state, one.position, meta, one.eval_loss)
+    lines = read_lines(place / "metrics.jsonl")
+    last = {name: value for line in lines for name, value in line.items()}
+    parameters = partition.count(trainable) - (padding_size(config.lora, inputs.architecture) if config.adapter else 0)
+    return Result(
+        name=member.name,
+        swept=member.swept,
+        mode=config.train.mode,
+        trainable=parameters,
+        adapter_bytes=4 * parameters,
+        steps=written[-1].step,
+        train_loss=last.get("train/loss"),
+        curve=tuple(read_evaluations(place).items()),
+        diverged=diverged,
+        exact_match=last.get("eval/exact_match"),
+    )
 
 
-def _members_only(state: State, count: int) -> State:
-    """The state without its padding."""
-    if count == len(state.step):
-        return state
-    return jax.tree.map(lambda leaf: leaf[:count], jax.device_get(state._replace(key=None)))
+def is_whole(group: Group, member: Member, place: pathlib.Path, step: int) -> bool:
+    """Whether what the member trained can be read, from the checkpoint of `step` or, if it went on alone, its last one."""
+    _, shapes = own_model(group, member)
+    try:
+        with Checkpoints(place, read_only=True) as checkpoints:
+            step = max(step, checkpoints.latest() or 0)
+            checkpoints.check(step)
+            checkpoints.restore_adapter(step, partition.split(shapes, group.mask)[0])
+    except UserError:
+        return False
+    return True

@@ -1,9 +1,11 @@
 """A member keeps its best checkpoint beside its last one, as the same run alone does."""
 
 import numpy as np
+import pytest
 import running
 
 
+@pytest.mark.slow
 def test_a_member_that_gets_worse_keeps_the_checkpoint_of_its_best_evaluation(tiny, tmp_path):
     own = (
         "--config.eval.every=1",

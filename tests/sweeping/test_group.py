@@ -1,5 +1,8 @@
 """How many members train at once, chosen from the memory at hand."""
 
+import functools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,17 +17,16 @@ from lowrank.training.step import loss_sum
 RANKS = "--config.sweep.lora.rank=(1,2,4,8,16)"
 
 
-@pytest.fixture
-def planned(tiny, monkeypatch):
+@pytest.fixture(scope="module")
+def planned(tiny):
     """A group of five members over the embedded base, on one device or more."""
 
+    @functools.cache
     def planned(*overrides, devices=1):
         whole = mesh.make_mesh
-        monkeypatch.setattr(mesh, "make_mesh", lambda config: whole(config, jax.devices()[:devices]))
-        members = grid.read(tiny.removeprefix("--config="), [RANKS, *overrides]).members
-        found = group.plan(list(members), SweepConfig(), {})
-        monkeypatch.undo()
-        return found
+        with mock.patch.object(mesh, "make_mesh", lambda config: whole(config, jax.devices()[:devices])):
+            members = grid.read(tiny.removeprefix("--config="), [RANKS, *overrides]).members
+            return group.plan(list(members), SweepConfig(), {})
 
     return planned
 
@@ -53,8 +55,9 @@ def test_less_memory_means_fewer_at_once_and_then_parts(planned, monkeypatch):
     assert sizes(found, 0) == (1, 1)  # it tries, and the device says that it is too much
 
 
-def test_what_is_asked_for_is_taken(planned):
+def test_what_is_asked_for_is_taken(planned, monkeypatch):
     found = planned()
+    monkeypatch.setattr(group, "activation_bytes", lambda _: 10**6)  # it traces the model
     assert sizes(found, 10**10, group_size=2) == (2, 2)
     assert sizes(found, 10**10, group_size=4) == (3, 3)  # parts of 3 and 2, not of 4 and 1
     assert sizes(found, 10**10, at_once=2) == (5, 2)

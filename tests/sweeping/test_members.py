@@ -140,7 +140,7 @@ def alone(params):
     return [run_alone(config, params, one_device()) for config in MEMBERS]
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_members_of_other_ranks_rates_and_seeds_equal_runs_alone(params, alone, at_once):
     state, seen, _ = run_together(MEMBERS, params, one_device(), at_once)
     for i, (config, (own, metrics)) in enumerate(zip(MEMBERS, alone, strict=True)):
@@ -178,7 +178,7 @@ def test_a_member_that_is_not_finite_stays_as_it_was_and_disturbs_nobody(params)
     assert all(np.abs(leaf[1]).max() == 0 for leaf in jax.tree.leaves(state.opt_state))  # not a single update
 
 
-@pytest.mark.parametrize(("at_once", "mesh"), [(1, (2, 2, 2)), (2, (2, 1, 1))])
+@pytest.mark.parametrize(("at_once", "mesh"), [pytest.param(1, (2, 2, 2), marks=pytest.mark.slow), (2, (2, 1, 1))])
 def test_members_over_devices_equal_one_device_and_lie_where_they_should(params, at_once, mesh):
     configs = [dataclasses.replace(MEMBERS[i % 3], seed=i) for i in range(4)]
     expected, seen, losses = run_together(configs, params, one_device())

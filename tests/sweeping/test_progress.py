@@ -10,8 +10,8 @@ from lowrank.sweeping.progress import MAX_ROWS, Progress
 def progress_of(names):
     progress = Progress(names, steps=20, first=0)
     for i, name in enumerate(names):
-        progress.record_train_loss(name, 3.0 - i / 10)
-        progress.record_loss(name, 2.0 - i / 10)
+        progress.train_losses[name] = 3.0 - i / 10
+        progress.losses[name] = 2.0 - i / 10
     return progress
 
 
@@ -20,7 +20,7 @@ def test_elsewhere_than_on_a_terminal_lines_say_the_range_and_whose_it_is(capsys
     progress.show_step(10, {})
     progress.show_step(11, None)
     progress.show_evaluation(10)
-    progress.record_divergence("c", 12)
+    progress.stopped["c"] = 12
     progress.show_step(20, {"train/tokens_per_second": 1234.5, "train/mfu": 0.25})
     progress.show_evaluation(20)
     assert capsys.readouterr().out.splitlines() == [
@@ -35,7 +35,7 @@ def test_the_table_has_the_best_first_and_the_diverged_last(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     names = [f"rank={i}" for i in range(MAX_ROWS + 3)]
     progress = progress_of(names)
-    progress.record_divergence("rank=4", 7)
+    progress.stopped["rank=4"] = 7
     out = rich.console.Console(file=io.StringIO(), width=80)
     out.print(progress._make_table())
     lines = [line.split() for line in out.file.getvalue().splitlines()]

@@ -25,8 +25,15 @@ ADAPTERS = (GRID[0], GRID[2])
 NAMES = ["rank=1,mode=lora,seed=0", "rank=1,mode=lora,seed=1", "mode=full", "rank=4,mode=lora,seed=0", "rank=4,mode=lora,seed=1"]  # fmt: skip
 
 
-def sweep(tiny, workdir, *overrides, **options):
-    return running.run("sweep", tiny, f"--workdir={workdir}", *overrides, **options)
+# A group of four members of rank 4: its program is that of ADAPTERS. Half of the members diverge at the second step.
+RATES = ("--config.sweep.optim.learning_rate=(1e-3,1e30)", GRID[2])
+UNCLIPPED = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
+
+
+def sweep(tiny, workdir, *overrides, changes=None, **options):
+    """Without the picture, which takes a second and is tested elsewhere."""
+    without = {"lowrank.sweeping.picture.write_picture": lambda *_: None}
+    return running.run("sweep", tiny, f"--workdir={workdir}", *overrides, changes=without | (changes or {}), **options)
 
 
 def member(workdir, name) -> pathlib.Path:
@@ -97,18 +104,37 @@ class Replaced:
 def swept(tmp_path_factory, tiny) -> pathlib.Path:
     """The workdir of a finished sweep: four adapters in one group, the full fine-tuning baseline in another. Read only."""
     workdir = tmp_path_factory.mktemp("swept") / "ranks"
-    finished = sweep(tiny, workdir, *GRID)
+    finished = running.run("sweep", tiny, f"--workdir={workdir}", *GRID)
     assert finished.code == 0, finished.err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory, tiny) -> pathlib.Path:
+    """The workdir of a finished sweep in which two of four members diverged. Read only."""
+    workdir = tmp_path_factory.mktemp("diverged") / "run"
+    finished = sweep(tiny, workdir, *UNCLIPPED, *RATES)
+    assert finished.code == 0, finished.err
+    assert "learning_rate=1e+30,seed=0: the" in finished.out and "the others go on" in finished.out
     return workdir
 
 
 # ---- Exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_members_equal_the_same_runs_alone(tiny, tmp_path, count):
+def assert_near_adapter(found, expected):
+    """Of two checkpoints of the same step, in a sweep or alone."""
+    assert found.keys() == expected.keys() and len(found) == 14
+    for key in expected:
+        assert np.linalg.norm(found[key] - expected[key]) < 1e-4 * np.linalg.norm(expected[key]), key
+        # An element whose gradient is near zero gets its sign from rounding, and Adam moves it by a whole step.
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_members_equal_the_same_runs_alone(tiny, tmp_path):
     longer = (
-        f"--config.train.steps={count}",
+        "--config.train.steps=50",
         "--config.eval.every=10",
         "--config.checkpoint.every=0",
         "--config.sample.every=0",
@@ -132,12 +158,7 @@ def test_members_equal_the_same_runs_alone(tiny, tmp_path, count):
             assert one.keys() == other.keys() and one["step"] == other["step"]
             for key in one.keys() & {"train/loss", "eval/loss", "train/learning_rate", "train/tokens"}:
                 np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
-        found, expected = (arrays(folder, count, "adapter") for folder in (together, alone))
-        assert found.keys() == expected.keys() and len(found) == 14
-        for key in expected:
-            assert np.linalg.norm(found[key] - expected[key]) < 1e-4 * np.linalg.norm(expected[key]), key
-            # An element whose gradient is near zero gets its sign from rounding, and Adam moves it by a whole step.
-            np.testing.assert_allclose(found[key], expected[key], atol=1e-4)
+        assert_near_adapter(arrays(together, 50, "adapter"), arrays(alone, 50, "adapter"))
 
 
 def test_the_base_is_read_once_compiled_once_and_held_once(tiny, tmp_path, caplog, spied):
@@ -220,16 +241,41 @@ def test_every_member_is_an_ordinary_workdir(swept, demo_base, tmp_path):
     assert full.code == 0 and full.out
 
 
-def test_a_member_goes_on_alone_as_the_run_alone_would(tiny, swept, tmp_path):
-    name = "rank=4,mode=lora,seed=1"
-    shutil.copytree(member(swept, name), tmp_path / "run")
-    own = ("--config.lora.rank=4", "--config.seed=1", "--config.data.seed=0", "--config.train.steps=8")
-    finished = running.run("train", tiny, f"--workdir={tmp_path / 'run'}", *own)
+def test_a_member_is_the_run_alone_answers_as_it_does_and_goes_on_alone_as_it_would(tiny, tmp_path):
+    answers = "--config.eval.answers=3"
+    assert sweep(tiny, tmp_path / "sweep", *ADAPTERS, answers).code == 0
+    assert "eval/exact_match" in (tmp_path / "sweep" / "sweep.csv").read_text()
+    run, alone = member(tmp_path / "sweep", "rank=1,seed=1"), tmp_path / "alone"
+    own = ("--config.lora.rank=1", "--config.seed=1", "--config.data.seed=0", "--config.train.steps=8", answers)
+    finished = running.run("train", tiny, f"--workdir={run}", *own)
     assert finished.code == 0 and "resumed from step 6" in finished.out, finished.err
-    assert running.run("train", tiny, f"--workdir={tmp_path / 'alone'}", *own).code == 0
-    for one, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
+    assert running.run("train", tiny, f"--workdir={alone}", *own).code == 0
+    for one, other in zip(metrics(run), metrics(alone), strict=True):
         for key in one.keys() - {"train/grad_norm"}:
             np.testing.assert_allclose(one[key], other[key], rtol=1e-5)
+        assert one.get("eval/exact_match") == other.get("eval/exact_match")
+    assert running.lines(run / "samples.jsonl") == running.lines(alone / "samples.jsonl")
+    assert_near_adapter(arrays(run, 8, "adapter"), arrays(alone, 8, "adapter"))
+
+
+def test_a_member_that_gets_worse_keeps_the_checkpoint_of_its_best_evaluation(tiny, tmp_path, spied):
+    """To the bit what the members' step was given after it."""
+    states = {}
+    spied(lambda step, state, _: states.update({step - 1: jax.device_get((state.trainable, state.opt_state))}))
+    rates = "--config.sweep.optim.learning_rate=(1e-3,0.07)"
+    own = ("--config.eval.every=1", "--config.checkpoint.every=0", "--config.sample.every=0")
+    finished = sweep(tiny, tmp_path / "sweep", *own, "--config.optim.clip_norm=0", rates, GRID[2])
+    assert finished.code == 0, finished.err
+    for i, rate in enumerate(("0.001", "0.001", "0.07", "0.07")):
+        workdir = member(tmp_path / "sweep", f"learning_rate={rate},seed={i % 2}")
+        losses = {line["step"]: line["eval/loss"] for line in metrics(workdir) if "eval/loss" in line}
+        best = min(losses, key=losses.get)
+        assert set(steps(workdir)) == {best, 6} - {0}
+        assert rate == "0.001" or best not in (0, 6), "the member does not get worse: the test shows nothing"
+        for item, tree in zip(("adapter", "opt_state"), states.get(best, ()), strict=best in states):
+            found, expected = arrays(workdir, best, item), named_leaves(jax.tree.map(lambda leaf, i=i: leaf[i], tree))
+            assert found.keys() == expected.keys()
+            assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_the_tables_say_what_the_members_wrote(swept):
@@ -253,18 +299,6 @@ def test_the_tables_say_what_the_members_wrote(swept):
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_are_those_of_the_run_alone(tiny, tmp_path):
-    short = ("--config.train.steps=1", "--config.eval.answers=3", "--config.sample.every=0", "--config.lora.dropout=0")
-    assert sweep(tiny, tmp_path / "sweep", *short, "--config.sweep.lora.rank=(2,4)").code == 0
-    assert running.run("train", tiny, f"--workdir={tmp_path / 'alone'}", *short, "--config.lora.rank=2").code == 0
-    one, other = member(tmp_path / "sweep", "rank=2"), tmp_path / "alone"
-    assert [line.get("eval/exact_match") for line in metrics(one)] == [
-        line.get("eval/exact_match") for line in metrics(other)
-    ]
-    assert running.lines(one / "samples.jsonl") == running.lines(other / "samples.jsonl")
-    assert "eval/exact_match" in (tmp_path / "sweep" / "sweep.csv").read_text()
-
-
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tiny, tmp_path):
     finished = running.run("sweep", tiny, "--dry_run", *GRID)
     assert finished.code == 0, finished.err
@@ -276,30 +310,29 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tiny, tmp_path)
 # ---- Divergence ------------------------------------------------------------------------------------------------------
 
 
-def test_a_member_that_diverges_is_frozen_and_marked_and_the_others_do_not_notice(tiny, tmp_path):
-    short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
-    finished = sweep(tiny, tmp_path / "run", *short, "--config.sweep.optim.learning_rate=(1e-3,1e30)")
-    assert finished.code == 0, finished.err
-    assert "learning_rate=1e+30: the" in finished.out and "the others go on" in finished.out
-    assert sweep(tiny, tmp_path / "alone", *short, "--config.sweep.optim.learning_rate=(1e-3,2e-3)").code == 0
-    name = "learning_rate=0.001"
-    fine, alone = member(tmp_path / "run", name), member(tmp_path / "alone", name)
-    assert metrics(fine) == metrics(alone)
-    with open(tmp_path / "run" / "sweep.csv", newline="") as stream:
-        good, bad = csv.DictReader(stream)
-    assert (good["name"], good["diverged_at"], good["steps"]) == (name, "", "6")
-    assert bad["eval/loss"] == "" and int(bad["diverged_at"]) == int(bad["steps"]) + 1 == 2
-    gone = member(tmp_path / "run", "learning_rate=1e+30")
+def test_a_member_that_diverges_is_frozen_and_marked_and_the_others_do_not_notice(tiny, diverged, tmp_path):
+    without = ("--config.sweep.optim.learning_rate=(1e-3,2e-3)", GRID[2])
+    assert sweep(tiny, tmp_path / "fine", *UNCLIPPED, *without).code == 0
+    names = [f"learning_rate=0.001,seed={seed}" for seed in (0, 1)]
+    for name in names:
+        assert metrics(member(diverged, name)) == metrics(member(tmp_path / "fine", name))
+    with open(diverged / "sweep.csv", newline="") as stream:
+        *good, bad, other = csv.DictReader(stream)
+    assert {row["name"] for row in good} == set(names)
+    assert [(row["diverged_at"], row["steps"]) for row in good] == [("", "6")] * 2
+    for row in (bad, other):
+        assert row["eval/loss"] == "" and int(row["diverged_at"]) == int(row["steps"]) + 1 == 2
+    gone = member(diverged, "learning_rate=1e+30,seed=0")
     assert max(line["step"] for line in metrics(gone)) < 2 and steps(gone) == [1]
     assert all(np.isfinite(leaf).all() for leaf in arrays(gone, 1, "adapter").values())
-    assert "## Diverged" in (tmp_path / "run" / "sweep.md").read_text()
+    assert "## Diverged" in (diverged / "sweep.md").read_text()
 
 
 def test_a_sweep_whose_members_all_diverge_ends_and_says_so(tiny, tmp_path):
-    short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
-    finished = sweep(tiny, tmp_path / "run", *short, "--config.sweep.optim.learning_rate=(1e25,1e30)")
+    rates = ("--config.sweep.optim.learning_rate=(1e25,1e30)", GRID[2])
+    finished = sweep(tiny, tmp_path / "run", *UNCLIPPED, *rates)
     assert finished.code == 0 and "step 6/6" not in finished.out, finished.err
-    assert "  1. diverged  learning_rate=" in finished.out and "  2. diverged  learning_rate=" in finished.out
+    assert "  1. diverged  learning_rate=" in finished.out and "  4. diverged  learning_rate=" in finished.out
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
@@ -389,11 +422,11 @@ def test_tables_after_resuming_are_those_of_an_uninterrupted_sweep(tiny, tmp_pat
 
 
 def test_a_finished_member_may_go_on_alone_and_the_sweep_goes_on_without_it(tiny, swept, tmp_path):
-    workdir, name = tmp_path / "run", "rank=4,mode=lora,seed=0"
+    workdir, name = tmp_path / "run", "rank=1,mode=lora,seed=0"
     shutil.copytree(swept, workdir)
     shutil.rmtree(workdir / "groups" / "1.0")
-    own = ("--config.lora.rank=4", "--config.data.seed=0", "--config.checkpoint.keep=1")
-    alone = running.run("train", tiny, f"--workdir={member(workdir, name)}", *own, "--config.train.steps=9")
+    own = ("--config.lora.rank=1", "--config.data.seed=0", "--config.checkpoint.keep=1", "--config.train.steps=8")
+    alone = running.run("train", tiny, f"--workdir={member(workdir, name)}", *own)
     assert alone.code == 0, alone.err
     finished = sweep(tiny, workdir, *GRID)
     assert finished.code == 0, finished.err
@@ -417,22 +450,19 @@ def test_a_stop_in_the_last_step_of_a_group_begins_no_other(tiny, tmp_path, spie
     assert stopped.code == 75 and spy.calls == 6, stopped.err
 
 
-def test_a_diverged_member_stays_diverged_after_resuming(tiny, tmp_path, spied):
-    short = ("--config.sample.every=0", "--config.optim.clip_norm=0", "--config.optim.warmup_steps=0")
-    grid = "--config.sweep.optim.learning_rate=(1e-3,1e30)"
-    assert sweep(tiny, tmp_path / "whole", *short, grid).code == 0
-
+def test_a_diverged_member_stays_diverged_after_resuming(tiny, diverged, tmp_path, spied):
     def kill(step, state, frozen):
         if step == 6:
             raise Killed
 
     spied(kill)
     with pytest.raises(Killed):
-        sweep(tiny, tmp_path / "run", *short, grid)
+        sweep(tiny, tmp_path / "run", *UNCLIPPED, *RATES)
     spied()
-    assert sweep(tiny, tmp_path / "run", *short, grid).code == 0
-    assert (tmp_path / "run" / "sweep.csv").read_text() == (tmp_path / "whole" / "sweep.csv").read_text()
-    one, other = (arrays(member(tmp_path / run, "learning_rate=1e+30"), 1, "adapter") for run in ("run", "whole"))
+    assert sweep(tiny, tmp_path / "run", *UNCLIPPED, *RATES).code == 0
+    assert (tmp_path / "run" / "sweep.csv").read_text() == (diverged / "sweep.csv").read_text()
+    name = "learning_rate=1e+30,seed=0"
+    one, other = (arrays(member(workdir, name), 1, "adapter") for workdir in (tmp_path / "run", diverged))
     assert all(one[key].tobytes() == other[key].tobytes() for key in other)
 
 
@@ -520,17 +550,17 @@ def test_a_damaged_checkpoint_of_a_group_is_named(tiny, tmp_path, spied):
 
     spied(kill)
     with pytest.raises(Killed):
-        sweep(tiny, tmp_path / "run", *GRID)
+        sweep(tiny, tmp_path / "run", *ADAPTERS)
     spied()
     folder = tmp_path / "run" / "groups" / "0.0" / "checkpoints"
     newest = max(folder.iterdir(), key=lambda path: int(path.name))
     for file in (newest / "adapter").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(b"\0" * 10)
-    line = refused(sweep(tiny, tmp_path / "run", *GRID))
+    line = refused(sweep(tiny, tmp_path / "run", *ADAPTERS))
     assert f"checkpoint {newest} cannot be read" in line and "remove that folder to go on from the one before" in line
     shutil.rmtree(newest)
-    assert sweep(tiny, tmp_path / "run", *GRID).code == 0
+    assert sweep(tiny, tmp_path / "run", *ADAPTERS).code == 0
 
 
 @pytest.mark.parametrize(
@@ -562,3 +592,19 @@ def test_a_rank_that_some_matrices_cannot_use_is_told(tiny):
     finished = running.run("sweep", tiny, "--dry_run", "--config.sweep.lora.rank=(4,128)")
     assert finished.code == 0
     assert "note       rank 128 above k_proj (64), v_proj (64): there the update cannot use all of it" in finished.out
+
+
+# ---- The profile -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_traced_and_says_where(tiny, tmp_path):
+    finished = sweep(tiny, tmp_path / "sweep", *UNCLIPPED, *ADAPTERS, "--config.checkpoint.every=0", "--profile=2:3")
+    assert finished.code == 0, finished.err
+    assert f"profile of steps 2 to 3 in {tmp_path / 'sweep' / 'profile'}" in finished.out
+    assert list((tmp_path / "sweep" / "profile").rglob("*.xplane.pb"))
+
+
+def test_steps_that_no_wave_has_are_refused_before_there_is_a_workdir(tiny, tmp_path):
+    finished = sweep(tiny, tmp_path / "sweep", *ADAPTERS, "--profile=2:9")
+    assert finished.code == 1 and "this run ends at step 6" in finished.err
+    assert not (tmp_path / "sweep").exists()
