@@ -1,34 +1,46 @@
 """The analysing command: its numbers are those of the merged matrices, and its files are what they say."""
 
 import csv
+import json
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import pytest
 import running
 
 from lowrank import analysis
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.analysis.page import describe
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.runs.adapter import read_adapter
 from lowrank.weights.base import read_base
+from lowrank.weights.peft import write_peft
+
+
+def write_random(folder: pathlib.Path, base: pathlib.Path, lora: LoraConfig) -> pathlib.Path:
+    """Write an adapter with random factors, none in layers of rank 0, as a PEFT folder."""
+    shapes, _ = decoder.abstract(Decoder(read_base(base).config, lora))
+    draw, there = np.random.default_rng(0), np.sign(lora.layer_ranks("q_proj", 4))[:, None, None]
+    factors = jax.tree.map(lambda leaf: np.float32(there * draw.normal(size=leaf.shape)), shapes["lora"])
+    write_peft(folder, factors, lora, base_name=str(base))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def larger(tiny, tmp_path_factory) -> pathlib.Path:
-    """A run like the tiny one, of rank 6, on three projections, from another seed."""
-    workdir = tmp_path_factory.mktemp("larger") / "run"
-    overrides = ("lora.rank=6", "lora.targets=q_proj,v_proj,down_proj", "seed=3", "sample.every=0", "train.steps=3")
-    finished = running.run("train", tiny, f"--workdir={workdir}", *(f"--config.{override}" for override in overrides))
-    assert finished.code == 0, finished.err
-    return workdir
+def larger(demo_base, tmp_path_factory) -> pathlib.Path:
+    """An adapter of rank 6, on three projections."""
+    lora = LoraConfig(rank=6, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
+    return write_random(tmp_path_factory.mktemp("larger") / "peft", demo_base, lora)
 
 
 @pytest.fixture(scope="module")
-def analysed(trained, larger, tmp_path_factory) -> pathlib.Path:
+def analysed(demo_base, trained, larger, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("analysis") / "out"
-    finished = running.run("analyze", f"--adapter={larger}", f"--other={trained}", f"--to={folder}")
+    given = (f"--adapter={larger}", f"--other={trained}", f"--base={demo_base}")
+    finished = running.run("analyze", *given, f"--to={folder}")
     assert finished.code == 0, finished.err
     assert finished.out == f"analysis of 12 updates in {folder}; read {folder}/analysis.md first\n"
     return folder
@@ -43,7 +55,7 @@ def test_a_row_for_every_layer_and_projection_with_the_numbers_of_the_whole_matr
     rows = table(analysed / "analysis.csv")
     targets = ("q_proj", "v_proj", "down_proj")
     assert [(row["projection"], row["layer"]) for row in rows] == [(t, str(i)) for t in targets for i in range(4)]
-    base, adapter = read_base(demo_base), read_adapter(larger)
+    base, adapter = read_base(demo_base), read_adapter(larger, layers=4)
     shapes, _ = decoder.abstract(Decoder(base.config, adapter.lora))
     factors = adapter.restore({"lora": shapes["lora"]})["lora"]["layers"]["mlp"]["down_proj"]
     kernel = np.asarray(base.params["layers"]["mlp"]["down_proj"]["kernel"][2])
@@ -78,15 +90,18 @@ def test_directions_are_compared_where_both_have_an_adapter(analysed):
     assert all(0 <= float(row["phi"]) <= 1.000001 for row in rows)
 
 
-def test_an_adapter_shares_all_directions_with_itself(trained, tmp_path):
-    finished = running.run("analyze", f"--adapter={trained}", f"--other={trained}", f"--to={tmp_path / 'out'}")
-    assert finished.code == 0, finished.err
-    same = [row for row in table(tmp_path / "out" / "similarity.csv") if row["i"] == row["j"]]
-    assert {row["phi"] for row in same} == {"1"}
+@pytest.fixture(scope="module")
+def with_itself(trained) -> analysis.Analysis:
+    return analysis.analyze(trained, trained)
 
 
-def test_the_function_gives_the_numbers_that_the_command_writes(analysed, trained, larger):
-    result = analysis.analyze(larger, trained)
+def test_an_adapter_shares_all_directions_with_itself(with_itself):
+    values = [value for maps in with_itself.similarities.values() for phi in maps.values() for value in np.diag(phi)]
+    assert len(values) == 7 * 2 * 4 * 4 and {f"{value:.6g}" for value in values} == {"1"}
+
+
+def test_the_function_gives_the_numbers_that_the_command_writes(analysed, trained, larger, demo_base):
+    result = analysis.analyze(larger, trained, demo_base)
     modules = [module for of in result.modules.values() for module in of]
     for module, row in zip(modules, table(analysed / "analysis.csv"), strict=True):
         assert (module.projection, str(module.layer), str(module.rank)) == (
@@ -111,23 +126,24 @@ def test_pictures_and_the_page(analysed, larger):
     assert "| down_proj | 6 |" in page and "| q_proj | ΔW |" in page
 
 
-def test_runs_of_one_seed_are_said_to_have_begun_alike(trained, larger, tmp_path):
-    finished = running.run("analyze", f"--adapter={trained}", f"--other={trained}", f"--to={tmp_path / 'same'}")
-    assert finished.code == 0 and "Both runs have seed 0" in (tmp_path / "same" / "analysis.md").read_text()
-    finished = running.run("analyze", f"--adapter={trained}", f"--other={larger}", f"--to={tmp_path / 'two'}")
-    assert finished.code == 0 and "Both runs have seed" not in (tmp_path / "two" / "analysis.md").read_text()
+def test_runs_of_one_seed_are_said_to_have_begun_alike(trained, with_itself, tmp_path):
+    assert "Both runs have seed 0" in describe(with_itself)
+    other = shutil.copytree(trained, tmp_path / "other")
+    record = json.loads((other / "config.json").read_text())
+    record["config"]["seed"] = 3
+    (other / "config.json").write_text(json.dumps(record))
+    assert "Both runs have seed" not in describe(analysis.analyze(trained, other))
 
 
-def test_adapters_with_nothing_in_common_are_refused(tiny, trained, tmp_path):
-    runs = []
-    for i, ranks in enumerate(("{'q_proj': (1, 0, 0, 0)}", "{'q_proj': (0, 1, 1, 1)}")):
-        runs.append(tmp_path / f"run{i}")
-        flags = ("--config.lora.targets=q_proj", f"--config.lora.ranks={ranks}", "--config.train.steps=3")
-        finished = running.run("train", tiny, f"--workdir={runs[-1]}", *flags, "--config.sample.every=0")
-        assert finished.code == 0, finished.err
-    finished = running.run("analyze", f"--adapter={runs[0]}", f"--other={runs[1]}", f"--to={tmp_path / 'out'}")
+def test_adapters_with_nothing_in_common_are_refused(demo_base, tmp_path):
+    one, other = (
+        write_random(tmp_path / name, demo_base, LoraConfig(rank=1, targets=("q_proj",), ranks=(("q_proj", ranks),)))
+        for name, ranks in (("one", (1, 0, 0, 0)), ("other", (0, 1, 1, 1)))
+    )
+    given = (f"--adapter={one}", f"--base={demo_base}", f"--to={tmp_path / 'out'}")
+    finished = running.run("analyze", *given, f"--other={other}")
     assert finished.code == 1 and "have no projection of any layer in common" in finished.err
-    finished = running.run("analyze", f"--adapter={runs[0]}", f"--to={tmp_path / 'out'}")
+    finished = running.run("analyze", *given)
     assert finished.code == 0, finished.err  # one layer, rank 1
     assert len(table(tmp_path / "out" / "analysis.csv")) == 1
 

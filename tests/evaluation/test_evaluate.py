@@ -76,7 +76,7 @@ def test_the_mean_is_over_tokens_and_a_pair_is_compared_example_by_example(base,
 
 
 def test_the_function_gives_the_numbers_that_the_command_prints(base, trained, held_out):
-    result = evaluation.evaluate(base, held_out, trained, trained, batch_size=4)
+    result = evaluation.evaluate(base, held_out, trained, trained)
     assert result.losses.shape == (2, 10) and result.tokens.shape == (10,)
     assert result.settings.format == "completion" and len(result.examples.examples) == 10
     assert result.loss == result.other_loss and result.difference == (0.0, 0.0)
@@ -106,7 +106,7 @@ def test_one_example_has_no_interval():
 
 def test_one_example_has_a_loss_and_no_interval(base, held_out, tmp_path):
     (tmp_path / "one.json").write_text(json.dumps(json.loads(held_out.read_text())[:1]))
-    finished = run_evaluate(base, tmp_path / "one.json", "--format=completion")
+    finished = run_evaluate(base, tmp_path / "one.json", "--format=completion", "--max_length=64")
     assert finished.code == 0 and "±" not in finished.out and "there is no interval from one example" in finished.out
 
 

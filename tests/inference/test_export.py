@@ -183,7 +183,7 @@ def test_a_run_with_a_tokenizer_of_its_own_hands_that_on(tiny, demo_base, tmp_pa
         options = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
         ids = {"bos_id": 0, "eos_id": 1, "unk_id": 2}
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_writer=file, **options, **ids)
-    flags = (f"--config.tokenizer={tmp_path / 'own'}", "--config.train.steps=1", "--config.sample.every=0")
+    flags = (f"--config.tokenizer={tmp_path / 'own'}", "--config.sample.every=0")
     finished = running.run("train", tiny, f"--workdir={tmp_path / 'run'}", *flags)
     assert finished.code == 0, finished.err
     for form in ("merged", "peft"):
@@ -226,6 +226,7 @@ def test_a_full_fine_tuning_is_exported_whole(base, full, tmp_path):
     assert finished.code == 0, finished.err
     assert f"A full training of `{base}` on `data.json`" in (tmp_path / "out" / "README.md").read_text()
     expected = np.asarray(lowrank.load(base, full).logits(IDS))
+    assert not np.allclose(expected, lowrank.load(base).logits(IDS))
     assert_close(torch_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
 
 
