@@ -1,22 +1,22 @@
 """Read PyTorch's files (`.bin`, `.pth`, `.pt`) without PyTorch and without running code from them.
 
 Such a file is a zip of stored entries: `data.pkl`, a pickle of a dict of tensors, and `data/KEY`, the tensors' bytes.
-A pickle is a program. The interpreter here knows the instructions that `torch.save` writes for a dict of tensors and
-implements three functions itself: it cannot import, look up or call anything else. Unknown names are refused.
+A pickle is a program. The standard library's unpickler runs it with only the instructions that `torch.save` writes for a
+dict of tensors, and looks names up in a table of three functions here: it cannot import or call anything else. Files with
+other names are refused.
 
 Tensors stay in the mapped file. The zip has a checksum of every entry: it is compared as soon as more of a tensor is read
 than a fingerprint samples, for small entries at once. So opening 13 GB reads some megabytes, and no damaged weight is
 loaded. Left out: files from before PyTorch 1.6 (2020), and from big-endian machines.
 """
 
-import contextlib
-import dataclasses
 import io
 import math
+import pickle
 import pickletools
 import struct
 import zipfile
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,9 +33,12 @@ from lowrank.weights.tensor_file import Index, Tensor, TensorFile
 FLOATS = {"Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64}
 INTEGERS = {"Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}
 STORAGES = {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in (FLOATS | INTEGERS).items()}
-DICT = "collections.OrderedDict"
-TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-KNOWN = {DICT, TENSOR, PARAMETER, *STORAGES}
+
+INSTRUCTIONS = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
+    BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL INST STACK_GLOBAL BINPERSID REDUCE NEWOBJ BUILD
+""".split()  # bytes and INST occur only beside foreign names, which are then all listed
 
 # Bytes of one tensor that are read before its entry's checksum is compared. A fingerprint takes 16 samples of up to 2048
 # float32, and a row of the embedding shows whether the head is the same matrix.
@@ -44,8 +47,8 @@ BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic nu
 
 # What this file and the standard library raise for damaged bytes.
 DAMAGE = (
-    ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError, RuntimeError, struct.error,
-    zipfile.BadZipFile,
+    ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, NotImplementedError, RuntimeError,
+    struct.error, zipfile.BadZipFile, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -56,8 +59,7 @@ def open_torch_file(where: PathLike, problems: list[str]) -> dict[str, Tensor]:
     """
     path = path_of(where)
     try:
-        entries = _entries(open_tensor_file(path))
-        values = _dict_in(entries)
+        values = _dict_in(_entries(open_tensor_file(path)))
     except Refused as refused:
         problems.append(f"{path.name} {refused}")
         return {}
@@ -69,21 +71,17 @@ def open_torch_file(where: PathLike, problems: list[str]) -> dict[str, Tensor]:
         return {}
     tensors = {}
     for name, value in values.items():
-        if not isinstance(value, View):
-            if not is_ignored(name):
-                problems.append(f"{path.name}: {name} is {_kind(value)}, not a tensor")
-        elif value.storage.dtype.name in DTYPES:
-            tensors[name] = _tensor(value)
+        if isinstance(value, Tensor) and value.dtype.name in DTYPES:
+            tensors[name] = value
+        elif isinstance(value, Tensor) and not is_ignored(name):
+            problems.append(f"{name} is held in {value.dtype.name}, supported are {', '.join(DTYPES)}")
         elif not is_ignored(name):
-            problems.append(f"{name} is held in {value.storage.dtype.name}, supported are {', '.join(DTYPES)}")
+            problems.append(f"{path.name}: {name} is {_kind(value)}, not a tensor")
     return tensors
 
 
 class Refused(Exception):
     """The file may be undamaged, but cannot be read; the text continues after the file's name."""
-
-
-# ------------------------------------------------------------------------------------------------------------- the zip
 
 
 class Entry:
@@ -144,197 +142,143 @@ def _entries(file: TensorFile) -> dict[str, Entry]:
     return entries
 
 
-# ---------------------------------------------------------------------------------------------------------- the pickle
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """A name that the pickle looks up, or an object that it would have made by it: text, and nothing else."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     entry: Entry
     dtype: np.dtype
-    size: int  # in elements
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A tensor as it is pickled; offset and strides are in elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 def _dict_in(entries: dict[str, Entry]) -> dict[str, Any]:
-    """The dict that `data.pkl` builds: `View`s by name, and any other values."""
-    program, instructions = io.BytesIO(entries["data.pkl"].content()), []
-    with contextlib.suppress(ValueError):  # a truncated pickle: the names up to there are still reported
-        for op, argument, _ in pickletools.genops(program):
-            instructions.append((op.name, argument))
-    names = [str(argument).replace(" ", ".") for op, argument in instructions if op in ("GLOBAL", "INST")]
-    foreign = {name: None for name in names if name not in KNOWN}  # an ordered set
+    """The dict that `data.pkl` builds: tensors by name, and any other values."""
+    unpickler = Unpickler(entries)
+    made = None
     try:
-        made = _run(instructions, entries, foreign)
+        made = unpickler.load()
+    except EOFError:
+        if not unpickler.foreign:
+            raise ValueError("the pickle has no end") from None
     except DAMAGE:
-        if not foreign:
+        if not unpickler.foreign:
             raise
-    if foreign:
+    if unpickler.foreign:
         raise Refused(
-            f"asks for {', '.join(foreign)}, which no file of weights needs; nothing of it was run: do not trust the "
-            "file, or save the model's state_dict alone"
+            f"asks for {', '.join(unpickler.foreign)}, which no file of weights needs; nothing of it was run: do not "
+            "trust the file, or save the model's state_dict alone"
         )
     if not isinstance(made, dict):
         raise Refused(f"holds {_kind(made)}, not a dict of tensors; save the model's state_dict")
     return made
 
 
-def _run(instructions: list[tuple[str, Any]], entries: dict[str, Entry], foreign: dict[str, None]) -> Any:
-    """Interpret a pickle with a stack, the stacks below marks, and a memo. Unknown names join `foreign`."""
-    stack: list[Any] = []
-    waiting: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-    constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-    for op, argument in instructions:
-        items: list[Any] = []
-        if op in ("TUPLE", "SETITEMS", "APPENDS", "INST"):  # they take all that lies above the mark
-            items, stack = stack, waiting.pop()
-        match op:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                waiting.append(stack)
-                stack = []
-            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
-                stack.append(constants[op])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
-            case "BINBYTES" | "SHORT_BINBYTES":  # only beside foreign names, which are then all listed
-                stack.append(argument)
-            case "TUPLE":
-                stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                parts = [stack.pop() for _ in range(int(op[-1]))]
-                stack.append(tuple(reversed(parts)))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                _fill(stack[-2], [stack.pop()])
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _fill(stack[-1], [key, value])
-            case "APPENDS" | "SETITEMS":
-                _fill(stack[-1], items)
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL" | "INST":
-                stack.append(Name(argument.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                last, module = stack.pop(), stack.pop()
-                name = f"{module}.{last}"
-                if name not in KNOWN:
-                    foreign["".join(letter if letter.isprintable() else "?" for letter in name)] = None
-                stack.append(Name(name))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop(), entries))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_made(function, arguments))
-            case "BUILD":  # a state_dict's `_metadata`: module versions
-                stack.pop()
-                if not isinstance(stack[-1], dict | Name):
-                    raise ValueError("the pickle gives a state to what has none")
-            case _:
-                raise ValueError(f"the pickle has the instruction {op}, which torch.save does not write")
-    raise ValueError("the pickle has no end")
-
-
-def _fill(target: Any, items: list[Any]) -> None:
-    """Append to a list, or set keys and values of a dict; an object of a foreign name takes anything."""
-    match target:
-        case list():
-            target += items
-        case dict():
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                if not isinstance(key, str | int | Name):  # no key with a recursive hash
-                    raise ValueError("the pickle has a key that is no name")
-                target[key.name if isinstance(key, Name) else str(key)] = value
-        case Name():
-            pass
-        case _:
-            raise ValueError("the pickle fills what cannot be filled")
-
-
-def _storage(reference: Any, entries: dict[str, Entry]) -> Storage | Name:
-    """The storage of a persistent id that `torch.save` wrote."""
-    match reference:
-        case ("storage", Name(name), str(key), _, int(size)) if name in STORAGES:
-            entry, dtype = entries[f"data/{key}"], STORAGES[name]
-            if entry.size != size * dtype.itemsize:
-                raise ValueError(f"{entry.name} holds {entry.size} bytes, its tensors {size * dtype.itemsize}")
-            return Storage(entry, dtype, size)
-        case ("storage", Name(name), *_):
-            return Name(name)
-    raise ValueError("the pickle refers to something other than a storage")
-
-
-def _made(function: Any, arguments: Any) -> Any:
-    """The result of a call in the pickle: of one of the three known functions, or a Name for a foreign one."""
-    match function, arguments:
-        case Name(name), _ if name not in KNOWN:
-            return function
-        case Name(name), () if name == DICT:
-            return {}
-        # Then: requires_grad, hooks, and in newer files flags for a pending negation or conjugation.
-        case Name(name), (Storage() as storage, offset, tuple(shape), tuple(strides), _, hooks, *bits) if (
-            name == TENSOR
-        ):
-            numbers = (offset, *shape, *strides)
-            whole = all(type(number) is int and number >= 0 for number in numbers)
-            if not whole or len(shape) != len(strides) or len(shape) > 32:
-                raise ValueError("the pickle has a tensor of no shape")
-            if hooks or any(bits):
-                raise ValueError("the pickle has a tensor with hooks or pending changes")
-            if math.prod(shape) > storage.size:  # with strides of 0 one number could have any shape
-                raise ValueError(f"the pickle has a tensor of shape {list(shape)} in a storage of {storage.size}")
-            last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-            if math.prod(shape) and last >= storage.size:
-                raise ValueError(f"{storage.entry.name} is too short for a tensor of shape {list(shape)}")
-            return View(storage, offset, shape, strides)
-        case Name(name), (View() as view, _, hooks) if name == PARAMETER and not hooks:
-            return view
-    raise ValueError("the pickle calls what is no function")
-
-
 def _kind(value: Any) -> str:
     return f"a dict of {len(value)}" if isinstance(value, dict) else f"a value of type {type(value).__name__}"
 
 
-def _tensor(view: View) -> Tensor:
-    storage, width = view.storage, view.storage.dtype.itemsize
-    offset, strides = storage.entry.offset + view.offset * width, tuple(stride * width for stride in view.strides)
-    tensor = storage.entry.file.tensor(offset, view.shape, storage.dtype, strides)
+class Foreign:
+    """Stands for what a foreign name would be or make: takes anything and does nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    __call__ = append = extend = __setitem__ = lambda self, *_: self
+
+
+class Dict(dict):
+    def __init__(self):  # no items: `dict` would not ask `__setitem__`
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int | Foreign):  # no key with a recursive hash
+            raise ValueError("the pickle has a key that is no name")
+        super().__setitem__(str(key), value)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, hooks: Any, *pending: Any) -> Tensor:
+    """`torch._utils._rebuild_tensor_v2`: offset and strides in elements; `_` is requires_grad.
+
+    `pending` are the flags for a negation or conjugation, in newer files.
+    """
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise ValueError("the pickle has a tensor of no storage")
+    if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)) or len(shape) > 32:
+        raise ValueError("the pickle has a tensor of no shape")
+    if hooks or any(pending):
+        raise ValueError("the pickle has a tensor with hooks or pending changes")
+    (entry, dtype), count = storage, math.prod(shape)
+    size = entry.size // dtype.itemsize
+    if count > size:  # with strides of 0 one number could have any shape
+        raise ValueError(f"the pickle has a tensor of shape {list(shape)} in a storage of {size}")
+    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    if count and last >= size:
+        raise ValueError(f"{entry.name} is too short for a tensor of shape {list(shape)}")
+    in_bytes = tuple(stride * dtype.itemsize for stride in strides)
+    tensor = entry.file.tensor(entry.offset + offset * dtype.itemsize, shape, dtype, in_bytes)
     asked = 0
 
     def read(index: Index) -> np.ndarray:
         nonlocal asked
-        asked += math.prod(span.stop - span.start for span in index) * width
-        entry = storage.entry
+        asked += math.prod(span.stop - span.start for span in index) * dtype.itemsize
         if (entry.size <= UNCHECKED or asked > UNCHECKED) and not entry.is_sound():
             raise UserError(f"{entry.file.path}: {entry.name} does not have its checksum; fetch it again")
         return tensor.read(index)
 
-    return Tensor(view.shape, storage.dtype, read, tensor.expect)
+    return Tensor(shape, dtype, read, tensor.expect)
+
+
+def _parameter(tensor: Any, _: Any, hooks: Any) -> Any:
+    """`torch._utils._rebuild_parameter`; `_` is requires_grad."""
+    if hooks:
+        raise ValueError("the pickle has a tensor with hooks or pending changes")
+    return tensor
+
+
+KNOWN: dict[str, Any] = STORAGES | {
+    "collections.OrderedDict": Dict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+}
+
+
+class Instructions(dict):
+    def __missing__(self, code: int) -> None:
+        operation = pickletools.code2op.get(chr(code))
+        name = operation.name if operation else f"{code:#x}"
+        raise ValueError(f"the pickle has the instruction {name}, which torch.save does not write")
+
+
+class Unpickler(pickle._Unpickler):  # in Python, because the one in C keeps its instructions to itself
+    def __init__(self, entries: dict[str, Entry]):
+        super().__init__(io.BytesIO(entries["data.pkl"].content()))
+        self.entries = entries
+        self.foreign: dict[str, None] = {}  # an ordered set of names
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in KNOWN:
+            return KNOWN[full]
+        self.foreign["".join(letter if letter.isprintable() else "?" for letter in full)] = None
+        return Foreign
+
+    def persistent_load(self, reference: Any) -> Any:
+        match reference:
+            case ("storage", np.dtype() as dtype, str(key), _, int(size)):
+                entry = self.entries[f"data/{key}"]
+                if entry.size != size * dtype.itemsize:
+                    raise ValueError(f"{entry.name} holds {entry.size} bytes, its tensors {size * dtype.itemsize}")
+                return Storage(entry, dtype)
+            case ("storage", kind, *_) if kind is Foreign:
+                return Foreign()
+        raise ValueError("the pickle refers to something other than a storage")
+
+    def load_empty_dict(self) -> None:
+        self.append(Dict())
+
+    def load_build(self) -> None:
+        """Drop the state: a state_dict's is its `_metadata`, module versions."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], Dict | Foreign):
+            raise ValueError("the pickle gives a state to what has none")
+
+    dispatch: ClassVar = Instructions(
+        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in INSTRUCTIONS}
+        | {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.BUILD[0]: load_build}
+    )

@@ -210,18 +210,27 @@ CHAIN = OPENING + (  # getattr(__import__("os"), "system")
         (CHAIN, "asks for __builtin__.getattr, __builtin__.__import__, which"),
         (OPENING + b"\x82\x01s.", "has the instruction EXT1, which torch.save does not write"),
         (OPENING + b"\x8c\x09os\nsystem\x8c\x01x\x93s.", "asks for os?system.x,"),
-        (OPENING + b"K\x01K\x02Rs.", "calls what is no function"),
-        (OPENING + b"ccollections\nOrderedDict\nK\x01\x85Rs.", "calls what is no function"),
+        (OPENING + b"K\x01)Rs.", "cannot be read ('int' object is not callable), it is"),
+        (OPENING + b"ccollections\nOrderedDict\nK\x01\x85Rs.", "takes 1 positional argument but 2 were given), it is"),
+        (
+            OPENING + b"ccollections\nOrderedDict\n)\x81\x8e" + b"\xff" * 6 + b"\x00\x00s.",
+            "the instruction BINBYTES8, which",
+        ),
+        (OPENING + b"r\xff\xff\xff\xffs.", "cannot be read (list index out of range), it is"),  # no memo of that size,
         (OPENING + b"ccollections\nOrderedDict\n)\x81K\x01}bs.", "gives a state to what has none"),
         (OPENING + b"(X\x06\x00\x00\x00modulecos\nsystem\ntQs.", "asks for os.system,"),
         (OPENING + b"K\x01Qs.", "refers to something other than a storage"),
-        (OPENING + b"X\x01\x00\x00\x00xK\x01as.", "fills what cannot be filled"),
-        (OPENING + b"h\x05s.", "cannot be read (5), it is"),
+        (OPENING + b"X\x01\x00\x00\x00xK\x01as.", "cannot be read ('str' object has no attribute 'append'), it is"),
+        (OPENING + b"h\x05s.", "cannot be read (Memo value not found at index 5), it is"),
         (OPENING + b"s.", "cannot be read (list index out of range), it is"),
         (
             b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.",
             "has a key that is no name",
         ),  # its hash would end the process
+        (
+            OPENING + b"ccollections\nOrderedDict\n])" + b"\x85" * 300_000 + b"K\x01\x86a\x85Rs.",
+            "takes 1 positional argument",
+        ),  # the same key, handed to a dict's constructor
         (b"\x80\x02}", "has no end"),
         (b"", "cannot be read ("),
         (b"\x80\x02K\x07.", "not a dict of tensors"),
