@@ -22,17 +22,12 @@ class Progress:
         self.train_losses: dict[str, float] = {}
         self.stopped: dict[str, int] = {}  # diverged member -> the step whose loss was not finite
         self.console = rich.console.Console(highlight=False, force_jupyter=False)
-        self.bar = rich.progress.Progress(
-            rich.progress.TextColumn("step {task.completed}/{task.total}"),
-            rich.progress.BarColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=self.console,
-        )
+        columns = (rich.progress.BarColumn(), rich.progress.TimeRemainingColumn())
+        self.bar = rich.progress.Progress("step {task.completed}/{task.total}", *columns, console=self.console)
         self.task = self.bar.add_task("", total=steps, completed=first)
         self.is_live = sys.stdout.isatty()
-        self.live: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.is_live:
-            self.live = rich.live.Live(console=self.console, get_renderable=self._make_table, refresh_per_second=2)
+        live = rich.live.Live(console=self.console, get_renderable=self._make_table, refresh_per_second=2)
+        self.live: contextlib.AbstractContextManager = live if self.is_live else contextlib.nullcontext()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)

@@ -134,8 +134,8 @@ def list_keys(results: list[Result]) -> list[str]:
 
 def list_values(key: str, settings: list[Setting]) -> list[Any]:
     """The values tried: numbers from small to large, tuples from short to long."""
-    values = list(dict.fromkeys(setting.values[key] for setting in settings if key in setting.values))
-    if all(is_number(value) for value in values):
+    values = dict.fromkeys(setting.values[key] for setting in settings if key in setting.values)
+    if all(map(is_number, values)):
         return sorted(values)
     return sorted(values, key=lambda value: (len(value) if isinstance(value, tuple) else 0, str(value)))
 

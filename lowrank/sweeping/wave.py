@@ -61,39 +61,6 @@ class Wave:
     folder: pathlib.Path  # of the wave's checkpoints
     origin: tuple[Sequence[str], str]  # the sweep's overrides and command, for the members' `config.json`
 
-    def train(self, stop: Callable[[int], str | None], profile: Profile) -> tuple[list[Result], str | None]:
-        """Train the members to their end -> (what came of them, None), or (none, the signal that stopped the wave)."""
-        group, steps = self.group, self.group.inputs.steps
-        with contextlib.ExitStack() as stack:
-            stack.callback(profile.close)
-            self._begin(stack)
-            if left_out := profile.skip_until(self.first):
-                self.progress.say(left_out)
-            for tick in run_steps(
-                lambda state, batch, step: self.programs.step(state, self.hyperparams, self.frozen, batch, np.int32(step - 1)),
-                self.state, self.batches, group.mesh, group.config, self.first, steps, stop, self.speed, profile,
-            ):  # fmt: skip
-                if 0 < tick.step == profile.stop:
-                    self.progress.say(profile.describe())
-                for result in tick.results:
-                    self._log(result)
-                if tick.pauses:
-                    with self.speed.paused():
-                        improved = tick.evaluates and self._evaluate(tick)
-                        if tick.samples:
-                            self._sample(tick)
-                        if tick.saves or (improved and tick.step > 0) or tick.stopped_by:
-                            self._save(tick)
-                self.state = tick.state
-                if tick.stopped_by and tick.step < steps:
-                    self.checkpoints.wait()
-                    self.progress.say(f"stopped by {tick.stopped_by} after step {tick.step}, which is saved")
-                    return [], tick.stopped_by
-                if len(self.diverged) == len(self.members):
-                    break
-            self.checkpoints.wait()
-            return self._write_members(), None
-
     def _begin(self, stack: contextlib.ExitStack) -> None:
         """Open the members' workdirs until `stack` is left; the state is that of the last checkpoint, else the initial one."""
         group, members, inputs, steps = self.group, self.members, self.group.inputs, self.group.inputs.steps
@@ -140,6 +107,39 @@ class Wave:
         self.eval_batches = evaluation_batches(group.config, inputs.held_out)
         adapters = [(inputs.architecture, member.config.adapter) for member in members]
         self.speed = make_speed(group.mesh, group.model.dtype, group.config, adapters)
+
+    def train(self, stop: Callable[[int], str | None], profile: Profile) -> tuple[list[Result], str | None]:
+        """Train the members to their end -> (what came of them, None), or (none, the signal that stopped the wave)."""
+        group, steps = self.group, self.group.inputs.steps
+        with contextlib.ExitStack() as stack:
+            stack.callback(profile.close)
+            self._begin(stack)
+            if left_out := profile.skip_until(self.first):
+                self.progress.say(left_out)
+            for tick in run_steps(
+                lambda state, batch, step: self.programs.step(state, self.hyperparams, self.frozen, batch, np.int32(step - 1)),
+                self.state, self.batches, group.mesh, group.config, self.first, steps, stop, self.speed, profile,
+            ):  # fmt: skip
+                if 0 < tick.step == profile.stop:
+                    self.progress.say(profile.describe())
+                for result in tick.results:
+                    self._log(result)
+                if tick.pauses:
+                    with self.speed.paused():
+                        improved = tick.evaluates and self._evaluate(tick)
+                        if tick.samples:
+                            self._sample(tick)
+                        if tick.saves or (improved and tick.step > 0) or tick.stopped_by:
+                            self._save(tick)
+                self.state = tick.state
+                if tick.stopped_by and tick.step < steps:
+                    self.checkpoints.wait()
+                    self.progress.say(f"stopped by {tick.stopped_by} after step {tick.step}, which is saved")
+                    return [], tick.stopped_by
+                if len(self.diverged) == len(self.members):
+                    break
+            self.checkpoints.wait()
+            return self._write_members(), None
 
     def _going_on(self) -> list[tuple[int, str]]:
         """The members that did not diverge: (index, name)."""
@@ -218,7 +218,7 @@ class Wave:
             end, evaluations = self.diverged.get(name, now), read_evaluations(place)
             last = end["step"] - 1
             own = jax.tree.map(lambda leaf, i=i: leaf[i], last_state)
-            written = [MemberCheckpoint(last, *own, end["tokens"], end["data"], evaluations.get(last))]
+            written = [MemberCheckpoint(last, own[0], own[1], end["tokens"], end["data"], evaluations.get(last))]
             if name in best and best[name].step < last:
                 written.insert(0, best[name])
             diverged = end["step"] if name in self.diverged else None
@@ -236,7 +236,7 @@ class Wave:
                 loss, best_step = self.best[name]
                 if best_step == step:
                     own = jax.tree.map(lambda leaf, i=i: np.array(leaf[i]), host)
-                    found[name] = MemberCheckpoint(step, *own, tokens, position, loss)
+                    found[name] = MemberCheckpoint(step, own[0], own[1], tokens, position, loss)
         return found
 
     def _restore(self, step: int) -> tuple[State, dict]:
@@ -249,8 +249,9 @@ class Wave:
                 lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=whole), saved
             )
         state, position = self.checkpoints.restore(step, saved)
-        filled = jax.device_put(pad_members(state[1:3], group.count), shardings_of(layout[1:3]))
-        return State(layout.step, *filled, member_keys(group, self.programs, self.members)), position
+        filled = pad_members(state[1:3], group.count)
+        trainable, opt_state = jax.device_put(filled, shardings_of(layout[1:3]))
+        return State(layout.step, trainable, opt_state, member_keys(group, self.programs, self.members)), position
 
     def _at_step(self, state: State, step: int) -> State:
         """The state after `step`; a member whose own step lags behind, as that of a frozen one, is not updated any more."""
