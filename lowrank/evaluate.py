@@ -9,7 +9,6 @@ did. Two adapters are compared example by example.
 """
 
 import math
-import pathlib
 
 from absl import flags
 
@@ -44,26 +43,22 @@ def main(arguments: list[str]):
     if not FLAGS.config:
         cli.refuse_unknown(arguments)
     cli.require("base", "data")
-    if FLAGS.to and paths.local(FLAGS.to).exists():
-        raise UserError(f"--to={FLAGS.to} exists; give a new name or remove it")
-    if FLAGS.to and not pathlib.Path(FLAGS.to).parent.is_dir():
-        raise UserError(f"--to={FLAGS.to}: its folder does not exist; make it first")
+    to = paths.local(FLAGS.to) if FLAGS.to else None
+    if to and to.exists():
+        raise UserError(f"--to={to} exists; give a new name or remove it")
+    if to and not to.parent.is_dir():
+        raise UserError(f"--to={to}: its folder does not exist; make it first")
     unused = [argument for argument in arguments if not argument.lstrip("-").startswith(USED)]
     if unused:
         raise UserError(f"{' '.join(unused)} would change nothing: of --config only {', '.join(USED)} are used")
-    result = evaluation.evaluate(
-        FLAGS.base,
-        FLAGS.data,
-        FLAGS.adapter,
-        FLAGS.other,
-        config=config_file.read(FLAGS.config, arguments) if FLAGS.config else None,
-        **{name: FLAGS[name].value for name in PASSED},
-    )
+    options = {name: FLAGS[name].value for name in PASSED}
+    options["config"] = config_file.read(FLAGS.config, arguments) if FLAGS.config else None
+    result = evaluation.evaluate(FLAGS.base, FLAGS.data, FLAGS.adapter, FLAGS.other, **options)
     print(describe_examples(result, FLAGS.data))
     print(describe_losses(result, FLAGS.adapter or "base", FLAGS.other))
-    if FLAGS.to:
-        write_losses(pathlib.Path(FLAGS.to), result)
-        print(f"losses of {len(result.tokens):,} examples in {FLAGS.to}")
+    if to:
+        write_losses(to, result)
+        print(f"losses of {len(result.tokens):,} examples in {to}")
 
 
 def describe_examples(result: Evaluation, data: str) -> str:

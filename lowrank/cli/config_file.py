@@ -4,8 +4,8 @@
 leaves out, and takes `--config.lora.targets=q_proj,v_proj` for one target of that name.
 """
 
-import importlib.util
 import pathlib
+import runpy
 import traceback
 
 import ml_collections
@@ -35,15 +35,13 @@ def _call_get_config(path: str) -> dict:
     file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} is not there; --config takes FILE or FILE:ARGUMENT")
-    module_spec = importlib.util.spec_from_file_location(f"lowrank_config_{pathlib.Path(file).stem}", file)
-    if module_spec is None or module_spec.loader is None:
+    if not file.endswith(".py"):
         raise UserError(f"config file {file} is no Python file (.py)")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
             raise UserError(f"config file {file} has no get_config(); let it return an ml_collections.ConfigDict")
-        config = module.get_config(argument) if argument else module.get_config()
+        config = get_config(argument) if argument else get_config()
         if not isinstance(config, ml_collections.ConfigDict):
             raise UserError(
                 f"config file {file}: get_config() must return an ml_collections.ConfigDict, not {type(config)}"

@@ -11,7 +11,7 @@ import sys
 
 import lowrank
 
-COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze", "compose", "plan", "serve")
+COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze", "plan")
 PACKAGE = pathlib.Path(lowrank.__file__).parent
 
 
@@ -34,16 +34,11 @@ def main() -> int | None:
 
 
 def summaries() -> dict[str, str]:
-    """The first line of each command's docstring, by name; only of commands whose file exists."""
-    files = {name: PACKAGE / f"{name}.py" for name in COMMANDS}
-    docstrings = {
-        name: ast.get_docstring(ast.parse(file.read_text("utf-8"))) for name, file in files.items() if file.is_file()
-    }
+    """The first line of each command's docstring, by name."""
+    docstrings = {name: ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text("utf-8"))) for name in COMMANDS}
     return {name: (text or "").partition("\n")[0] for name, text in docstrings.items()}
 
 
 def usage() -> str:
-    lines = [f"  {name:<9} {summary}" for name, summary in summaries().items()]
-    return "\n".join(
-        ["usage: lowrank COMMAND --FLAG=VALUE ...", "", *lines, "", "lowrank COMMAND --help lists its flags."]
-    )
+    lines = "".join(f"  {name:<9} {summary}\n" for name, summary in summaries().items())
+    return f"usage: lowrank COMMAND --FLAG=VALUE ...\n\n{lines}\nlowrank COMMAND --help lists its flags."

@@ -47,16 +47,16 @@ def run(main: typing.Callable[[list[str]], int | None]):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             distributed.fail("its output was closed (a broken pipe)")
             return 141  # as shells count it: 128 + SIGPIPE
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                _end_others(error)
-                raise
-            return _fail(
-                f"the device is out of memory ({str(error).splitlines()[0]}); more config.train.microbatches, "
-                "config.remat='full', a smaller config.data.max_length or more devices along config.mesh.fsdp need less"
-            )
         except Exception as error:
-            _end_others(error)
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                return _fail(
+                    f"the device is out of memory ({str(error).splitlines()[0]}); more config.train.microbatches, "
+                    "config.remat='full', a smaller config.data.max_length or more devices along config.mesh.fsdp need less"
+                )
+            if distributed.is_running():  # the end of another process may have caused it: that is reported instead
+                distributed.wait_for_reason()
+                traceback.print_exc()
+                distributed.fail(f"{type(error).__name__}: {distributed.first_line(error)}")
             raise
 
     app.run(guarded, flags_parser=parse_flags)
@@ -95,14 +95,6 @@ def use_compile_cache():
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves most programs out
-
-
-def _end_others(error: Exception):
-    """End all processes after an unexpected error in one; where another process's end caused it, report that instead."""
-    if distributed.is_running():
-        distributed.wait_for_reason()
-        traceback.print_exc()
-        distributed.fail(f"{type(error).__name__}: {distributed.first_line(error)}")
 
 
 def _fail(message: str):

@@ -32,22 +32,15 @@ def stop_signals() -> Iterator[Callable[..., str | None]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if distributed.is_running():
-        with _handlers({signal.SIGINT: pass_on}):
-            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
-    else:
-        with _handlers({signal.SIGTERM: note, signal.SIGINT: note}):
-            yield lambda step=None: received[0] if received else None
-
-
-@contextlib.contextmanager
-def _handlers(handlers: dict[int, Callable]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    several, before = distributed.is_running(), {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {signal.SIGINT: pass_on} if several else {signal.SIGTERM: note, signal.SIGINT: note}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        if several:
+            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        else:
+            yield lambda step=None: received[0] if received else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: a handler in C, which Python cannot set again

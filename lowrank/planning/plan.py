@@ -27,7 +27,7 @@ from lowrank.planning.roofline import EFFICIENCY, Roofline, Share
 from lowrank.planning.topology import Slice, open_local, open_slice, parse_exhausted
 from lowrank.planning.workload import Bill, Workload, list_workloads
 from lowrank.runs.adapter import refuse_other_layers
-from lowrank.runs.inputs import check_base, check_length, check_mesh, named_architecture
+from lowrank.runs.inputs import architecture_of, check_mesh
 from lowrank.runs.setup import Step, abstract_step, compile_step
 from lowrank.weights.base import read_base
 
@@ -103,15 +103,13 @@ def plan(
     """
     if tokens and not math.isfinite(tokens):
         raise UserError(f"--tokens={tokens} must be a number of tokens, such as 1e9")
-    if config.base and paths.path(config.base).exists():
-        architecture = read_base(config.base).config
-        check_base(config, architecture)
-    elif not (architecture := named_architecture(config)):
+    base = read_base(config.base) if config.base and paths.path(config.base).exists() else None
+    architecture = architecture_of(config, base)
+    if not architecture:
         raise UserError(
             f"config.base={config.base} is not here, and config.architecture names no model; "
             "say --config.architecture=llama3-8b, or another name"
         )
-    check_length(config, architecture)
     refuse_other_layers(config.lora, architecture.layers)
     slice = open_local(jnp.dtype(config.dtype)) if topology == "local" else open_slice(topology)
     workloads = list_workloads(config, architecture, tokens)

@@ -13,7 +13,7 @@ from lowrank.data import packing
 from lowrank.data.tokenizer import load_tokenizer
 from lowrank.families.config import ModelConfig
 from lowrank.files import paths
-from lowrank.runs.inputs import read_data, row_shape
+from lowrank.runs.inputs import read_data, row_shape, steps_over
 
 ALPACA_EXAMPLES = 52_002
 LARGE_VOCABULARY = 100_000  # Llama 2 has 32,000, Llama 3 128,256
@@ -56,7 +56,7 @@ def configured_run(config: Config, fill: float) -> Workload | None:
     if config.data.train and tokenizer and all(paths.path(each).exists() for each in (config.data.train, tokenizer)):
         train, _ = read_data(config, load_tokenizer(tokenizer))
         rows, fill = packing.packed_rows(train, **row_shape(config))
-        steps = steps or math.ceil((config.train.epochs or 0) * rows / config.train.batch_size)
+        steps = steps_over(rows, config)
         name = f"the configured run over {config.data.train}"
     elif steps:
         name = "the configured steps, rows filled as Alpaca's"

@@ -12,11 +12,7 @@ from lowrank.runs.report import describe_ranks
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
-LOSSES = {
-    "train/loss": "training, a step's own",
-    "eval/loss": "held out",
-    "eval/perplexity": "held-out perplexity",
-}
+LOSSES = {"train/loss": "training, a step's own", "eval/loss": "held out", "eval/perplexity": "held-out perplexity"}
 PROMPTS = {
     "alpaca": "Prompts need the words it was trained with, without an input\n\n```\n{plain}```\n\nand with one\n\n```\n{given}```",
     "chat": "It was trained on conversations: render them with the tokenizer's chat template.",

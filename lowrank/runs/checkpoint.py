@@ -139,15 +139,9 @@ class Checkpoints:
     def restore(self, step: int, state: State) -> tuple[State, dict]:
         """-> (the state saved at `step`, laid out as `state` (ShapeDtypeStructs), whose step and key it keeps; the data's
         position)."""
-        restored = self._read(
-            step,
-            adapter=ocp.args.StandardRestore(nested(_abstract(state.trainable))),
-            opt_state=ocp.args.StandardRestore(nested(_abstract(state.opt_state))),
-            data=ocp.args.JsonRestore(),
-        )
-        trainable = _fill(state.trainable, restored.adapter)
-        opt_state = _fill(state.opt_state, restored.opt_state)
-        return State(state.step, trainable, opt_state, state.key), restored.data
+        data = self._read(step, data=ocp.args.JsonRestore()).data
+        trees = self._restore_trees(step, adapter=state.trainable, opt_state=state.opt_state)
+        return state._replace(trainable=trees["adapter"], opt_state=trees["opt_state"]), data
 
     def restore_adapter(self, step: int, trainable: dict) -> dict:
         """-> the trainable tree saved at `step`, laid out as `trainable`; UserError if their leaves differ."""
@@ -157,8 +151,24 @@ class Checkpoints:
             raise UserError(
                 f"adapter {self.folder}/{step} does not fit the model: {'; '.join(misfits)}; give its own base"
             )
-        restored = self._read(step, adapter=ocp.args.StandardRestore(nested(_abstract(trainable))))
-        return _fill(trainable, restored.adapter)
+        return self._restore_trees(step, adapter=trainable)["adapter"]
+
+    def _restore_trees(self, step: int, **trees) -> dict:
+        """-> what was saved under these names, laid out as the given trees."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def wanted(leaf):  # without a layout it goes to one device: Orbax would ask for the devices that saved it
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+
+        shapes = {name: nested(jax.tree.map(wanted, tree)) for name, tree in trees.items()}
+        found = self._read(step, **{name: ocp.args.StandardRestore(shape) for name, shape in shapes.items()})
+        leaves = {name: partition.named_leaves(found[name]) for name in trees}
+        return {
+            name: jax.tree_util.tree_map_with_path(
+                lambda path, _, own=leaves[name]: own[partition.path_name(path)], tree
+            )
+            for name, tree in trees.items()
+        }
 
     def _read(self, step: int, **items):
         with self._read_errors(step):
@@ -197,15 +207,3 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint in {self.folder} could not be written ({signs[0]}); {kept}; make room and run again"
             ) from error
-
-
-def _abstract(tree):
-    """Leaves without a layout go to one device: Orbax would ask for the devices that saved them."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), tree)
-
-
-def _fill(tree, values: dict):
-    """`tree` with its leaves replaced by those of the nested dicts of the same path."""
-    by_name = partition.named_leaves(values)
-    return jax.tree_util.tree_map_with_path(lambda path, _: by_name[partition.path_name(path)], tree)

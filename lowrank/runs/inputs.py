@@ -50,13 +50,12 @@ def prepare(config: Config) -> RunInputs:
     train, held_out = read_data(config, tokenizer)
     rows, fill = packing.packed_rows(train, **row_shape(config))
     refuse_other_layers(config.lora, architecture.layers)
-    return with_steps(RunInputs(base, architecture, tokenizer, train, held_out, rows, fill, 0), config)
+    return RunInputs(base, architecture, tokenizer, train, held_out, rows, fill, steps_over(rows, config))
 
 
-def with_steps(inputs: RunInputs, config: Config) -> RunInputs:
-    """The inputs with the number of steps that the config asks for over the data."""
-    epochs_steps = math.ceil((config.train.epochs or 0) * inputs.rows / config.train.batch_size)
-    return dataclasses.replace(inputs, steps=config.train.steps or epochs_steps)
+def steps_over(rows: int, config: Config) -> int:
+    """The number of steps that the config asks for over data of so many rows."""
+    return config.train.steps or math.ceil((config.train.epochs or 0) * rows / config.train.batch_size)
 
 
 def check_mesh(mesh: Mesh, config: Config, architecture: ModelConfig):
@@ -86,46 +85,39 @@ def facts(config: Config, run_identity: dict) -> dict[str, str]:
 
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
     """-> (the base, or None where the named architecture is trained from scratch; the architecture; the tokenizer)."""
-    base, architecture = None, named_architecture(config)
-    if config.base:
-        base = read_base(config.base)
-        architecture = base.config
-        check_base(config, architecture)
-    elif config.train.mode != "full" or architecture is None:
+    base = read_base(config.base) if config.base else None
+    architecture = architecture_of(config, base)
+    if architecture is None or (base is None and config.train.mode != "full"):
         raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
     place = config.tokenizer or config.base
     if not place:
         raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
     tokenizer = load_tokenizer(place)
     check_vocab(tokenizer, architecture.vocab, place)
-    check_length(config, architecture)
     return base, architecture, tokenizer
 
 
-def check_length(config: Config, architecture: ModelConfig):
-    if config.data.max_length > architecture.max_length:
+def architecture_of(config: Config, base: Base | None) -> ModelConfig | None:
+    """The base's architecture, or without a base the one that `config.architecture` names.
+
+    UserError where the base is another one than is named, and for examples longer than the model reads.
+    """
+    name, length = config.architecture, config.data.max_length
+    if name and name not in SIZES:
+        raise UserError(f"config.architecture={name} is not one of {', '.join(SIZES)}")
+    named = SIZES[name] if name else None
+    found = base.config if base else named
+    if named and found and (differing := named.shape_differences(found)):
         raise UserError(
-            f"config.data.max_length={config.data.max_length} is more than the model reads ({architecture.max_length} "
-            f"positions); say --config.data.max_length={architecture.max_length} or less"
+            f"config.base={config.base} is no {name}, which config.architecture says it is: {'; '.join(differing)}; "
+            "give another base, or --config.architecture=None"
         )
-
-
-def check_base(config: Config, base: ModelConfig):
-    """Refuse a base that is not what `config.architecture` names."""
-    wanted = named_architecture(config)
-    differing = wanted.shape_differences(base) if wanted else []
-    if differing:
+    if found and length > found.max_length:
         raise UserError(
-            f"config.base={config.base} is no {config.architecture}, which config.architecture says it is: "
-            f"{'; '.join(differing)}; give another base, or --config.architecture=None"
+            f"config.data.max_length={length} is more than the model reads ({found.max_length} positions); "
+            f"say --config.data.max_length={found.max_length} or less"
         )
-
-
-def named_architecture(config: Config) -> ModelConfig | None:
-    """The model that `config.architecture` names."""
-    if config.architecture and config.architecture not in SIZES:
-        raise UserError(f"config.architecture={config.architecture} is not one of {', '.join(SIZES)}")
-    return SIZES[config.architecture] if config.architecture else None
+    return found
 
 
 def read_data(config: Config, tokenizer: Tokenizer) -> tuple[Examples, Examples | None]:

@@ -22,9 +22,7 @@ from lowrank.training.step import State, StepMetrics
 
 
 class StepResult(NamedTuple):
-    """What a finished step reports."""
-
-    step: int
+    step: int  # that is finished
     metrics: StepMetrics  # on the host
     examples: np.ndarray  # int32 [B, T], the indices of the step's examples; -1 for padding
     position: dict  # of the data before the step

@@ -14,7 +14,8 @@ USAGE = "--profile=START:STOP is the first and the last step to trace, as --prof
 class Profile:
     """JAX's trace from just before step `start` until step `stop` is done; nothing where `text` is None."""
 
-    def __init__(self, text: str | None, workdir: paths.Path):
+    def __init__(self, text: str | None, workdir: paths.Path, steps: int = 0):
+        """UserError unless `text` is a range of a run's `steps` and the workdir is on a disk."""
         self.start = self.stop = 0
         self.running = False
         if text is None:
@@ -24,13 +25,9 @@ class Profile:
             raise UserError(f"--profile={text} is no range of steps; {USAGE}")
         if not isinstance(workdir, pathlib.Path):
             raise UserError("--profile writes to a disk; leave it out, or name a local --workdir")
-        self.start, self.stop = int(found[1]), int(found[2])
-        self.folder = workdir / "profile"
-
-    def check(self, steps: int) -> None:
-        """UserError if the run ends before step `stop`."""
-        if self.stop > steps:
-            raise UserError(f"--profile={self.start}:{self.stop}: this run ends at step {steps}")
+        if int(found[2]) > steps:
+            raise UserError(f"--profile={text}: this run ends at step {steps}")
+        self.start, self.stop, self.folder = int(found[1]), int(found[2]), workdir / "profile"
 
     def skip_until(self, first: int) -> str | None:
         """For a run resumed after step `first`: nothing is traced if some of the steps are done -> what to say then."""

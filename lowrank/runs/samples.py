@@ -34,6 +34,7 @@ def write_samples(
     prompts = config.sample.prompts
     rows = [encode_prompt(prompt, "", config.data.format, inputs.tokenizer) for prompt in prompts]
     texts = complete(model, variables, inputs.tokenizer, rows, config.sample.max_new_tokens)
-    for prompt, text in zip(prompts, texts, strict=True):
+    pairs = list(zip(prompts, texts, strict=True))
+    for prompt, text in pairs:
         append_line(file, {"step": step, "prompt": prompt, "text": text})
-    return list(zip(prompts, texts, strict=True))
+    return pairs

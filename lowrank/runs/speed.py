@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import timeit
 from collections.abc import Callable
 
 import jax
@@ -89,9 +90,4 @@ def product_flops(device: jax.Device, dtype: jnp.dtype) -> float:
 def best_seconds(function: Callable, x: jax.Array) -> float:
     """Seconds of the fastest of 5 calls, after one that compiles."""
     jax.block_until_ready(function(x))
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready(function(x))
-        best = min(best, time.perf_counter() - began)
-    return best
+    return min(timeit.repeat(lambda: jax.block_until_ready(function(x)), number=1, repeat=5))

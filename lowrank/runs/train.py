@@ -26,7 +26,7 @@ from lowrank.runs import report
 from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.adapter import Adapter, read_adapter, read_init_adapter, with_ranks_of
 from lowrank.runs.checkpoint import Checkpoints
-from lowrank.runs.console import Console
+from lowrank.runs.console import progress
 from lowrank.runs.curves import plot_curves
 from lowrank.runs.inputs import RunInputs
 from lowrank.runs.loop import StepResult, due, run_steps
@@ -136,12 +136,11 @@ def prepare_run(
         raise UserError(
             "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
         )
-    profiled = Profile(profile, folder)
     inputs = inputs_lib.prepare(config)
     identity = inputs_lib.identity(config, inputs)
     facts = inputs_lib.facts(config, identity)
     distributed.refuse_differences(facts, "give all of them the same command, code and files")
-    profiled.check(inputs.steps)
+    profiled = Profile(profile, folder, inputs.steps)
     mesh = mesh_lib.make_mesh(config.mesh)
     inputs_lib.check_mesh(mesh, config, inputs.architecture)
     start = None
@@ -209,7 +208,7 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
     with (
         stop_signals() as stop,
         contextlib.closing(Metrics(workdir, config, first)) as metrics,
-        contextlib.closing(Console(steps, first)) as console,
+        progress(steps, first) as show_step,
     ):
 
         def log(done: StepResult):
@@ -217,7 +216,7 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
             if (config.log.every and done.step == 1) or due(done.step, config.log.every, steps):
                 line = training_scalars(done, tokens) | speed.rates()
                 metrics.write(done.step, {name: line[name] for name in line if name not in NOT_WRITTEN})
-            console.show_step(done.step, line)
+            show_step(done.step, line)
 
         def evaluate(state: State) -> float:
             total, count = evaluation_sums(eval_step, eval_batches, setup.mesh, state.trainable, frozen)
@@ -230,12 +229,12 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
                 scalars["eval/exact_match"] = write_answers(samples_file, step, model, variables, inputs, config)
             metrics.write(step, scalars)
             shown = "  ".join(f"{name} {format_number(x)}" for name, x in scalars.items())
-            console.say(f"step {step}/{steps}  {shown}")
+            print(f"step {step}/{steps}  {shown}", flush=True)
             return loss
 
         def sample(variables: dict):
             for prompt, text in write_samples(samples_file, step, model, variables, inputs, config):
-                console.say(f"step {step}/{steps}  {prompt!r} -> {text!r}")
+                print(f"step {step}/{steps}  {prompt!r} -> {text!r}", flush=True)
 
         def save(state: State, loss: float | None):
             meta = {"step": step, "tokens": tokens, "config": config_lib.to_dict(config)}
@@ -249,7 +248,7 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
         ):  # fmt: skip
             step = tick.step
             if 0 < step == run.profile.stop:
-                console.say(run.profile.describe())
+                print(run.profile.describe(), flush=True)
             for done in tick.results:
                 refuse_not_finite(done, checkpoints)
                 tokens += int(done.metrics.tokens)
@@ -267,9 +266,8 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
             if tick.stopped_by and step < steps:
                 stopped_by = tick.stopped_by
                 checkpoints.wait()
-                console.say(
-                    f"stopped by {stopped_by} after step {step}, which is saved; run the same command again to go on"
-                )
+                again = "run the same command again to go on"
+                print(f"stopped by {stopped_by} after step {step}, which is saved; {again}", flush=True)
         checkpoints.wait()
     return step, tokens, stopped_by, time.monotonic() - began
 

@@ -196,5 +196,4 @@ def read_record(workdir: paths.Path) -> dict:
 
 
 def read_config(workdir: paths.Path) -> Config:
-    """The config of the run whose workdir this is."""
     return config_lib.from_values(read_record(workdir)["config"])

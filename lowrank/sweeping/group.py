@@ -17,7 +17,7 @@ from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import compile_once
 from lowrank.runs.adapter import Adapter, check_init_adapter, read_init_adapter, refuse_other_layers, with_ranks_of
-from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, with_steps
+from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, steps_over
 from lowrank.runs.setup import model_of
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member, SweepConfig
@@ -63,7 +63,8 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     config = members[0].config
     mode = config.train.mode if config.architecture else None  # only from scratch does `prepare` depend on the mode
     key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, mode)
-    known[key] = inputs = with_steps(known[key], config) if key in known else prepare(config)
+    inputs = known.get(key) or prepare(config)
+    known[key] = inputs = dataclasses.replace(inputs, steps=steps_over(inputs.rows, config))
     start = None
     if config.init_adapter:
         start = read_init_adapter(config, inputs.base)

@@ -54,8 +54,7 @@ def sweep(
     workdir = paths.local(workdir)
     grid = grid if isinstance(grid, Grid) else grid_lib.make_grid(grid)
     groups = plan_groups(grid)
-    profiled = Profile(profile, workdir)
-    profiled.check(min(group.inputs.steps for group in groups))
+    profiled = Profile(profile, workdir, min(group.inputs.steps for group in groups))
     with workdir_lib.lock_workdir(workdir, workdir / "sweep.json", "sweep"), stop_signals() as stop:
         groups = _begin(workdir, grid, groups, overrides, command)
         print(describe(grid, groups))
