@@ -82,10 +82,8 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     family, classes = fields.get("model_type"), fields.get("architectures")
     if not isinstance(family, str) or family not in FAMILIES or (classes and classes != [FAMILIES[family]]):
         supported = ", ".join(f"{name} with {known}" for name, known in FAMILIES.items())
-        raise UserError(
-            f"{where}: model_type {json.dumps(family)} with architectures {json.dumps(classes)} is not supported; "
-            f"supported: {supported}"
-        )
+        said = f"model_type {json.dumps(family)} with architectures {json.dumps(classes)}"
+        raise UserError(f"{where}: {said} is not supported; supported: {supported}")
     given = ABSENT[family] | fields
     take = _Fields(given)
     embed, heads = take.size("hidden_size"), take.size("num_attention_heads")
@@ -125,7 +123,8 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     take.require(config.stored_dtype in DTYPES, f"dtype {config.stored_dtype} is not one of {', '.join(DTYPES)}")
     ids = [config.bos_id or 0, *config.eos_ids]
     take.require(all(_is_int(i) for i in ids), "bos_token_id and eos_token_id must be integers")
-    take.finish(where)
+    if problems := take.problems + take.leftovers():
+        raise UserError(f"{where}: {'; '.join(problems)}; fix config.json or give another base")
     return config
 
 
@@ -208,7 +207,7 @@ class _Fields:
         if value is not None and valid(value):
             return value
         self.problems.append(f"{name} is missing" if value is None else f"{name} is {_brief(value)}, not {wanted}")
-        return 1  # a placeholder until `finish` raises
+        return 1  # a placeholder until the problems are raised
 
     def size(self, name: str, absent: Any = REQUIRED) -> Any:
         return self.take(name, lambda v: _is_int(v) and v > 0, "a positive integer", absent)
@@ -231,11 +230,6 @@ class _Fields:
             elif value != FIXED[name]:
                 problems.append(f"{name} = {_brief(value)} is not supported (only {json.dumps(FIXED[name])})")
         return problems
-
-    def finish(self, where: str) -> None:
-        problems = self.problems + self.leftovers()
-        if problems:
-            raise UserError(f"{where}: {'; '.join(problems)}; fix config.json or give another base")
 
 
 def _is_int(value: Any) -> bool:
@@ -266,9 +260,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": None
-        if scaling is None
-        else {
+        "rope_scaling": scaling
+        and {
             "rope_type": "llama3",
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,

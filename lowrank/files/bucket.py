@@ -69,8 +69,6 @@ class BucketPath:
     def resolve(self) -> "BucketPath":
         return self
 
-    # ---- Queries -----------------------------------------------------------------------------------------------------
-
     def _info(self) -> dict | None:
         """gcsfs's description of the object or folder; None if there is neither."""
         try:
@@ -105,8 +103,6 @@ class BucketPath:
     def glob(self, pattern: str) -> list["BucketPath"]:
         """The folder's own entries whose names match."""
         return [file for file in self.iterdir() if fnmatch.fnmatchcase(file.name, pattern)]
-
-    # ---- Reading and writing -----------------------------------------------------------------------------------------
 
     def read_bytes(self) -> bytes:
         return self.read_range(None, None)

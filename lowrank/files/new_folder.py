@@ -26,10 +26,8 @@ def new_folder(folder: paths.PathLike) -> Iterator[pathlib.Path]:
         yield partial
         for file in partial.iterdir():
             file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes its files readable only to their owner
-            with open(file, "rb") as handle:
-                os.fsync(
-                    handle.fileno()
-                )  # before the rename, or a power cut could leave empty files under the new name
+            with open(file, "rb") as handle:  # before the rename, or a power cut could leave empty files
+                os.fsync(handle.fileno())
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

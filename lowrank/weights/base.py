@@ -48,10 +48,11 @@ def read_base(where: paths.PathLike) -> Base:
         config = read_config(folder)
         if (folder / native.MANIFEST).is_file():
             tensors, identity = native.open_folder(folder, config)
-            return Base(folder, config, _tree(tensors, native.names(config), config.layers, transposed=False), identity)
+            return Base(folder, config, _tree(tensors, native.names(config), config, transposed=False), identity)
         tensors = huggingface.open_folder(folder)
     tensors = check(tensors, config, where=str(folder))
-    return Base(folder, config, stored_params(tensors, config), fingerprint(tensors))
+    names = {path: name for path, (name, _) in hf_tensors(config).items()}
+    return Base(folder, config, _tree(tensors, names, config, transposed=True), fingerprint(tensors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +114,15 @@ class StoredLeaf:
                     out[place] = part
 
 
-def stored_params(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict:
-    """The `params` tree with a `StoredLeaf` at every leaf, from tensors by Hugging Face's names."""
-    names = {path: name for path, (name, _) in hf_tensors(config).items()}
-    return _tree(tensors, names, config.layers, transposed=True)
+def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], config: ModelConfig, transposed: bool) -> dict:
+    """The `params` tree with a `StoredLeaf` at every leaf; `transposed`: kernels are stored [out, in].
 
-
-def _tree(tensors: Mapping[str, Tensor], names: Mapping[str, str], layers: int, transposed: bool) -> dict:
-    """`stored_params` for any names: path -> name, with `{}` for the layer; `transposed`: kernels are stored [out, in]."""
+    `names`: path -> name among the tensors, with `{}` for the layer.
+    """
     tree: dict = {}
     for path, name in names.items():
         stacked = "{}" in name
-        of_layers = tuple(tensors[name.format(i)] for i in range(layers if stacked else 1))
+        of_layers = tuple(tensors[name.format(i)] for i in range(config.layers if stacked else 1))
         set_path(tree, path.split("/"), StoredLeaf(of_layers, stacked, transposed and path.endswith("/kernel")))
     return tree
 

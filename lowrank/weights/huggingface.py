@@ -87,12 +87,8 @@ def _files(folder: paths.Path) -> tuple[list[paths.Path], dict[str, str]]:
 
 def open_file(path: paths.Path, problems: list[str]) -> dict[str, Tensor]:
     """Every tensor of a safetensors or PyTorch file by name; what is wrong with the file joins `problems`."""
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path, problems)
-    return open_torch_file(path, problems)
-
-
-def _open_safetensors(path: paths.Path, problems: list[str]) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return open_torch_file(path, problems)
     try:
         file = open_tensor_file(path)
         with _local(file) as place, safe_open(place, framework="numpy"):

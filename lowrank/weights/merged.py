@@ -27,7 +27,7 @@ from lowrank.files import paths
 from lowrank.files.new_folder import new_folder
 from lowrank.weights import huggingface
 from lowrank.weights.base import read_base
-from lowrank.weights.tensor_file import transpose
+from lowrank.weights.tensor_file import in_files, transpose
 
 SHARD_BYTES = 5 * 10**9
 
@@ -119,20 +119,15 @@ def _part(params: dict, path: str, layer: int | None) -> np.ndarray:
 def _write_tensors(folder: pathlib.Path, params: dict, config: ModelConfig, shard_bytes: int) -> None:
     """One file if all fits in `shard_bytes`, else numbered files and their index."""
     dtype = jnp.dtype(config.stored_dtype)
-    shards: list[list[tuple]] = [[]]
-    sizes = [0]
-    for path, layer, name, shape in _tensors(config):
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and sizes[-1] + size > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append((path, layer, name, shape))
-        sizes[-1] += size
+    places = {name: (path, layer, shape) for path, layer, name, shape in _tensors(config)}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, _, shape) in places.items()}
+    shards = in_files(sizes, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = huggingface.SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
-        for path, layer, name, shape in shard:
+        for name in shard:
+            path, layer, shape = places[name]
             # New arrays in C order, because save_file writes an array's memory and ignores its strides.
             tensors[name] = np.empty(shape, dtype)
             with np.errstate(over="ignore"):  # checked below
@@ -145,5 +140,5 @@ def _write_tensors(folder: pathlib.Path, params: dict, config: ModelConfig, shar
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / huggingface.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -80,9 +80,6 @@ def _files(folder: paths.Path) -> list[paths.Path]:
     return files
 
 
-# ------------------------------------------------------------------------------------------------------ shards -> tensors
-
-
 def _join(shards: list[dict[str, Tensor]], dim: int, problems: list[str]) -> dict[str, Tensor]:
     """Tensors by Hugging Face's names, joined from their parts in the shards."""
     joined: dict[str, Tensor] = {}
@@ -94,7 +91,9 @@ def _join(shards: list[dict[str, Tensor]], dim: int, problems: list[str]) -> dic
         if lacking:
             problems.append(f"{name} is missing in shard {', '.join(lacking)}")
         elif name == EMBEDDING:
-            _add(joined, "model.embed_tokens.weight", shards, name, _embedding_axis(shards, dim), problems)
+            # Llama 1 and 2 split the embedding's columns, Llama 3 its rows: a part as wide as the model holds rows.
+            axis: int | None = 0 if shards[0][EMBEDDING].shape[1:] == (dim,) else 1
+            _add(joined, "model.embed_tokens.weight", shards, name, axis, problems)
         elif match and match[2] in JOINED and (match[1] is None) == (match[2] in ("norm", "output")):
             hf, axis = JOINED[match[2]]
             hf = hf if match[1] is None else f"model.layers.{match[1]}.{hf}"
@@ -102,11 +101,6 @@ def _join(shards: list[dict[str, Tensor]], dim: int, problems: list[str]) -> dic
         else:
             problems.append(f"{name} is no tensor of a Llama")
     return joined
-
-
-def _embedding_axis(shards: list[dict[str, Tensor]], dim: int) -> int:
-    """Llama 1 and 2 split the embedding's columns, Llama 3 its rows: a part as wide as the model holds rows."""
-    return 0 if shards[0][EMBEDDING].shape[1:] == (dim,) else 1
 
 
 def _add(joined: dict, hf: str, shards: list[dict[str, Tensor]], name: str, axis: int | None, problems: list[str]):
@@ -171,9 +165,6 @@ def halves_first(tensor: Tensor, head_dim: int) -> Tensor:
         tensor.expect((whole_heads(index[0]), index[1]))
 
     return Tensor(tensor.shape, tensor.dtype, read, expect)
-
-
-# -------------------------------------------------------------------------------------------------- params.json -> config
 
 
 def _read_params(path: paths.Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from lowrank.families.tensor_names import group_layers, hf_tensors
 from lowrank.files import paths
 from lowrank.weights import huggingface
 from lowrank.weights.fingerprint import fingerprint
-from lowrank.weights.tensor_file import Tensor, cut, rows_within
+from lowrank.weights.tensor_file import Tensor, cut, in_files, rows_within
 
 MANIFEST, FORMAT = "lowrank.json", 1
 FILE_BYTES = 5 * 10**9
@@ -54,9 +54,6 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def units(shape: tuple[int, ...], dtype: np.dtype) -> list[slice]:
     """The rows of a tensor that share a check sum."""
     return cut(slice(0, shape[0]), rows_within(UNIT_BYTES, math.prod(shape[1:]) * dtype.itemsize))
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def open_folder(folder: paths.Path, config: ModelConfig) -> tuple[dict[str, Tensor], str]:
@@ -106,9 +103,8 @@ def _read_manifest(path: paths.Path) -> dict[str, Any]:
                 raise ValueError("a tensor has no axes")
             entry["dtype"], entry["shape"], entry["crc32"].split()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: does not describe a native base ({type(error).__name__}: {error}); copy it again"
-        ) from None
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: does not describe a native base ({said}); copy it again") from None
     return manifest
 
 
@@ -149,9 +145,6 @@ def _crc32(rows: np.ndarray) -> str:
     return f"{zlib.crc32(rows.view(np.uint8)):08x}"
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def write(
     folder: pathlib.Path,
     config: ModelConfig,
@@ -164,12 +157,8 @@ def write(
     `dtypes` is by tensor's name. `pieces` are the tensors in the order of `shapes`, each whole or in runs of rows that
     contain whole units. `identity` is the fingerprint of the weights.
     """
-    files: list[list[str]] = [[]]
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes(config).items()}
-    for name, size in sizes.items():
-        if files[-1] and sum(sizes[other] for other in files[-1]) + size > FILE_BYTES:
-            files.append([])
-        files[-1].append(name)
+    files = in_files(sizes, FILE_BYTES)
     table: dict[str, dict] = {}
     opened: dict[str, Tensor] = {}
     left = iter(pieces)

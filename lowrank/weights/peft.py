@@ -11,6 +11,7 @@ weights that were taken out of the base.
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,15 +27,10 @@ from lowrank.weights.huggingface import open_file
 from lowrank.weights.tensor_file import Tensor
 
 CONFIG, TENSORS, TENSORS_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MODULE = "model.layers.{layer}.{block}.{target}"
 KEY = "base_model.model.{module}.lora_{factor}.weight"
 KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d{1,3})\.")  # a longer number means a damaged key
 BLOCKS = {target: "self_attn" if target in TARGETS[:4] else "mlp" for target in TARGETS}
 
-UNDERSTOOD = (
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-)
 # Other fields and their supported values; every field that is not named here must be off (null, false, empty).
 SUPPORTED = {
     "peft_type": ("LORA",),
@@ -47,15 +43,60 @@ HARMLESS = (
     "runtime_config",  # PEFT ignores it in files too
 )
 
+
+def _compiles(pattern: str) -> bool:
+    """Whether the text is a valid regex inside the one that PEFT puts around patterns."""
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error:
+        return False
+    return True
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+def _is_choice(value: Any) -> bool:
+    """A list of names or a regex."""
+    return _compiles(value) if isinstance(value, str) else _is_list_of(str, value)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _is_table(value: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_compiles(pattern) and valid(value[pattern]) for pattern in value)
+
+
+UNDERSTOOD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a positive integer"),
+    "lora_alpha": (_is_alpha, "a positive number"),
+    "lora_dropout": (lambda v: type(v) in (int, float) and 0 <= v < 1, "from 0 up to, not including, 1"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "base_model_name_or_path": (lambda v: isinstance(v, str), "a name or a path"),
+    "target_modules": (lambda v: bool(v) and _is_choice(v), "a list of names or a regex"),
+    "exclude_modules": (_is_choice, "a list of names or a regex"),
+    "layers_to_transform": (lambda v: type(v) is int or _is_list_of(int, v), "a layer or a list of them"),
+    "layers_pattern": (
+        lambda v: _is_choice(v) and all(map(_compiles, [v] if isinstance(v, str) else v)),
+        "a name or a list of them",
+    ),
+    "rank_pattern": (lambda v: _is_table(v, _is_rank), "a table from patterns to ranks"),
+    "alpha_pattern": (lambda v: _is_table(v, _is_alpha), "a table from patterns to alphas"),
+}
+
 Modules = dict[tuple[str, int], tuple[int, float]]  # (target, layer) -> (rank, alpha), where there is an adapter
 
 
 def module_name(target: str, layer: int | str) -> str:
     """PEFT's name of a projection."""
-    return MODULE.format(layer=layer, block=BLOCKS[target], target=target)
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
+    return f"model.layers.{layer}.{BLOCKS[target]}.{target}"
 
 
 def read_peft(where: paths.PathLike, layers: int | None = None) -> tuple[dict, LoraConfig, str | None]:
@@ -217,38 +258,11 @@ def _read_fields(path: paths.Path) -> dict[str, Any]:
     problems = [
         f"{name} = {json.dumps(value)} is not supported"
         for name, value in fields.items()
-        if name not in UNDERSTOOD + HARMLESS and (value not in SUPPORTED[name] if name in SUPPORTED else value)
+        if name not in {*UNDERSTOOD, *HARMLESS} and (value not in SUPPORTED[name] if name in SUPPORTED else value)
     ]
     required = ("peft_type", "r", "lora_alpha", "target_modules")
     problems += [f"{name} is missing" for name in required if fields.get(name) is None]
-    is_rank = lambda value: type(value) is int and value > 0  # noqa: E731
-    is_alpha = lambda value: type(value) in (int, float) and 0 < value < 1e30  # noqa: E731
-    is_names = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)  # noqa: E731
-    is_regex = lambda value: isinstance(value, str) and (_is_all_linear(value) or _compiles(value))  # noqa: E731
-    is_choice = lambda value: is_names(value) or is_regex(value)  # noqa: E731
-    is_fraction = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
-    is_layers = lambda value: all(type(i) is int for i in (value if isinstance(value, list) else [value]))  # noqa: E731
-
-    def patterns_of(valid):
-        return lambda value: isinstance(value, dict) and all(_compiles(key) and valid(value[key]) for key in value)
-
-    checks = {
-        "r": (is_rank, "a positive integer"),
-        "lora_alpha": (is_alpha, "a positive number"),
-        "lora_dropout": (is_fraction, "from 0 up to, not including, 1"),
-        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-        "base_model_name_or_path": (lambda value: isinstance(value, str), "a name or a path"),
-        "target_modules": (lambda value: bool(value) and is_choice(value), "a list of names or a regex"),
-        "exclude_modules": (is_choice, "a list of names or a regex"),
-        "layers_to_transform": (is_layers, "a layer or a list of them"),
-        "layers_pattern": (
-            lambda value: is_regex(value) or (is_names(value) and all(map(_compiles, value))),
-            "a name or a list of them",
-        ),
-        "rank_pattern": (patterns_of(is_rank), "a table from patterns to ranks"),
-        "alpha_pattern": (patterns_of(is_alpha), "a table from patterns to alphas"),
-    }
-    for name, (valid, wanted) in checks.items():
+    for name, (valid, wanted) in UNDERSTOOD.items():
         if fields.get(name) is not None and not valid(fields[name]):
             problems.append(f"{name} = {json.dumps(fields[name])} is not {wanted}")
     if isinstance(fields.get("target_modules"), str) and fields.get("layers_to_transform") is not None:
@@ -256,18 +270,6 @@ def _read_fields(path: paths.Path) -> dict[str, Any]:
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}; give an adapter that does without")
     return fields
-
-
-def _compiles(pattern: str) -> bool:
-    """Whether the text is a valid regex inside the one that PEFT puts around patterns."""
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except re.error:
-        return False
-    return True
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_peft(folder: paths.PathLike, lora: dict, config: LoraConfig, *, base_name: str) -> None:
@@ -288,10 +290,8 @@ def write_peft(folder: paths.PathLike, lora: dict, config: LoraConfig, *, base_n
             name = module_name(target, layer)
             modules.append(name)
             for letter, factor in (("A", factors["lora_a"][layer][:, :rank]), ("B", factors["lora_b"][layer][:rank])):
-                factor = np.asarray(factor, np.float32)
-                tensors[KEY.format(module=name, factor=letter)] = np.ascontiguousarray(
-                    factor.T
-                )  # save_file ignores strides
+                key = KEY.format(module=name, factor=letter)
+                tensors[key] = np.ascontiguousarray(np.asarray(factor, np.float32).T)  # save_file ignores strides
             rank_pattern |= {name: rank} if rank != config.rank else {}
             alpha_pattern |= {name: _number(alpha)} if alpha != config.alpha else {}
     everywhere = all(0 not in config.layer_ranks(target, layers) for target in config.targets)

@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,19 @@ def rows_within(nbytes: int, row_bytes: int) -> int:
 def cut(span: slice, rows: int) -> list[slice]:
     """A span in parts of `rows` rows; the last may be shorter."""
     return [slice(start, min(start + rows, span.stop)) for start in range(span.start, span.stop, rows)]
+
+
+def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in the same order, for files of up to `limit` bytes each; a larger tensor has its own."""
+    files: list[list[str]] = [[]]
+    left = limit
+    for name, size in sizes.items():
+        if files[-1] and size > left:
+            files.append([])
+            left = limit
+        files[-1].append(name)
+        left -= size
+    return files
 
 
 def transpose(source: np.ndarray, out: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
@@ -240,12 +241,14 @@ KNOWN: dict[str, Any] = STORAGES | {
 
 class Instructions(dict):
     def __missing__(self, code: int) -> None:
-        operation = pickletools.code2op.get(chr(code))
-        name = operation.name if operation else f"{code:#x}"
+        name = next((known.name for known in pickletools.opcodes if known.code == chr(code)), f"{code:#x}")
         raise ValueError(f"the pickle has the instruction {name}, which torch.save does not write")
 
 
 class Unpickler(pickle._Unpickler):  # in Python, because the one in C keeps its instructions to itself
+    stack: list[Any]  # set by `load`, as `append` to it
+    append: Callable[[Any], None]
+
     def __init__(self, entries: dict[str, Entry]):
         super().__init__(io.BytesIO(entries["data.pkl"].content()))
         self.entries = entries

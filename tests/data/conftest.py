@@ -1,5 +1,6 @@
-"""A tokenizer whose ids can be read: every character's id is its code, and four markers have the ids 1 to 4."""
+"""Tokenizers: one whose ids can be read (every character's id is its code, four markers have the ids 1 to 4), and Llama 3's."""
 
+import base64
 import json
 
 import pytest
@@ -26,3 +27,18 @@ def char_tokenizer(tmp_path):
         return load_tokenizer(tmp_path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory):
+    """A folder with a vocabulary of Llama 3's size: all bytes from 0x21 on, then tokens that mean nothing."""
+    tokens = [bytes([i % 256]) for i in range(0x21, 0x121)] + [f"{i:06d}".encode() for i in range(256, 128_000)]
+    folder = tmp_path_factory.mktemp("made_up")
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama3(shared_data):
+    return load_tokenizer(shared_data / "tokenizers" / "llama3")

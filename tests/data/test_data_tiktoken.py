@@ -19,21 +19,6 @@ def folder(shared_data):
 
 
 @pytest.fixture(scope="module")
-def made_up(tmp_path_factory):
-    """A folder with a vocabulary of Llama 3's size: all bytes from 0x21 on, then tokens that mean nothing."""
-    tokens = [bytes([i % 256]) for i in range(0x21, 0x121)] + [f"{i:06d}".encode() for i in range(256, 128_000)]
-    folder = tmp_path_factory.mktemp("made_up")
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama3(folder):
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
 def ranks(folder):
     lines = (folder / "tokenizer.model").read_text().split("\n")
     pairs = [line.split() for line in lines if line]

@@ -48,8 +48,8 @@ def assert_same(ours, folder):
     return theirs
 
 
-def test_a_tiktoken_vocabulary_becomes_a_tokenizer_json(shared_data, tmp_path):
-    ours = load_tokenizer(shared_data / "tokenizers" / "llama3")
+def test_a_tiktoken_vocabulary_becomes_a_tokenizer_json(llama3, tmp_path):
+    ours = llama3
     folder = written(ours, tmp_path / "out")
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "tokenizer_config.json"}
     theirs = assert_same(ours, folder)
@@ -64,9 +64,9 @@ def test_a_tiktoken_vocabulary_becomes_a_tokenizer_json(shared_data, tmp_path):
     assert theirs.decode(encoded["input_ids"], skip_special_tokens=True) == "user\n\nHiassistant\n\nHello!"
 
 
-def test_settings_beside_a_tiktoken_vocabulary_are_kept(shared_data, tmp_path):
+def test_settings_beside_a_tiktoken_vocabulary_are_kept(made_up, tmp_path):
     (tmp_path / "base").mkdir()
-    shutil.copy(shared_data / "tokenizers" / "llama3" / "tokenizer.model", tmp_path / "base")
+    shutil.copy(made_up / "tokenizer.model", tmp_path / "base")
     (tmp_path / "base" / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>", "add_bos_token": false}')
     (tmp_path / "base" / "chat_template.jinja").write_text("own")
     again = load_tokenizer(written(load_tokenizer(tmp_path / "base"), tmp_path / "out"))
@@ -85,7 +85,7 @@ def assert_gets_settings(ours, folder):
     assert_same(ours, folder)
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral"])
+@pytest.mark.parametrize("name", ["llama2", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_a_published_sentencepiece_model_alone_gets_settings(shared_data, tmp_path, name):
     assert_gets_settings(load_tokenizer(shared_data / "tokenizers" / name), tmp_path / "out")
 

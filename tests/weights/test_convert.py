@@ -80,6 +80,7 @@ def test_every_folder_of_the_same_weights_becomes_the_same_base(shared_data, sto
         assert files(tmp_path / name) == files(stories), name
 
 
+@pytest.mark.slow  # its parameters are the same to the bit: test_weights_native.py
 def test_training_over_the_native_base_is_bitwise_the_same(tiny, trained, native, tmp_path):
     finished = running.run("train", tiny, f"--workdir={tmp_path / 'run'}", f"--config.base={native}")
     assert finished.code == 0, finished.err

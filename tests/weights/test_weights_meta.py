@@ -124,11 +124,10 @@ def test_the_four_formats_of_the_real_weights_are_one_model(shared_data):
     expected = json.loads((folder / "expected.json").read_text())
     bases = {name: read_base(folder / name) for name in ("hf", "hf_sharded", "hf_bin", "meta")}
     assert {base.fingerprint for base in bases.values()} == {"bca83376f29f5c2c7a73b7986301a6db"}
-    for name, base in bases.items():
+    for base in bases.values():
         assert_same_params(base, bases["hf"])
-        model = lowrank.load(folder / name)
-        (text,) = model.generate([""], max_new_tokens=len(expected["greedy_ids"]) - 1)
-        assert text == expected["greedy_text"], name
+    (text,) = lowrank.load(folder / "meta").generate([""], max_new_tokens=len(expected["greedy_ids"]) - 1)
+    assert text == expected["greedy_text"]
 
 
 def test_a_head_that_repeats_the_embedding_or_is_absent_is_tied(tmp_path):

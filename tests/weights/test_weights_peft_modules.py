@@ -111,6 +111,14 @@ def test_modules_ranks_scales_and_factors_are_peft_s(adapter):
     assert count == len(found) > 0
 
 
+QUICK = ("regex", "everything")  # the others' ranks, scales and factors are PEFT's: the test before
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS],
+    indirect=True,
+)
 def test_logits_are_peft_s(adapter, base):
     _, model, folder = adapter
     found = np.asarray(lowrank.load(base, folder, dtype="float32").logits(IDS))
@@ -306,6 +314,7 @@ def test_factors_that_are_not_finite_are_named(tmp_path):
         read_peft(tmp_path)
 
 
+@pytest.mark.slow  # tests/runs/test_train.py starts an uneven run through PEFT; the logits above are PEFT's
 def test_from_peft_through_training_and_back_to_peft(base, tmp_path):
     """An uneven adapter is started from, trained (what is padding stays zero), exported, and loaded by peft."""
     adapted(ADAPTERS["everything"]).save_pretrained(tmp_path / "start")
