@@ -86,11 +86,11 @@ def _broadcast(values: tuple, layers: int) -> tuple:
 
 def padding_size(lora: LoraConfig, config: ModelConfig) -> int:
     """Number of elements beyond their layer's rank in the factors: they are zero and stay zero."""
-    total = 0
-    for target in lora.targets:
-        unused = sum(lora.width(target) - rank for rank in lora.layer_ranks(target, config.layers))
-        total += unused * sum(config.projections()[target])
-    return total
+    return sum(
+        (lora.width(target) - rank) * sum(config.projections()[target])
+        for target in lora.targets
+        for rank in lora.layer_ranks(target, config.layers)
+    )
 
 
 def init_lora_a(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:

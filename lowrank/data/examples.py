@@ -64,8 +64,17 @@ def encode_examples(
             "the tokenizer has no end-of-sequence token, so a model cannot learn to stop: "
             "name eos_token in the base's tokenizer_config.json"
         )
+    cut, problems = [], []
+    for record in records:
+        try:
+            parts = [part for part in segments(record.fields, format, tokenizer) if part.text]
+            cut.append(parts or [Segment("", False)])
+        except UserError as error:  # the chat template's
+            problems.append((record.where, str(error)))
+    refuse(path, problems)
     examples, dropped = [], 0
-    for index, (ids, trained) in enumerate(_encode(records, format, tokenizer, path)):
+    encode = _encode_chats if format == "chat" else _encode_apart
+    for index, (ids, trained) in enumerate(encode(cut, tokenizer)):
         mask = np.array(trained[1:], bool) | train_on_prompt
         truncated = len(mask) > max_length
         ids, mask = np.array(ids[: max_length + 1], np.int32), mask[:max_length]
@@ -95,21 +104,9 @@ def split(examples: Examples, n: int) -> tuple[Examples, Examples]:
     return Examples(examples.examples[:-n], examples.dropped), Examples(examples.examples[-n:])
 
 
-def _encode(records, format, tokenizer, path) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each record's ids, and for each id whether it is trained."""
-    cut, problems = [], []
-    for record in records:
-        try:
-            parts = [part for part in segments(record.fields, format, tokenizer) if part.text]
-            cut.append(parts or [Segment("", False)])
-        except UserError as error:  # the chat template's
-            problems.append((record.where, str(error)))
-    refuse(path, problems)
-    return (_encode_chats if format == "chat" else _encode_apart)(cut, tokenizer)
-
-
 def _encode_apart(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Encode segment by segment, later ones as continuations: together the ids of the whole text."""
+    """Each record's ids, and whether each is trained. Segments are encoded one by one, later ones as continuations:
+    together the ids of the whole text."""
     first = tokenizer.encode_batch([parts[0].text for parts in cut])
     later = iter(tokenizer.encode_batch([part.text for parts in cut for part in parts[1:]], continues=True))
     for parts, start in zip(cut, first, strict=True):

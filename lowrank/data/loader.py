@@ -7,6 +7,7 @@ the number of processes. Left out: data that does not fit into memory.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,23 +27,31 @@ class LoadedBatch(NamedTuple):
     examples: np.ndarray  # int32 [B, T], the index of each token's example in its file; -1 for padding
 
 
-Row = dict[str, np.ndarray]  # Grain's names -> [length]
-
-
 class TrainLoader:
-    """An endless iterator over batches with a position; `train_loader` makes it."""
+    """Endless batches [batch_size, max_length], with a position; with `shuffle` each epoch has its own order, drawn from
+    the seed."""
 
-    def __init__(self, elements: grain.MapDataset, epoch_length: int, made_from: dict):
-        self._elements = elements  # endless: epoch after epoch
-        self._epoch_length = epoch_length
-        self._made_from = made_from
+    def __init__(
+        self, examples: Examples, *, batch_size: int, max_length: int, packing: bool, shuffle: bool, seed: int
+    ):
+        self._made_from = {"data": fingerprint(examples), "batch_size": batch_size, "max_length": max_length}
+        self._made_from |= {"packing": packing, "shuffle": shuffle, "seed": seed}
+        source = grain.MapDataset.source(examples.examples).seed(seed)
+        self._elements = (source.shuffle() if shuffle else source).repeat().map(arrays)  # endless: epoch after epoch
+        self._epoch_length = len(examples.examples)
         self._start(0)
 
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> LoadedBatch:
-        return _stack([self._next_row() for _ in range(self._made_from["batch_size"])])
+        rows = []
+        while len(rows) < self._made_from["batch_size"]:
+            try:
+                rows.append(next(self._rows))
+            except StopIteration:
+                self._start(self._epoch + 1)
+        return _stack(rows)
 
     def get_state(self) -> dict:
         """The position after the last batch, as JSON."""
@@ -63,41 +72,11 @@ class TrainLoader:
         elements = self._elements[epoch * self._epoch_length : (epoch + 1) * self._epoch_length]
         self._rows = iter(pack(elements, self._made_from["max_length"], self._made_from["packing"]))
 
-    def _next_row(self) -> Row:
-        try:
-            return next(self._rows)
-        except StopIteration:
-            self._start(self._epoch + 1)
-            return next(self._rows)
-
-
-def train_loader(
-    examples: Examples, *, batch_size: int, max_length: int, packing: bool, shuffle: bool, seed: int
-) -> TrainLoader:
-    """Endless batches [batch_size, max_length]; with `shuffle` each epoch has its own order, drawn from the seed."""
-    source = grain.MapDataset.source(examples.examples).seed(seed)
-    elements = (source.shuffle() if shuffle else source).repeat().map(arrays)
-    made_from = {
-        "data": fingerprint(examples),
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "packing": packing,
-        "shuffle": shuffle,
-        "seed": seed,
-    }
-    return TrainLoader(elements, len(examples.examples), made_from)
-
 
 def evaluation_batches(examples: Examples, *, batch_size: int, max_length: int, packing: bool) -> Iterator[LoadedBatch]:
     """Batches that hold every example once, in file order; empty rows (segment id 0, nothing trained) pad the last."""
-    rows = pack(grain.MapDataset.source(examples.examples).map(arrays), max_length, packing)
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == batch_size:
-            yield _stack(batch)
-            batch = []
-    if batch:
+    rows = iter(pack(grain.MapDataset.source(examples.examples).map(arrays), max_length, packing))
+    while batch := list(itertools.islice(rows, batch_size)):
         empty = {name: np.full_like(array, PADDING.get(name, 0)) for name, array in batch[0].items()}
         yield _stack(batch + [empty] * (batch_size - len(batch)))
 
@@ -111,9 +90,8 @@ def fingerprint(examples: Examples) -> str:
     return digest.hexdigest()[:16]
 
 
-def _stack(rows: list[Row]) -> LoadedBatch:
-    inputs, targets, positions, segment_ids, loss_mask, examples = (
-        np.stack([row[name] for row in rows])
-        for name in ("inputs", "targets", "inputs_positions", "inputs_segment_ids", "loss_mask", "examples")
-    )
-    return LoadedBatch(Batch(inputs, targets, positions, segment_ids, loss_mask), examples)
+def _stack(rows: list[dict[str, np.ndarray]]) -> LoadedBatch:
+    """Rows of Grain's names -> [length], as a batch."""
+    names = ("inputs", "targets", "inputs_positions", "inputs_segment_ids", "loss_mask", "examples")
+    *batch, examples = (np.stack([row[name] for row in rows]) for name in names)
+    return LoadedBatch(Batch(*batch), examples)

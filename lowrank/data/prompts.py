@@ -109,7 +109,7 @@ def format_chat(messages: list[dict], tokenizer: Tokenizer) -> str:
 def chat_segments(messages: list[dict], tokenizer: Tokenizer) -> list[Segment]:
     """A conversation as segments: the assistant's turns with their end tokens, and everything else."""
     text = _render(messages, tokenizer)
-    if _frames_generation(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE):
+    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE):
         turn = f"({OPEN}.*?{CLOSE}(?:{re.escape(tokenizer.eos_token)})?)"  # some templates leave the end token outside
         parts = re.split(turn, text, flags=re.DOTALL)
         return _stopped([Segment(_strip_frames(part), part.startswith(OPEN)) for part in parts if part], tokenizer)
@@ -134,7 +134,7 @@ def chat_segments(messages: list[dict], tokenizer: Tokenizer) -> list[Segment]:
 
 
 def _has_end(text: str, tokenizer: Tokenizer) -> bool:
-    """Whether the text ends with a special token, which tells the model to stop."""
+    """Whether a special token, which tells the model to stop, ends the text."""
     return text.rstrip().endswith(tuple(tokenizer.markers))
 
 
@@ -166,8 +166,13 @@ def _compile(template: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": TODAY.strftime}
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    # Jinja's own filter escapes <, > and & for HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
@@ -188,18 +193,5 @@ class Generation(jinja2.ext.Extension):
         return f"{OPEN}{caller()}{CLOSE}"
 
 
-def _frames_generation(template: str) -> bool:
-    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
-
-
 def _strip_frames(text: str) -> str:
     return text.replace(OPEN, "").replace(CLOSE, "")
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter escapes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

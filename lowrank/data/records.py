@@ -14,7 +14,6 @@ from lowrank.files import paths
 
 ROLES = ("system", "user", "assistant")
 REQUIRED = {"alpaca": ("instruction", "output"), "completion": ("prompt", "completion"), "text": ("text",)}
-OPTIONAL = {"alpaca": ("input",)}  # may be missing or null
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +32,13 @@ def read_records(where: paths.PathLike, format: str) -> list[Record]:
         if format != "text":
             raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
         records = list(_documents(text))
+    elif text.lstrip().startswith("["):
+        try:
+            records = [Record(item, f"item {i}") for i, item in enumerate(json.loads(text), 1)]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not valid JSON ({error}): correct it, or write one record per line") from None
     else:
-        records = _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
+        records = _json_lines(path, text)
     if not records:
         raise UserError(f"{path} holds no records: give it at least one")
     refuse(path, [(r.where, problem) for r in records for problem in _problems(r.fields, format)])
@@ -70,14 +74,6 @@ def _documents(text: str) -> Iterator[Record]:
         line += block.count("\n")
 
 
-def _json_list(path: paths.Path, text: str) -> list[Record]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}): correct it, or write one record per line") from None
-    return [Record(item, f"item {i}") for i, item in enumerate(items, 1)]
-
-
 def _json_lines(path: paths.Path, text: str) -> list[Record]:
     records, broken = [], []
     for i, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON string may hold U+2028
@@ -101,9 +97,8 @@ def _problems(fields: object, format: str) -> Iterator[str]:
     else:
         for name in REQUIRED[format]:
             yield from _string_problems(fields, name, name)
-        for name in OPTIONAL.get(format, ()):
-            if fields.get(name) is not None:
-                yield from _string_problems(fields, name, name)
+        if format == "alpaca" and fields.get("input") is not None:  # may be missing or null
+            yield from _string_problems(fields, "input", "input")
 
 
 def _chat_problems(fields: dict) -> Iterator[str]:
@@ -114,13 +109,12 @@ def _chat_problems(fields: dict) -> Iterator[str]:
         yield f"field 'messages' must be a list of messages, not {_kind(messages) if messages else 'empty'}"
     else:
         for i, message in enumerate(messages):
-            name = f"messages[{i}]"
             if not isinstance(message, dict):
-                yield f"field '{name}' must be an object with role and content, not {_kind(message)}"
+                yield f"field 'messages[{i}]' must be an object with role and content, not {_kind(message)}"
                 continue
-            yield from _string_problems(message, "content", f"{name}.content")
+            yield from _string_problems(message, "content", f"messages[{i}].content")
             if message.get("role") not in ROLES:
-                yield f"field '{name}.role' must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
+                yield f"field 'messages[{i}].role' must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
 
 
 def _string_problems(fields: dict, name: str, path: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ import json
 
 import sentencepiece
 import tokenizers
+from tokenizers import decoders, models, normalizers
 
 SPACE = "▁"  # how SentencePiece writes a space
 
@@ -25,41 +26,23 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, markers: dict[st
     vocab = {model.id_to_piece(i): i for i in ids}
     special = {i for i in ids if model.is_control(i) or model.is_unknown(i) or model.is_byte(i)}
     spelt = {piece: i for piece, i in vocab.items() if i not in special}
-    merges = [
+    merges = sorted(  # only runs of spaces have equal scores; SentencePiece lets the leftmost grow first
         (-model.get_score(i), -cut, piece[:cut], piece[cut:])
         for piece, i in spelt.items()
         for cut in range(1, len(piece))
         if piece[:cut] in spelt and piece[cut:] in spelt
-    ]
-    merges.sort()  # only runs of spaces have equal scores; SentencePiece lets the leftmost grow first
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    prepend = {"type": "Prepend", "prepend": SPACE}
-    to_pieces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    to_text = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": text} | flags for text, i in sorted(markers.items(), key=lambda m: m[1])],
-        "normalizer": {"type": "Sequence", "normalizers": [prepend, to_pieces]},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [to_text, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
-        "model": {
-            "type": "BPE",
-            "unk_token": model.id_to_piece(model.unk_id()),
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": [[left, right] for _, _, left, right in merges],
-        },
-    }
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    )
+    bpe = models.BPE(vocab, [(left, right) for *_, left, right in merges], byte_fallback=True, fuse_unk=True)
+    bpe.unk_token = model.id_to_piece(model.unk_id())
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    to_text = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(to_text)
+    tokenizer.add_special_tokens(sorted(markers, key=markers.__getitem__))
     tokenizer.encode_special_tokens = True
     texts = _texts(list(spelt))
     found = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    return spec if found == model.encode(texts) else None
+    return json.loads(tokenizer.to_str()) if found == model.encode(texts) else None
 
 
 def _texts(pieces: list[str]) -> list[str]:

@@ -84,7 +84,9 @@ class SentencePieceTokenizer(Tokenizer):
         ids = range(self.fresh.vocab_size())
         pieces = {self.fresh.id_to_piece(i): i for i in ids}
         markers = {self.fresh.id_to_piece(i): i for i in ids if self.fresh.is_control(i)}
-        added = _added_tokens(path.parent)  # tokens that a fine-tune added
+        decoder = _read_json(path.parent / "tokenizer_config.json").get("added_tokens_decoder", {})
+        added = {token["content"]: int(i) for i, token in decoder.items()}  # tokens that a fine-tune added
+        added |= _read_json(path.parent / "added_tokens.json")
         bos, eos = (self.fresh.id_to_piece(i) if i >= 0 else "" for i in (self.fresh.bos_id(), self.fresh.eos_id()))
         super().__init__(path, pieces | added, markers | added, bos, eos)
         longest_first = sorted(map(re.escape, self.markers), key=len, reverse=True)
@@ -118,12 +120,9 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`: everything newer, through Hugging Face's `tokenizers`."""
 
-    def __init__(self, path: paths.Path):
-        self._start(path, _read_json(path))
-
-    def _start(self, path, spec, bos="", eos=""):
+    def __init__(self, path: paths.Path, spec: dict | None = None, bos="", eos=""):
         # Files saved after training often truncate and pad; and the post-processor excludes spaces from offsets.
-        spec |= {"truncation": None, "padding": None, "post_processor": None}
+        spec = (spec or _read_json(path)) | {"truncation": None, "padding": None, "post_processor": None}
         try:
             self.fresh = tokenizers.Tokenizer.from_str(json.dumps(spec))
             stages = {stage: _without_prefix(spec.get(stage)) for stage in ("normalizer", "pre_tokenizer", "decoder")}
@@ -154,8 +153,7 @@ class TiktokenTokenizer(JsonTokenizer):
     """The tiktoken `tokenizer.model` of Meta's Llama 3, converted to a tokenizer.json in memory."""
 
     def __init__(self, path: paths.Path):
-        spec = tiktoken.tokenizer_json(tiktoken.read_ranks(path))
-        self._start(path, spec, tiktoken.BOS, tiktoken.EOS)
+        super().__init__(path, tiktoken.tokenizer_json(tiktoken.read_ranks(path)), tiktoken.BOS, tiktoken.EOS)
         self.chat_template = self.chat_template or tiktoken.CHAT_TEMPLATE
 
 
@@ -193,51 +191,37 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
     without settings: for these a tokenizer.json and settings are written (if `sentencepieces` can convert the model).
     """
     folder, source = pathlib.Path(folder), tokenizer.path.parent
-    is_json, is_tiktoken = type(tokenizer) is JsonTokenizer, type(tokenizer) is TiktokenTokenizer
+    beside = {name for name in COMPANIONS if (source / name).is_file()}
+    copied = {name: source / name for name in beside if source / name != tokenizer.path}
     spec = None
-    if is_tiktoken:
+    if isinstance(tokenizer, TiktokenTokenizer):
         spec = tiktoken.tokenizer_json(tiktoken.read_ranks(tokenizer.path))
-    elif isinstance(tokenizer, SentencePieceTokenizer) and not any(
-        (source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
-        spec = sentencepieces.tokenizer_json(tokenizer.fresh, tokenizer.markers)
-
-    for name in COMPANIONS:
-        if (source / name).is_file() and source / name != tokenizer.path:
-            (folder / name).write_bytes((source / name).read_bytes())
-    if not is_tiktoken:
-        (folder / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(tokenizer.path.read_bytes())
+    elif isinstance(tokenizer, JsonTokenizer):
+        copied["tokenizer.json"] = tokenizer.path
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        copied["tokenizer.model"] = tokenizer.path
+        if not beside & {"tokenizer.json", "tokenizer_config.json"}:
+            spec = sentencepieces.tokenizer_json(tokenizer.fresh, tokenizer.markers)
+    for name, path in copied.items():
+        (folder / name).write_bytes(path.read_bytes())
     if spec:
-        spec["post_processor"] = _bos_first(tokenizer)
+        bos = tokenizer.bos_token
+        if tokenizer.bos_id is not None:
+            bos_first = ([bos, "$A"], [bos, "$A", bos, "$B:1"], [(bos, tokenizer.bos_id)])
+            spec["post_processor"] = json.loads(tokenizers.processors.TemplateProcessing(*bos_first).__getstate__())
         unk = spec["model"]["unk_token"]
-        named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "unk_token": unk}
+        named = {"bos_token": bos, "eos_token": tokenizer.eos_token, "unk_token": unk}
+        named["chat_template"] = tokenizer.chat_template
         config = {
             # Not LlamaTokenizer, which takes only the vocabulary from a tokenizer.json and splits texts its own way.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{name: token for name, token in named.items() if token},
+            **{name: text for name, text in named.items() if text},
             "add_bos_token": tokenizer.bos_id is not None,
             "clean_up_tokenization_spaces": False,
         }
-        if tokenizer.chat_template:
-            config["chat_template"] = tokenizer.chat_template
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         config = _read_json(source / "tokenizer_config.json") | config  # it may have more, such as a pad token
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _bos_first(tokenizer: Tokenizer) -> dict | None:
-    """The stage of a tokenizer.json that puts BOS before each text; None without BOS."""
-    if tokenizer.bos_id is None:
-        return None
-    bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    known = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_id], "tokens": [tokenizer.bos_token]}
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, bos, second],
-        "special_tokens": {tokenizer.bos_token: known},
-    }
 
 
 def check_vocab(tokenizer: Tokenizer, vocab: int, where: paths.PathLike) -> None:
@@ -291,13 +275,6 @@ def _chat_template(folder: paths.Path, config: dict) -> str | None:
     if isinstance(template, list):
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template
-
-
-def _added_tokens(folder: paths.Path) -> dict[str, int]:
-    """Tokens in the files beside a tokenizer.model: {text: id}."""
-    decoder = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    added = {token["content"]: int(i) for i, token in decoder.items()}
-    return added | _read_json(folder / "added_tokens.json")
 
 
 def _without_prefix(stage):

@@ -18,7 +18,7 @@ from lowrank.adapters.lora import LayerScalars, LoraConfig
 from lowrank.families.config import ModelConfig
 from lowrank.model.cpu import from_bits, to_bits
 from lowrank.model.kernels import AttentionMask, attend
-from lowrank.model.projection import project
+from lowrank.model.projection import Projection
 from lowrank.parallel.mesh import constrain
 
 Cache = tuple[jax.Array, jax.Array]  # bits of keys and values, each [layers, B, K, S, H]
@@ -106,9 +106,10 @@ class Attention(nn.Module):
         deterministic: bool,
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
+        parts = (c, self.lora, self.dtype, self.param_dtype)
 
         def project_heads(name, heads, axis):
-            y = project(self, name, ("embed", axis), x, layer.adapters, deterministic)
+            y = Projection(*parts, ("embed", axis), name=name)(x, layer.adapters, deterministic)
             return constrain(y.reshape(*x.shape[:2], heads, c.head_dim), "batch", "length", axis, "head_dim")
 
         q = project_heads("q_proj", c.heads, "heads")
@@ -134,4 +135,4 @@ class Attention(nn.Module):
         y = attend(self.backend, q, k, v, mask, slot, layer.window, c.windows)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         gain = 1 / math.sqrt(2 * c.layers)  # so that the sum of all blocks starts with a variance of about 1
-        return project(self, "o_proj", ("heads", "embed"), y, layer.adapters, deterministic, gain), cache
+        return Projection(*parts, ("heads", "embed"), gain, name="o_proj")(y, layer.adapters, deterministic), cache

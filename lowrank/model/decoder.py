@@ -19,7 +19,7 @@ from lowrank.families.config import ModelConfig
 from lowrank.model.attention import Attention, Cache, CosSin, LayerInputs, RMSNorm, rotary_cos_sin
 from lowrank.model.kernels import AttentionMask, causal_mask, supports_length
 from lowrank.model.products import SAVED, embedding_lookup
-from lowrank.model.projection import project
+from lowrank.model.projection import Projection
 from lowrank.parallel.mesh import constrain
 
 REMAT = ("none", "dots", "full")
@@ -33,12 +33,13 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, scalars: dict[str, LayerScalars], deterministic: bool) -> jax.Array:
-        gate = project(self, "gate_proj", ("embed", "mlp"), x, scalars, deterministic)
-        up = project(self, "up_proj", ("embed", "mlp"), x, scalars, deterministic)
+        parts = (self.config, self.lora, self.dtype, self.param_dtype)
+        gate = Projection(*parts, ("embed", "mlp"), name="gate_proj")(x, scalars, deterministic)
+        up = Projection(*parts, ("embed", "mlp"), name="up_proj")(x, scalars, deterministic)
         inner = nn.silu(gate.astype(jnp.float32)) * up  # rounded once
         inner = constrain(inner.astype(self.dtype), "batch", "length", "mlp")
         gain = 1 / math.sqrt(2 * self.config.layers)  # as in attention
-        return project(self, "down_proj", ("mlp", "embed"), inner, scalars, deterministic, gain)
+        return Projection(*parts, ("mlp", "embed"), gain, name="down_proj")(inner, scalars, deterministic)
 
 
 class Block(nn.Module):
@@ -107,9 +108,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
-    attention: str = (
-        "xla"  # from `kernels.choose_backend`; "xla" with a cache, or if it cannot take rows of this length
-    )
+    attention: str = "xla"  # of `kernels.choose_backend`; "xla" with a cache or rows of a length that it cannot take
 
     @nn.compact
     def __call__(

@@ -6,6 +6,7 @@ Scores and softmax are in float32. `splash` and `cudnn` take rows that attend to
 length that they do not support, `xla` computes.
 """
 
+import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -65,9 +66,6 @@ def attend(
     if window is not None:
         full = full & window_mask(slot + jnp.arange(q.shape[1]), k.shape[2], window)
     return cudnn(q, k, v, full) if backend == "cudnn" else xla(q, k, v, full)
-
-
-# ---- xla -------------------------------------------------------------------------------------------------------------
 
 
 @jax.custom_vjp
@@ -159,16 +157,10 @@ def _sum_over_queries(a, b):
     return product(transposed_copy(a), b, ((3,), (2,)), ((0, 1), (0, 1)))
 
 
-# ---- cudnn -----------------------------------------------------------------------------------------------------------
-
-
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """As `xla`. It gets the full mask: cuDNN's own handling of packed rows is reported to leak between segments."""
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation="cudnn")
-
-
-# ---- splash ----------------------------------------------------------------------------------------------------------
 
 
 def splash(q, k, v, segment_ids, window: jax.Array | None, windows: tuple[int, ...], interpret: bool) -> jax.Array:
@@ -211,17 +203,28 @@ def splash(q, k, v, segment_ids, window: jax.Array | None, windows: tuple[int, .
     return jax.shard_map(on_device, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, segment_ids, index)
 
 
-# ---- The choice of a backend -----------------------------------------------------------------------------------------
-
 AUTO = "auto"
 INTERPRETED = "splash, interpreted"  # without a TPU: slow, to see what it computes
-BEST = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def choose_backend(wanted: str, platform: str, dtype: jnp.dtype, head_dim: int, length: int) -> str:
     """The backend for rows of `length` tokens; `wanted` is "auto" or one of BACKENDS. UserError if that one cannot."""
-    backend = BEST.get(platform, "xla") if wanted == AUTO else wanted
-    reason = _unsupported(backend, platform, dtype, head_dim, length)
+    backend = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if wanted == AUTO else wanted
+    fits = supports_length(backend, length)
+    obstacles = {
+        "splash": {
+            "is for TPUs": platform == "gpu",
+            f"needs rows of a multiple of {LANES} tokens, and config.data.max_length is {length}": not fits,
+        },
+        "cudnn": {
+            "is for NVIDIA GPUs": platform != "gpu",
+            f"computes in bfloat16, and config.dtype is {jnp.dtype(dtype)}": dtype not in (jnp.bfloat16, jnp.float16),
+            f"needs heads of a multiple of 8 up to 128 and rows of even length; they are {head_dim} and {length}": (
+                head_dim > 128 or head_dim % 8 or not fits
+            ),
+        },
+    }
+    reason = next((what for what, obstructs in obstacles.get(backend, {}).items() if obstructs), None)
     if reason and wanted == AUTO:
         return "xla"
     if reason:
@@ -232,22 +235,6 @@ def choose_backend(wanted: str, platform: str, dtype: jnp.dtype, head_dim: int, 
 def supports_length(backend: str, length: int) -> bool:
     """Whether the backend takes rows of `length` tokens."""
     return length % {"splash": LANES, INTERPRETED: LANES, "cudnn": 2}.get(backend, 1) == 0
-
-
-def _unsupported(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, length: int) -> str | None:
-    if backend == "splash":
-        if platform == "gpu":
-            return "is for TPUs"
-        if not supports_length(backend, length):
-            return f"needs rows of a multiple of {LANES} tokens, and config.data.max_length is {length}"
-    if backend == "cudnn":
-        if platform != "gpu":
-            return "is for NVIDIA GPUs"
-        if dtype not in (jnp.bfloat16, jnp.float16):
-            return f"computes in bfloat16, and config.dtype is {jnp.dtype(dtype)}"
-        if head_dim > 128 or head_dim % 8 or not supports_length(backend, length):
-            return f"needs heads of a multiple of 8 up to 128 and rows of even length; they are {head_dim} and {length}"
-    return None
 
 
 def verify_backend(backend: str, wanted: str, dtype: jnp.dtype, c: ModelConfig) -> str:
@@ -283,20 +270,21 @@ def compare_with_xla(
     q, k, v = draw(2, heads) / math.sqrt(head_dim), draw(1, kv_heads), draw(1, kv_heads)
     cotangent = draw(2, heads)
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def results(backend, size, q, k, v):
         window = None if size is None else jnp.int32(size)
         y, vjp = jax.vjp(lambda q, k, v: attend(backend, q, k, v, mask, 0, window, windows), q, k, v)
-        return [np.asarray(x, np.float32) for x in (y, *vjp(cotangent))]
+        return [x.astype(jnp.float32) for x in (y, *vjp(cotangent))]
 
     tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
     sizes: list[int | None] = [*sorted(set(windows))] or [None]
     for size in sizes:
-        found, expected = results(backend, size, q, k, v), results("xla", size, q, k, v)
+        found, expected = jax.device_get((results(backend, size, q, k, v), results("xla", size, q, k, v)))
         error = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True))
         if not error <= tolerance:
             return f"its results or gradients are {error:.1e} of the largest one away from those of 'xla'"
         changed = [q.at[:, middle:].add(1), *(x.at[:, :, middle:].add(1) for x in (k, v))]
-        for a, b, token_axis in zip(found, results(backend, size, *changed), (1, 1, 2, 2), strict=True):
+        for a, b, token_axis in zip(found, jax.device_get(results(backend, size, *changed)), (1, 1, 2, 2), strict=True):
             if not np.array_equal(a.take(range(middle), token_axis), b.take(range(middle), token_axis)):
                 return "examples packed into one row see each other"
     return None

@@ -7,38 +7,39 @@ import jax
 import jax.numpy as jnp
 
 from lowrank.adapters.lora import LayerScalars, LoraConfig, init_lora_a
+from lowrank.families.config import ModelConfig
 from lowrank.model.products import dot, save_for_backward
 
 
 class Projection(nn.Module):
-    """x [..., in] -> [..., features] in `dtype`. The module is named after its target; `lora` is None without an adapter.
+    """x [..., in] -> [..., out] in `dtype`, with an adapter if the module's name is a target of `lora`.
 
-    `scalars` are this layer's, None where scale and rank are the same in all layers.
+    `scalars` are this layer's, by target; empty where scale and rank are the same in all layers.
     """
 
-    features: int
-    axes: tuple[str, str]  # logical axes of the kernel
-    biased: bool
+    config: ModelConfig
     lora: LoraConfig | None
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    axes: tuple[str, str]  # logical axes of the kernel
     init_gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, scalars: LayerScalars | None, deterministic: bool) -> jax.Array:
-        shape = (x.shape[-1], self.features)
+    def __call__(self, x: jax.Array, scalars: dict[str, LayerScalars], deterministic: bool) -> jax.Array:
+        name = str(self.name)
+        shape = (x.shape[-1], self.config.projections()[name][1])
         # 1 / sqrt(in), not a fixed 0.02, which suits an embed of 2,500: at 128 it slowed pretraining down.
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_gain / math.sqrt(x.shape[-1])), self.axes)
         kernel = self.param("kernel", init, shape, self.param_dtype)
         y = dot(x, kernel)
-        if self.biased:
+        if name in self.config.biased:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", init, shape[1:], self.param_dtype).astype(jnp.float32)
-        if self.lora is not None:
-            y = y + self.delta(x, self.lora, scalars, deterministic)
+        if self.lora is not None and name in self.lora.targets:
+            y = y + self.delta(x, shape[1], self.lora, scalars.get(name), deterministic)
         return save_for_backward(y.astype(self.dtype))
 
-    def delta(self, x: jax.Array, lora: LoraConfig, scalars: LayerScalars | None, deterministic: bool) -> jax.Array:
+    def delta(self, x: jax.Array, features: int, lora: LoraConfig, scalars: LayerScalars | None, deterministic: bool):
         """scale · (x A) B, float32 [..., features]. The factors are float32, cast to `dtype` for the products."""
         width = lora.width(str(self.name))
 
@@ -48,7 +49,7 @@ class Projection(nn.Module):
             return lora_a if scalars is None else jnp.where(jnp.arange(width) < scalars.rank, lora_a, 0)
 
         lora_a = self.factor("lora_a", init_a, (x.shape[-1], width), (self.axes[0], "rank"))
-        lora_b = self.factor("lora_b", nn.initializers.zeros, (width, self.features), ("rank", self.axes[1]))
+        lora_b = self.factor("lora_b", nn.initializers.zeros, (width, features), ("rank", self.axes[1]))
         if lora.dropout > 0 and not deterministic:
             keep_prob = 1 - lora.dropout if scalars is None or scalars.keep_prob is None else scalars.keep_prob
             keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, x.shape)
@@ -60,19 +61,3 @@ class Projection(nn.Module):
         # Its own stream of random numbers, so that the base's initial weights do not depend on the adapter.
         make = nn.with_logical_partitioning(init, axes)
         return self.variable("lora", name, lambda: make(self.make_rng("lora"), shape, jnp.float32)).value
-
-
-def project(
-    layer,  # a Module with `config`, `lora` (LoraConfig or None), `dtype` and `param_dtype`, in its compact method
-    name: str,
-    axes: tuple[str, str],
-    x: jax.Array,
-    scalars: dict[str, LayerScalars],
-    deterministic: bool,
-    init_gain: float = 1.0,
-) -> jax.Array:
-    """Apply the projection `name` of `layer` to x [..., in] -> [..., features], with an adapter if `name` is a target."""
-    features = layer.config.projections()[name][1]
-    lora = layer.lora if layer.lora is not None and name in layer.lora.targets else None
-    parts = (features, axes, name in layer.config.biased, lora, layer.dtype, layer.param_dtype, init_gain)
-    return Projection(*parts, name=name)(x, scalars.get(name), deterministic)

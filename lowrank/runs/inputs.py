@@ -153,7 +153,7 @@ def row_shape(config: Config) -> dict:
 
 
 def training_batches(config: Config, examples: Examples) -> loader.TrainLoader:
-    return loader.train_loader(
+    return loader.TrainLoader(
         examples,
         batch_size=config.train.batch_size,
         shuffle=config.data.shuffle,

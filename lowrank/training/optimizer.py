@@ -1,6 +1,7 @@
 """AdamW over the trainable leaves: `optax.partition` by the mask's labels, and the learning-rate schedule."""
 
 import dataclasses
+import functools
 import math
 
 import optax
@@ -53,8 +54,7 @@ def make_optimizer(
     clip_norm = config.clip_norm or math.inf if clip_norm is None else clip_norm
     weight_decay = config.weight_decay if weight_decay is None else weight_decay
 
-    def adamw(weight_decay):
-        return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=weight_decay)
-
-    groups = {"decayed": adamw(weight_decay), "undecayed": adamw(0.0), "frozen": optax.set_to_zero()}
+    adamw = functools.partial(optax.adamw, schedule, config.b1, config.b2, config.eps)
+    decayed, undecayed = adamw(weight_decay=weight_decay), adamw(weight_decay=0.0)
+    groups = {"decayed": decayed, "undecayed": undecayed, "frozen": optax.set_to_zero()}
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(groups, optimizer_labels(mask)))

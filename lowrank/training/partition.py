@@ -8,8 +8,6 @@ gradients, optimizer state, checkpoints and norms over `trainable` contain nothi
 import jax
 import numpy as np
 
-HOLE = None
-
 
 def trainable_mask(variables: dict, mode: str) -> dict:
     """A tree of booleans over `variables`. "lora": every adapter leaf. "full": every leaf of the base."""
@@ -19,14 +17,14 @@ def trainable_mask(variables: dict, mode: str) -> dict:
 
 def split(tree: dict, mask: dict) -> tuple[dict, dict]:
     """tree -> (trainable, frozen), with holes; the exact inverse of `merge`."""
-    trainable = jax.tree.map(lambda on, leaf: leaf if on else HOLE, mask, tree)
-    frozen = jax.tree.map(lambda on, leaf: HOLE if on else leaf, mask, tree)
+    trainable = jax.tree.map(lambda on, leaf: leaf if on else None, mask, tree)
+    frozen = jax.tree.map(lambda on, leaf: None if on else leaf, mask, tree)
     return trainable, frozen
 
 
 def merge(trainable: dict, frozen: dict) -> dict:
     """Two trees with complementary holes -> the whole tree."""
-    return jax.tree.map(lambda a, b: b if a is HOLE else a, trainable, frozen, is_leaf=lambda leaf: leaf is HOLE)
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
 def optimizer_labels(mask: dict) -> dict:

@@ -101,8 +101,8 @@ def make_update(model: Decoder, optimizer, schedule, microbatches: int, adapters
     """-> (state, frozen, batch) -> (state, StepMetrics): the step as a function to be jitted, or mapped over members."""
     dropout = model.lora is not None and model.lora.dropout > 0
 
-    def accumulate(trainable, frozen, key, batch: Batch):
-        """Loss and gradient, summed over the micro-batches."""
+    def train_step(state: State, frozen: dict, batch: Batch):
+        key = jax.random.fold_in(state.key, state.step)
 
         def add(sums, part):
             index, microbatch = part
@@ -110,19 +110,14 @@ def make_update(model: Decoder, optimizer, schedule, microbatches: int, adapters
             dropout_key = jax.random.fold_in(key, index) if dropout else None
             loss, gradient = jax.value_and_grad(
                 lambda trainable: loss_sum(model, trainable, frozen, microbatch, dropout_key, adapters)
-            )(trainable)
+            )(state.trainable)
             return jax.tree.map(jnp.add, sums, (loss, gradient)), None
 
         # Row i of the batch goes to micro-batch i mod `microbatches`: each micro-batch is then spread over all devices
         # as the batch is, and no row moves.
         parts = Batch(*(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1) for x in batch))
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
         (loss, gradient), _ = jax.lax.scan(add, zero, (jnp.arange(microbatches), parts))
-        return loss, gradient
-
-    def train_step(state: State, frozen: dict, batch: Batch):
-        key = jax.random.fold_in(state.key, state.step)
-        loss, gradient = accumulate(state.trainable, frozen, key, batch)
         trained = jnp.sum(batch.loss_mask, dtype=jnp.int32)
         divisor = jnp.maximum(trained, 1).astype(jnp.float32)
         loss, gradient = loss / divisor, jax.tree.map(lambda g: g / divisor, gradient)

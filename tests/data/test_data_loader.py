@@ -8,7 +8,7 @@ import pytest
 
 import lowrank.data.packing
 from lowrank.data.examples import Example, Examples
-from lowrank.data.loader import evaluation_batches, train_loader
+from lowrank.data.loader import TrainLoader, evaluation_batches
 from lowrank.data.packing import packed_rows
 from lowrank.errors import UserError
 
@@ -32,7 +32,7 @@ def named(loaded) -> dict:
 
 
 def loader(examples, packing=True, shuffle=True, seed=0, batch_size=3):
-    return train_loader(examples, batch_size=batch_size, max_length=LENGTH, packing=packing, shuffle=shuffle, seed=seed)
+    return TrainLoader(examples, batch_size=batch_size, max_length=LENGTH, packing=packing, shuffle=shuffle, seed=seed)
 
 
 def seen(batches):

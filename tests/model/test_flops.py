@@ -42,9 +42,15 @@ def products(jaxpr) -> int:
     return total
 
 
-@pytest.mark.parametrize("length", [130, 8])  # in causal pieces, and in one
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize(("mode", "lora"), [("lora", ALL), ("lora", SOME), ("lora", UNEVEN), ("full", None)])
+@pytest.mark.parametrize(
+    ("mode", "lora", "remat", "length"),
+    [
+        *[("lora", ALL, remat, 130) for remat in ("none", "dots", "full")],  # attention in causal pieces
+        ("lora", SOME, "full", 8),  # and in one
+        ("lora", UNEVEN, "full", 8),
+        *[("full", None, remat, 8) for remat in ("none", "full")],
+    ],
+)
 def test_by_hand_is_what_the_step_does(mode, lora, remat, length):
     model = Decoder(TINY, lora, jnp.bfloat16, jnp.bfloat16, remat)
     shapes, _ = decoder.abstract(model)

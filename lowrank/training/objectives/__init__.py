@@ -1,1 +1,1 @@
-"""TODO objectives"""
+"""What training minimises, a file for each objective."""
