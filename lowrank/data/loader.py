@@ -34,7 +34,7 @@ class TrainLoader:
     def __init__(
         self, examples: Examples, *, batch_size: int, max_length: int, packing: bool, shuffle: bool, seed: int
     ):
-        self._made_from = {"data": fingerprint(examples), "batch_size": batch_size, "max_length": max_length}
+        self._made_from: dict = {"data": fingerprint(examples), "batch_size": batch_size, "max_length": max_length}
         self._made_from |= {"packing": packing, "shuffle": shuffle, "seed": seed}
         source = grain.MapDataset.source(examples.examples).seed(seed)
         self._elements = (source.shuffle() if shuffle else source).repeat().map(arrays)  # endless: epoch after epoch
@@ -45,7 +45,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> LoadedBatch:
-        rows = []
+        rows: list[dict] = []
         while len(rows) < self._made_from["batch_size"]:
             try:
                 rows.append(next(self._rows))

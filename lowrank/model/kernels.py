@@ -211,7 +211,7 @@ def choose_backend(wanted: str, platform: str, dtype: jnp.dtype, head_dim: int, 
     """The backend for rows of `length` tokens; `wanted` is "auto" or one of BACKENDS. UserError if that one cannot."""
     backend = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if wanted == AUTO else wanted
     fits = supports_length(backend, length)
-    obstacles = {
+    obstacles: dict[str, dict] = {
         "splash": {
             "is for TPUs": platform == "gpu",
             f"needs rows of a multiple of {LANES} tokens, and config.data.max_length is {length}": not fits,
@@ -243,7 +243,7 @@ def verify_backend(backend: str, wanted: str, dtype: jnp.dtype, c: ModelConfig) 
     if backend == "xla":
         return backend
     try:
-        wrong = compare_with_xla(backend, dtype, c.heads, c.kv_heads, c.head_dim, c.windows)
+        wrong = compare_with_xla(backend, dtype, c)
     except Exception as error:  # of any type: a library, a driver or a compiler raises it
         wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if wrong and wanted != AUTO:
@@ -253,9 +253,7 @@ def verify_backend(backend: str, wanted: str, dtype: jnp.dtype, c: ModelConfig) 
     return "xla" if wrong else backend
 
 
-def compare_with_xla(
-    backend: str, dtype: jnp.dtype, heads: int, kv_heads: int, head_dim: int, windows: tuple[int, ...]
-) -> str | None:
+def compare_with_xla(backend: str, dtype: jnp.dtype, c: ModelConfig) -> str | None:
     """What the backend computes wrongly on these devices, or None: a kernel that leaks between packed examples would go
     unnoticed for a whole run.
 
@@ -266,18 +264,18 @@ def compare_with_xla(
     length, middle = 2 * LANES, LANES + 7
     segments = jnp.asarray(np.where(np.arange(length) < middle, 1, 2)[None].astype(np.int32))
     mask = AttentionMask(segments, causal_mask(jnp.arange(length), segments, segments))
-    draw = lambda axis, count: jnp.asarray(rng.normal(size=np.insert([1, length, head_dim], axis, count)), dtype)  # noqa: E731
-    q, k, v = draw(2, heads) / math.sqrt(head_dim), draw(1, kv_heads), draw(1, kv_heads)
-    cotangent = draw(2, heads)
+    draw = lambda axis, count: jnp.asarray(rng.normal(size=np.insert([1, length, c.head_dim], axis, count)), dtype)  # noqa: E731
+    q, k, v = draw(2, c.heads) / math.sqrt(c.head_dim), draw(1, c.kv_heads), draw(1, c.kv_heads)
+    cotangent = draw(2, c.heads)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def results(backend, size, q, k, v):
         window = None if size is None else jnp.int32(size)
-        y, vjp = jax.vjp(lambda q, k, v: attend(backend, q, k, v, mask, 0, window, windows), q, k, v)
+        y, vjp = jax.vjp(lambda q, k, v: attend(backend, q, k, v, mask, 0, window, c.windows), q, k, v)
         return [x.astype(jnp.float32) for x in (y, *vjp(cotangent))]
 
     tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
-    sizes: list[int | None] = [*sorted(set(windows))] or [None]
+    sizes: list[int | None] = [*sorted(set(c.windows))] or [None]
     for size in sizes:
         found, expected = jax.device_get((results(backend, size, q, k, v), results("xla", size, q, k, v)))
         error = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True))

@@ -114,7 +114,8 @@ def test_what_changes_in_one_segment_changes_nothing_in_the_others(backend, leng
 
 
 def test_a_backend_is_tried_before_it_is_trusted(monkeypatch):
-    shape = (jnp.bfloat16, 4, 2, 16, (8,))
+    config = ModelConfig(vocab=8, embed=8, mlp=8, layers=1, heads=4, kv_heads=2, head_dim=16, windows=(8,))
+    shape = (jnp.bfloat16, config)
     assert compare_with_xla(INTERPRETED, *shape) is None
     assert compare_with_xla("xla", *shape) is None
     right = kernels.attend
