@@ -108,9 +108,9 @@ def describe(analysis: Analysis) -> str:
         ]
     if analysis.other:
         lines += ["| projection | of | φ(1, 1) | φ of all | random, of all |", "| --- | --- | --- | --- | --- |"]
-    for (target, of), maps in analysis.similarities.items():
+    for (target, kind), maps in analysis.similarities.items():
         inputs = len(analysis.modules[target][0].lora_a)
         table = [(phi[0, 0], phi[-1, -1], max(phi.shape) / inputs) for phi in maps.values()]
         first, whole, random = np.mean(table, axis=0)
-        lines.append(f"| {target} | {SHOWN[of]} | {first:.3f} | {whole:.3f} | {random:.3f} |")
+        lines.append(f"| {target} | {SHOWN[kind]} | {first:.3f} | {whole:.3f} | {random:.3f} |")
     return "\n".join(lines) + "\n"

@@ -132,8 +132,8 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
         with _interruptible():
             jax.distributed.initialize(**cluster.arguments, initialization_timeout=int(timeout) + 60)
     except (RuntimeError, ValueError, OSError) as error:
-        through = cluster.found_through
-        raise UserError(f"the processes (found through {through}) could not join: {first_line(error)}") from error
+        why = first_line(error)
+        raise UserError(f"the processes (found through {cluster.found_through}) could not join: {why}") from error
     finally:
         timer.cancel()
     # The one private name: JAX has no public access to this store; Orbax uses it in the same way.
@@ -155,8 +155,8 @@ def _give_up(cluster: Cluster, timeout: float):
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
         except OSError as error:
-            trouble = error.strerror or str(error)
-            reason = f"nobody answers at {address} ({trouble}): is process 0 running there, and is that port open?"
+            why = error.strerror or str(error)
+            reason = f"nobody answers at {address} ({why}): is process 0 running there, and is that port open?"
     name = "a process" if index is None or count is None else _name_of(index, count)
     os.write(2, f"error: {name} waited {timeout:g} s: {reason}\n".encode())
     os._exit(LOST)
@@ -232,11 +232,7 @@ def barrier(name: str):
 
 
 def compile_together(function) -> Callable:
-    """As `compile_once`, with a barrier between compiling and the first run.
-
-    gloo, which carries collectives between CPU processes, waits 30 seconds for the others and no longer; on a busy
-    machine two processes were further apart after compiling.
-    """
+    """As `compile_once`, with a barrier between compiling and the first run, in which gloo would wait 30 seconds at most."""
     return compile_once(function, lambda: barrier("compiled"))
 
 

@@ -26,13 +26,14 @@ class Memory(NamedTuple):
 
 def step_memory(step: Step, program: jax.stages.Compiled | None = None) -> Memory:
     """The memory of a compiled step; without a program, of its arguments alone, unpadded."""
-    held = [device_bytes(tree) for tree in (step.frozen, step.state.trainable, step.state.opt_state)]
+    trees = (step.frozen, step.state.trainable, step.state.opt_state, step.batch)
+    base, adapter, optimizer, batch = map(device_bytes, trees)
     if program is None:
-        return Memory(*held, device_bytes(step.batch), 0, 0)
+        return Memory(base, adapter, optimizer, batch, 0, 0)
     sizes = program.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes  # the new state takes the donated one's place
-    other = sizes.argument_size_in_bytes - sum(held) + results
-    return Memory(*held, other, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
+    other = sizes.argument_size_in_bytes - base - adapter - optimizer + results
+    return Memory(base, adapter, optimizer, other, sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes)
 
 
 def device_bytes(tree: Any) -> int:

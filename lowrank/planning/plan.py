@@ -98,14 +98,21 @@ def plan(
     Whether the step fits is `result.best.fits`. Bytes and collectives are the compiler's; times and dollars are estimates.
     Raises UserError for what the config has wrong and for a slice that is unknown or has no mesh for the model.
 
-    JAX's settings are left alone, so that a notebook keeps its accelerators; JAX opens them, even to compile for a slice.
-    The command, which computes nothing itself, sets `jax_platforms` to "cpu" before JAX's first use to leave them free.
+    JAX's settings are left alone, and JAX opens its accelerators even to compile for a slice; the command leaves them free.
     """
     if tokens and not math.isfinite(tokens):
         raise UserError(f"--tokens={tokens} must be a number of tokens, such as 1e9")
+<<<<<<< HEAD
     base = read_base(config.base) if config.base and paths.path(config.base).exists() else None
     architecture = architecture_of(config, base)
     if not architecture:
+=======
+    architecture = named_architecture(config)
+    if config.base and paths.path(config.base).exists():
+        architecture = read_base(config.base).config
+        check_base(config, architecture)
+    if architecture is None:
+>>>>>>> 8f7fec1 (Planning and generation: fewer helpers, types that mypy follows)
         raise UserError(
             f"config.base={config.base} is not here, and config.architecture names no model; "
             "say --config.architecture=llama3-8b, or another name"
