@@ -102,17 +102,9 @@ def plan(
     """
     if tokens and not math.isfinite(tokens):
         raise UserError(f"--tokens={tokens} must be a number of tokens, such as 1e9")
-<<<<<<< HEAD
     base = read_base(config.base) if config.base and paths.path(config.base).exists() else None
     architecture = architecture_of(config, base)
     if not architecture:
-=======
-    architecture = named_architecture(config)
-    if config.base and paths.path(config.base).exists():
-        architecture = read_base(config.base).config
-        check_base(config, architecture)
-    if architecture is None:
->>>>>>> 8f7fec1 (Planning and generation: fewer helpers, types that mypy follows)
         raise UserError(
             f"config.base={config.base} is not here, and config.architecture names no model; "
             "say --config.architecture=llama3-8b, or another name"
