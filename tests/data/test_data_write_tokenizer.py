@@ -85,7 +85,8 @@ def assert_gets_settings(ours, folder):
     assert_same(ours, folder)
 
 
-@pytest.mark.parametrize("name", ["llama2", pytest.param("mistral", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the demo's model below is of the same kind
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
 def test_a_published_sentencepiece_model_alone_gets_settings(shared_data, tmp_path, name):
     assert_gets_settings(load_tokenizer(shared_data / "tokenizers" / name), tmp_path / "out")
 

@@ -181,7 +181,7 @@ def test_on_a_cpu_a_large_leaf_is_read_into_its_place(tmp_path, small_pieces, mo
     assert small_pieces == []
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), 1, 2])  # no mesh axis divides layers
 def test_large_leaves_are_sharded_along_any_axis_and_read_once(tmp_path, small_pieces, axis):
     """Eight layers, for the stacked leaves are cut along them too. Two devices hold each shard, the file is read once."""
     model = torch_llama.make(layers=8)
