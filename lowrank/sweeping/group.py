@@ -188,9 +188,5 @@ def member_keys(group: Group, programs: Programs, wave: tuple[Member, ...]) -> j
 
 def pad_members(tree, count: int):
     """Stacked leaves, padded to `count` members with copies of the first one, whose results are discarded."""
-
-    def pad(leaf):
-        missing = count - len(leaf)
-        return jnp.concatenate([leaf, jnp.repeat(leaf[:1], missing, axis=0)]) if missing else leaf
-
-    return jax.tree.map(pad, tree)
+    padding = lambda leaf: jnp.repeat(leaf[:1], count - len(leaf), axis=0)  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf, padding(leaf)]) if len(leaf) < count else leaf, tree)

@@ -68,7 +68,7 @@ def params():
 def begin(config, model, mask):
     """A member's trainable tree and optimizer before step 1; lora_b is drawn too, so that dropout and scale matter at once."""
     draw = np.random.default_rng(config.seed)
-    lora = running.init(model, config.seed)["lora"]
+    lora = decoder.abstract(model)[0]["lora"]
     lora = jax.tree.map(lambda leaf: np.float32(0.1 * draw.normal(size=leaf.shape)), lora)
     trainable, _ = partition.split({"params": None, "lora": lora}, {"params": None, "lora": mask["lora"]})
     schedule = learning_rate_schedule(config.optim, STEPS)
