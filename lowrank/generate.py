@@ -15,8 +15,8 @@ from absl import flags
 
 from lowrank.cli import run as cli
 from lowrank.config import DTYPES, FORMATS
+from lowrank.data.chat import format_chat
 from lowrank.data.examples import encode_prompt
-from lowrank.data.prompts import format_chat
 from lowrank.errors import UserError
 from lowrank.files import paths
 from lowrank.inference import Model, load

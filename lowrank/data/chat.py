@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import functools
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,10 +51,11 @@ Message = dict[str, Any]
 
 
 class Segment(NamedTuple):
-    """A part of an example's text, and whether it is trained."""
+    """A part of an example's text, whether it is trained, and whether EOS ends it (the last part's does always)."""
 
     text: str
     trained: bool
+    ends: bool = False
 
 
 def format_chat(messages: Sequence[Message], tokenizer: Tokenizer, tools: list | None = None) -> str:
@@ -71,9 +71,9 @@ def chat_segments(messages: list[Message], tokenizer: Tokenizer, tools: list | N
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = [i for i in answers if message_is_trained(messages[i])]
-    if not trained:
-        raise UserError("no turn of the assistant is to be trained")
     _refuse_dropped(messages, tokenizer, tools)
+    if not trained:
+        return [[Segment(_render(messages, tokenizer, tools), False)]]
     if _marks_generation(_template(tokenizer)):
         return [_marked_segments(messages, answers, trained, tokenizer, tools)]
     text = _render(messages, tokenizer, tools)
@@ -164,8 +164,8 @@ def _answer_alone(
     elif after.startswith(start):
         answer = after[len(start) :]
     else:
-        before = os.path.commonprefix([before, after])
-        answer = after[len(before) :]
+        shared = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
+        before, answer = after[:shared], after[shared:]
     turn = _until_end(answer, tokenizer)
     return _stopped([Segment(before, False), Segment(turn, True), Segment(answer[len(turn) :], False)], tokenizer)
 

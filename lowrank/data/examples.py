@@ -24,7 +24,7 @@ class Example:
     ids: np.ndarray
     loss_mask: np.ndarray
     index: int
-    truncated: bool = False
+    truncated: bool = False  # cut at data.max_length, or into chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,14 @@ def encode_examples(
     max_length: int,
     train_on_prompt: bool = False,
     path: paths.PathLike = "the data",
+    overflow: str = "truncate",
 ) -> Examples:
-    """Encode records, truncate them to `max_length` inputs, drop those without a trained token. `path` is for errors."""
+    """Encode records, drop those without a trained token. `path` is for errors.
+
+    `overflow`: what is beyond `max_length` inputs is left out ("truncate") or becomes further examples ("chunk", for `text`).
+    """
+    if overflow == "chunk" and format not in ("text", "tokens"):
+        raise UserError(f"data.overflow='chunk' is for texts, which can be cut anywhere; data.format is {format!r}")
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves no room for a prompt and a response: set 2 or more")
     if tokenizer.eos_id is None:
@@ -64,24 +70,16 @@ def encode_examples(
             "the tokenizer has no end-of-sequence token, so a model cannot learn to stop: "
             "name eos_token in the base's tokenizer_config.json"
         )
-    cut, problems = [], []
-    for record in records:
-        try:
-            parts = [part for part in segments(record.fields, format, tokenizer) if part.text]
-            cut.append(parts or [Segment("", False)])
-        except UserError as error:  # the chat template's
-            problems.append((record.where, str(error)))
-    refuse(path, problems)
     examples, dropped = [], 0
-    encode = _encode_chats if format == "chat" else _encode_apart
-    for index, (ids, trained) in enumerate(encode(cut, tokenizer)):
+    for index, ids, trained in _encode(records, format, tokenizer, path):
         mask = np.array(trained[1:], bool) | train_on_prompt
-        truncated = len(mask) > max_length
-        ids, mask = np.array(ids[: max_length + 1], np.int32), mask[:max_length]
-        if mask.any():
-            examples.append(Example(ids, mask, index, truncated))
-        else:
-            dropped += 1
+        ids, longer = np.array(ids, np.int32), len(mask) > max_length
+        # Each chunk begins with the last id of the one before it, so that every target is trained once.
+        starts = range(0, len(mask), max_length) if overflow == "chunk" else [0]
+        chunks = [(ids[start : start + max_length + 1], mask[start : start + max_length]) for start in starts]
+        kept = [Example(*chunk, index, longer) for chunk in chunks if chunk[1].any()]
+        examples += kept
+        dropped += not kept
     if not examples:
         raise UserError(
             f"all {dropped} records of {path} have nothing to learn within data.max_length={max_length}: "
@@ -97,26 +95,58 @@ def encode_prompt(text: str, format: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def split(examples: Examples, n: int) -> tuple[Examples, Examples]:
-    """Training data, and the last `n` examples as evaluation data."""
+    """Training data, and the last `n` examples as evaluation data (more, where one record has given several)."""
     count = len(examples.examples)
     if not 0 < n < count:
         raise UserError(f"data.eval_examples={n} leaves nothing to train on or evaluate: choose 1 to {count - 1}")
-    return Examples(examples.examples[:-n], examples.dropped), Examples(examples.examples[-n:])
+    first = examples.examples[-n].index
+    train = [example for example in examples.examples if example.index < first]
+    if not train:
+        raise UserError(f"data.eval_examples={n} leaves nothing to train on: the data is a single record")
+    return Examples(train, examples.dropped), Examples(examples.examples[len(train) :])
+
+
+def _encode(records, format, tokenizer, path) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """The index of a record, its ids, and for each id whether it is trained; a chat may give several."""
+    if format == "tokens":
+        _check_ids(records, tokenizer, path)
+        for index, record in enumerate(records):
+            ids, labels = record.fields["input_ids"], record.fields["labels"]
+            yield index, ids, [label != -100 for label in labels]
+        return
+    cut, indices, problems = [], [], []
+    for index, record in enumerate(records):
+        try:
+            for parts in segments(record.fields, format, tokenizer):
+                cut.append([part for part in parts if part.text] or [Segment("", False)])
+                indices.append(index)
+        except UserError as error:  # the chat template's
+            problems.append((record.where, str(error)))
+    refuse(path, problems)
+    encoded = (_encode_chats if format == "chat" else _encode_apart)(cut, tokenizer)
+    for index, (ids, trained) in zip(indices, encoded, strict=True):
+        yield index, ids, trained
+
+
+def _check_ids(records: Sequence[Record], tokenizer: Tokenizer, path: paths.PathLike) -> None:
+    largest = [(record.where, max(record.fields["input_ids"])) for record in records]
+    message = f"is beyond the tokenizer's {tokenizer.vocab} tokens"
+    refuse(path, [(where, f"id {number} {message}") for where, number in largest if number >= tokenizer.vocab])
 
 
 def _encode_apart(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each record's ids, and whether each is trained. Segments are encoded one by one, later ones as continuations:
-    together the ids of the whole text."""
+    """Encode segment by segment, later ones as continuations: together the ids of the whole text."""
     first = tokenizer.encode_batch([parts[0].text for parts in cut])
     later = iter(tokenizer.encode_batch([part.text for parts in cut for part in parts[1:]], continues=True))
     for parts, start in zip(cut, first, strict=True):
         ids: list = _bos(start, tokenizer)
         trained = [False] * len(ids)
-        for part in parts:
-            new = start if part is parts[0] else next(later)
-            ids += new
-            trained += [part.trained] * len(new)
         assert tokenizer.eos_id is not None  # `encode_examples` refuses a tokenizer without one
+        for i, part in enumerate(parts):
+            new = start if i == 0 else next(later)
+            end = [tokenizer.eos_id] if part.ends and i < len(parts) - 1 else []
+            ids += new + end
+            trained += [part.trained] * len(new + end)
         yield [*ids, tokenizer.eos_id], [*trained, True]
 
 

@@ -1,131 +1,333 @@
-"""Read files of records (JSON lists, JSON lines, plain text) and check every field.
+"""Records: the rows of files, checked, in the fields of one of five formats.
 
-One idea: a broken record is found before anything is computed, and named by file, line (or item of the list, from 1) and
-field; all of them at once. Left out: columns other than the format's own, which are ignored.
+One idea: a broken record is found before anything is computed, and named by file, line (item of a list, row of a table) and
+field; all of them at once. A field that means something is understood or refused by name, never passed over; a column that no
+format knows is named once.
+
+    alpaca      instruction, output; input, system, history ([[instruction, output], ...]) may be missing
+    chat        messages ([{role, content}, ...]), tools; or ShareGPT's conversations ([{from, value}, ...])
+    completion  prompt, completion
+    text        text, or a .txt file of documents between blank lines
+    tokens      input_ids; labels (-100: not trained) may be missing
+
+`ALIASES` are other people's names for these fields; `columns` gives more of them ({"instruction": "question"}).
 """
 
-import dataclasses
 import json
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from lowrank.data import files
+from lowrank.data.files import refuse
 from lowrank.errors import UserError
 from lowrank.files import paths
 
-ROLES = ("system", "user", "assistant")
-REQUIRED = {"alpaca": ("instruction", "output"), "completion": ("prompt", "completion"), "text": ("text",)}
+FORMATS = ("alpaca", "chat", "completion", "text", "tokens")
+
+FIELDS = {  # of each format: those that must be there, and those that may be missing or null
+    "alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "chat": (("messages",), ("tools", "system")),
+    "completion": (("prompt", "completion"), ()),
+    "text": (("text",), ()),
+    "tokens": (("input_ids",), ("labels", "attention_mask")),
+}
+ALIASES = {
+    "instruction": ("question",),
+    "input": ("context",),
+    "output": ("response", "answer"),
+    "prompt": ("question",),
+    "completion": ("response", "answer"),
+    "messages": ("conversations", "conversation"),
+    "system": ("system_prompt",),
+    "role": ("from",),
+    "content": ("value",),
+}
+NOT_SUPPORTED = {  # what a column of this name asks for, which no format here has
+    **dict.fromkeys(("chosen", "rejected", "kto_tag"), "preference data"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "images, video and sound"),
+    "chat_template_kwargs": "arguments of the chat template",
+}
+ROLES = {  # other people's names for the roles of OpenAI's messages
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
+}
+Columns = Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A checked record and its place: `line 7` of a file of lines or text, `item 7` of a list."""
+class Record(NamedTuple):
+    """The fields of a checked record, and its place in its file."""
 
     fields: dict
     where: str
 
 
-def read_records(where: paths.PathLike, format: str) -> list[Record]:
-    """Every record of a file. `.txt` holds documents separated by blank lines (format `text`), any other file JSON."""
-    path = paths.path(where)
-    text = _read_text(path)
-    if path.suffix == ".txt":
-        if format != "text":
-            raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
-        records = list(_documents(text))
-    elif text.lstrip().startswith("["):
-        try:
-            records = [Record(item, f"item {i}") for i, item in enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({error}): correct it, or write one record per line") from None
-    else:
-        records = _json_lines(path, text)
-    if not records:
-        raise UserError(f"{path} holds no records: give it at least one")
-    refuse(path, [(r.where, problem) for r in records for problem in _problems(r.fields, format)])
+def read_records(
+    where: paths.PathLike, format: str = "auto", columns: Columns | None = None, system: str | None = None
+) -> list[Record]:
+    """Every record of a file (a folder, a pattern), in the fields of its format. "auto": as `find_format` has it.
+
+    `columns`: the names that fields (and roles) have in the file. `system`: the system message of a record without one.
+    """
+    records = []
+    for path in files.find_files(str(where)):
+        rows = files.read_rows(path)
+        if not rows:
+            raise UserError(f"{path} holds no records: give it at least one")
+        records += _read_rows(
+            path, rows, find_format(path, rows, columns) if format == "auto" else format, columns, system
+        )
     return records
 
 
-def refuse(path: paths.PathLike, problems: list[tuple[str, str]]) -> None:
-    """One UserError for the first ten of the problems (where, what) and the number of the others, if there are any."""
-    if problems:
-        shown = "; ".join(f"{where}: {what}" for where, what in problems[:10])
-        rest = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{path} has broken records, correct or remove them: {shown}{rest}")
-
-
-def _read_text(path: paths.Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"data file {path} cannot be read ({error.strerror}): name a JSON or .txt file") from None
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from None
-
-
-def _documents(text: str) -> Iterator[Record]:
-    line = 1
-    for block in re.split(r"(\n(?:[^\S\n]*\n)+)", text):  # keeps the blank lines, to count lines
-        if block.strip():
-            first = line + len(block) - len(block.lstrip("\n"))
-            yield Record({"text": block.strip("\n")}, f"line {first}")
-        line += block.count("\n")
-
-
-def _json_lines(path: paths.Path, text: str) -> list[Record]:
-    records, broken = [], []
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON string may hold U+2028
-        if line.strip():
-            try:
-                records.append(Record(json.loads(line), f"line {i}"))
-            except (ValueError, RecursionError) as error:
-                broken.append((f"line {i}", f"not valid JSON ({error})"))
-    if broken and not records:
-        raise UserError(f"{path} is neither a JSON list nor JSON lines ({': '.join(broken[0])}): one record per line")
-    refuse(path, broken)
-    return records
-
-
-def _problems(fields: object, format: str) -> Iterator[str]:
-    """What is wrong with a record of this format, field by field."""
+def find_format(path: paths.Path, rows: Sequence[files.Row], columns: Columns | None = None) -> str:
+    """The format whose fields the first row has."""
+    fields = rows[0].fields
     if not isinstance(fields, dict):
-        yield f"a record is a JSON object, this is {_kind(fields)}"
-    elif format == "chat":
-        yield from _chat_problems(fields)
+        raise UserError(f"{path}, {rows[0].where}: a record is a JSON object, this is {_kind(fields)}")
+    found = _recognized(fields, columns)
+    if found is None:
+        having = "; ".join(f"{name}: {', '.join(FIELDS[name][0])}" for name in FORMATS)
+        raise UserError(
+            f"{path} has the fields {', '.join(fields) or '(none)'}, which are those of no format ({having}); name them by "
+            "--config.data.columns, such as \"{'instruction': 'question'}\""
+        )
+    return found
+
+
+def _recognized(fields: dict, columns: Columns | None) -> str | None:
+    if "prompt" in fields and isinstance(fields["prompt"], list):
+        return "chat"
+    having = [name for name in ("chat", "tokens", "alpaca", "completion", "text") if _has_all(fields, name, columns)]
+    return having[0] if having else None
+
+
+def _has_all(fields: dict, format: str, columns: Columns | None) -> bool:
+    return all(any(name in fields for name in _names(field, columns)) for field in FIELDS[format][0])
+
+
+def _names(field: str, columns: Columns | None) -> tuple[str, ...]:
+    """What a field may be called."""
+    return (columns[field],) if columns and field in columns else (field, *ALIASES.get(field, ()))
+
+
+def _read_rows(path, rows, format: str, columns: Columns | None, system: str | None) -> list[Record]:
+    if files.is_text(path) and format != "text":
+        raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
+    records, problems, ignored = [], [], {}
+    for row in rows:
+        found: list[str] = []
+        fields = _checked(row.fields, format, columns, system, found, ignored)
+        problems += [(row.where, problem) for problem in found]
+        records.append(Record(fields, row.where))
+    if (
+        problems
+        and isinstance(rows[0].fields, dict)
+        and (other := _recognized(rows[0].fields, columns)) not in (None, format)
+    ):
+        problems[0] = (
+            problems[0][0],
+            f"{problems[0][1]} (the fields are those of data.format={other!r}: say that, or 'auto')",
+        )
+    refuse(path, problems)
+    if ignored:
+        warnings.warn(f"{path}: ignored: {', '.join(ignored)}", stacklevel=2)
+    return records
+
+
+# ---- One record --------------------------------------------------------------------------------------------------------
+
+
+def _checked(row: Any, format: str, columns, system, problems: list[str], ignored: dict) -> dict:
+    """The fields of a row under their own names. What is wrong joins `problems`, columns without a meaning `ignored`."""
+    if not isinstance(row, dict):
+        problems.append(f"a record is a JSON object, this is {_kind(row)}")
+        return {}
+    if format == "chat" and isinstance(row.get("prompt"), list):
+        row = _joined(row, problems)
+    required, optional = FIELDS[format]
+    fields, used = {}, set()
+    for field in required + optional:
+        present = [name for name in _names(field, columns) if row.get(name) not in (None, "", [])]
+        if len(present) > 1:
+            problems.append(f"fields {' and '.join(map(repr, present))} both mean {field}; remove one")
+        known = [name for name in _names(field, columns) if name in row]
+        used.update(known)
+        if known:
+            fields[field] = row[(present or known)[0]]
+        elif field in required:
+            problems.append(f"field '{_names(field, columns)[0]}' is missing (found: {', '.join(row)})")
+    rest = {name: value for name, value in row.items() if name not in used and value not in (None, "", [], {})}
+    meaning = {
+        name for names in FIELDS.values() for field in names[0] + names[1] for name in (field, *ALIASES.get(field, ()))
+    }
+    for name in rest:
+        if name in NOT_SUPPORTED:
+            problems.append(f"field '{name}' is not supported: {NOT_SUPPORTED[name]}; remove it")
+        elif name in meaning - {"text", "prompt"}:  # Alpaca has its prompt in `text`, chats often have it in `prompt`
+            problems.append(
+                f"field '{name}' has no meaning in the {format} format; remove it, or choose another data.format"
+            )
+        else:
+            ignored[name] = None
+    if not problems:
+        _CHECKS[format](fields, columns or {}, problems)
+    if not problems and system:
+        _add_system(fields, format, system)
+    return fields
+
+
+def _joined(row: dict, problems: list[str]) -> dict:
+    """TRL's prompt and completion of messages as one chat, of which the completion is trained."""
+    completion = row.get("completion")
+    if not isinstance(completion, list):
+        problems.append(f"field 'completion' must be a list of messages as 'prompt' is, not {_kind(completion)}")
+        return row
+    before = [message | {"train": False} if isinstance(message, dict) else message for message in row["prompt"]]
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    return {"messages": before + completion, **rest}
+
+
+def _add_system(fields: dict, format: str, system: str) -> None:
+    if format == "alpaca":
+        fields["system"] = fields.get("system") or system
+    elif format == "chat" and fields["messages"][0]["role"] not in ("system", "developer"):
+        fields["messages"].insert(0, {"role": "system", "content": system})
+
+
+def _check_alpaca(fields: dict, columns: Columns, problems: list[str]) -> None:
+    for name in ("instruction", "output", *(name for name in ("input", "system") if fields.get(name) is not None)):
+        problems += _text_problems(fields[name], name)
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
+    ):
+        problems.append("field 'history' must be a list of [instruction, output]")
+
+
+def _check_texts(fields: dict, columns: Columns, problems: list[str]) -> None:
+    for name, value in fields.items():
+        problems += _text_problems(value, name)
+
+
+def _check_tokens(fields: dict, columns: Columns, problems: list[str]) -> None:
+    ids = fields["input_ids"] = _parsed(fields["input_ids"])
+    labels = fields["labels"] = _parsed(fields.get("labels")) or ids
+    for name in ("input_ids", "labels"):
+        if not isinstance(fields[name], list) or not all(type(item) is int for item in fields[name]):
+            problems.append(f"field '{name}' must be a list of token ids")
+            return
+    if len(ids) < 2 or min(ids) < 0:
+        problems.append("field 'input_ids' must hold two or more token ids, none of them negative")
+    if len(labels) != len(ids):
+        problems.append(f"field 'labels' has {len(labels)} items and 'input_ids' {len(ids)}")
+    elif any(label not in (-100, i) for label, i in zip(labels, ids, strict=True)):
+        problems.append("field 'labels' must hold -100 or the id at the same place in 'input_ids'")
+    mask = _parsed(fields.pop("attention_mask", None))
+    if mask is not None and not all(item == 1 for item in mask):
+        problems.append("field 'attention_mask' masks ids; leave padding out of 'input_ids'")
+
+
+def _check_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
+    messages = _parsed(fields["messages"])
+    if not isinstance(messages, list) or not messages:
+        problems.append(f"field 'messages' must be a list of messages, not {_kind(messages) if messages else 'empty'}")
+        return
+    fields["messages"] = [_message(message, f"messages[{i}]", columns, problems) for i, message in enumerate(messages)]
+    if system := fields.pop("system", None):
+        problems += _text_problems(system, "system")
+        if fields["messages"][0].get("role") == "system":
+            problems.append("field 'system' and the first of 'messages' are both the system's message; remove one")
+        fields["messages"].insert(0, {"role": "system", "content": system})
+    fields["tools"] = tools = _parsed(fields.get("tools"))
+    if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
+        problems.append(f"field 'tools' must be a list of objects, not {_kind(tools)}")
+
+
+def _message(message: Any, place: str, columns: Columns, problems: list[str]) -> dict:
+    """A message with OpenAI's names of fields and roles, its content as text and its calls' arguments as objects."""
+    if not isinstance(message, dict):
+        problems.append(f"field '{place}' must be an object with role and content, not {_kind(message)}")
+        return {}
+    renamed = {name: field for field in ("role", "content") for name in _names(field, columns)}
+    message = {
+        renamed.get(name, name): value for name, value in message.items() if value is not None or name in renamed
+    }
+    roles = ROLES | {columns[role]: role for role in set(ROLES.values()) if role in columns}
+    said, role = message.get("role"), None
+    if "role" not in message:
+        problems.append(f"field '{place}.role' is missing")
+    elif not isinstance(said, str) or (role := roles.get(said)) is None:
+        problems.append(f"field '{place}.role' must be one of {', '.join(sorted(set(roles.values())))}, not {said!r}")
+    message["role"] = role
+    if said == "function_call":
+        message["tool_calls"], message["content"] = [_parsed(message.get("content"))], ""
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined_parts(message["content"], place, problems)
+    if calls := _parsed(message.get("tool_calls")):
+        if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+            message["tool_calls"] = [_call(call) for call in calls]
+        else:
+            problems.append(f"field '{place}.tool_calls' must be a list of objects, not {_kind(calls)}")
+    if calls and message.get("content") is None:
+        message["content"] = ""
+    elif "content" not in message:
+        problems.append(f"field '{place}.content' is missing")
     else:
-        for name in REQUIRED[format]:
-            yield from _string_problems(fields, name, name)
-        if format == "alpaca" and fields.get("input") is not None:  # may be missing or null
-            yield from _string_problems(fields, "input", "input")
+        problems += _text_problems(message["content"], f"{place}.content")
+    return message
 
 
-def _chat_problems(fields: dict) -> Iterator[str]:
-    messages = fields.get("messages")
-    if "messages" not in fields:
-        yield "field 'messages' is missing"
-    elif not isinstance(messages, list) or not messages:
-        yield f"field 'messages' must be a list of messages, not {_kind(messages) if messages else 'empty'}"
-    else:
-        for i, message in enumerate(messages):
-            if not isinstance(message, dict):
-                yield f"field 'messages[{i}]' must be an object with role and content, not {_kind(message)}"
-                continue
-            yield from _string_problems(message, "content", f"messages[{i}].content")
-            if message.get("role") not in ROLES:
-                yield f"field 'messages[{i}].role' must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
+def _joined_parts(parts: list, place: str, problems: list[str]) -> str:
+    texts = []
+    for i, part in enumerate(parts):
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        if isinstance(text, str) and (isinstance(part, str) or part.get("type", "text") == "text"):
+            texts.append(text)
+        else:
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            problems.append(f"field '{place}.content[{i}]' is {kind}: only parts of the type text are supported")
+    return "".join(texts)
 
 
-def _string_problems(fields: dict, name: str, path: str) -> Iterator[str]:
-    if name not in fields:
-        yield f"field '{path}' is missing"
-    elif not isinstance(fields[name], str):
-        yield f"field '{path}' must be text, not {_kind(fields[name])}"
-    elif re.search("[\ud800-\udfff]", fields[name]):
-        yield f"field '{path}' holds half a character (a lone surrogate such as \\ud83d)"
+def _call(call: dict) -> dict:
+    """A call of a tool with its arguments as an object, as chat templates expect them; OpenAI has them as JSON in a text."""
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        return call
+    function = function | {"arguments": _parsed(function.get("arguments", {}))}
+    return call | {"function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _parsed(value: Any) -> Any:
+    """The list or object in a text of JSON, as tables hold them; any other value as it is."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def _text_problems(value: Any, place: str) -> Iterator[str]:
+    if not isinstance(value, str):
+        yield f"field '{place}' must be text, not {_kind(value)}"
+    elif re.search("[\ud800-\udfff]", value):
+        yield f"field '{place}' holds half a character (a lone surrogate such as \\ud83d)"
 
 
 def _kind(value: object) -> str:
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), "null")
+
+
+_CHECKS = {
+    "alpaca": _check_alpaca,
+    "chat": _check_chat,
+    "completion": _check_texts,
+    "text": _check_texts,
+    "tokens": _check_tokens,
+}

@@ -117,7 +117,7 @@ def test_the_mask_equals_transformers(tmp_path, char_tokenizer):
 def test_prompt_and_response_apart_have_the_ids_of_the_whole(shared_data, folder):
     tokenizer = load_tokenizer(shared_data / folder)
     data = read_records(shared_data / "alpaca" / "alpaca_9k.json", "alpaca")[:2000]
-    texts = ["".join(part.text for part in segments(record.fields, "alpaca", tokenizer)) for record in data]
+    texts = ["".join(part.text for part in segments(record.fields, "alpaca", tokenizer)[0]) for record in data]
     examples = encode_examples(data, "alpaca", tokenizer, 100_000)
     whole = [[1, *ids, 2] for ids in tokenizer.encode_batch(texts)]
     assert [example.ids.tolist() for example in examples.examples] == whole

@@ -2,7 +2,9 @@
 
 import pytest
 
-from lowrank.data.prompts import DEFAULT_CHAT_TEMPLATE, Segment, format_chat, format_prompt, segments
+from lowrank.data.chat import DEFAULT_TEMPLATE, Segment, format_chat
+from lowrank.data.prompts import format_prompt
+from lowrank.data.prompts import segments as examples_of
 from lowrank.errors import UserError
 
 CHATML = (
@@ -29,6 +31,12 @@ CHATML_SEGMENTS = [
 ]
 
 
+def segments(fields, format, tokenizer):
+    """Those of a record that becomes one example."""
+    (parts,) = examples_of(fields, format, tokenizer)
+    return parts
+
+
 def test_the_alpaca_prompt_word_for_word():
     assert format_prompt("alpaca", "Add.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
@@ -45,7 +53,7 @@ def test_the_alpaca_prompt_word_for_word():
 def test_an_alpaca_record_begins_with_the_prompt_for_generation(char_tokenizer, input):
     fields = {"instruction": "Add.", "input": input, "output": "3"}
     prompt = format_prompt("alpaca", "Add.", input or "")
-    assert segments(fields, "alpaca", char_tokenizer()) == [Segment(prompt, False), Segment("3", True)]
+    assert segments(fields, "alpaca", char_tokenizer()) == [Segment(prompt, False), Segment("3", True, ends=True)]
 
 
 def test_completion_and_text_are_taken_as_they_are(char_tokenizer):
@@ -112,10 +120,33 @@ def test_an_empty_answer_repeats_nothing(char_tokenizer):
     assert parts[-1] == Segment("</s>", True)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(char_tokenizer):
-    forgets = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}"
-    with pytest.raises(UserError, match=r"rewrites earlier turns, so turn 2 .* put {% generation %}"):
-        segments({"messages": CHAT}, "chat", char_tokenizer(chat_template=forgets))
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer(char_tokenizer):
+    # As Qwen 3's own: an empty thought stands before the last answer only.
+    thinks = CHATML.replace(
+        "m.content", "('<think></think>' if loop.last and m.role == 'assistant' else '') + m.content"
+    )
+    tokenizer = char_tokenizer(chat_template=thinks)
+    assert examples_of({"messages": CHAT}, "chat", tokenizer) == [
+        [
+            Segment(format_chat(CHAT[:i], tokenizer), False),
+            Segment(f"<think></think>{CHAT[i]['content']}<|im_end|>", True),
+            Segment("\n", False),
+        ]
+        for i in (1, 3)
+    ]
+
+
+def test_an_answer_follows_the_prompt_of_generation_although_the_template_cuts_thoughts(char_tokenizer):
+    # As DeepSeek-R1's: the prompt begins a thought, and no answer is rendered with its own.
+    cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace(
+        "assistant\n' }}", "assistant\n<think>\n' }}"
+    )
+    tokenizer = char_tokenizer(chat_template=cuts)
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHo"}
+    for answer, trained in ((thought, "hm\n</think>\n\nHo<|im_end|>"), (CHAT[1], "Ho<|im_end|>")):
+        parts = segments({"messages": [CHAT[0], answer]}, "chat", tokenizer)
+        assert parts[:2] == [Segment(format_chat(CHAT[:1], tokenizer), False), Segment(trained, True)]
+        assert parts[0].text.endswith("assistant\n<think>\n")
 
 
 def test_what_hugging_face_gives_a_template(char_tokenizer):
@@ -143,7 +174,7 @@ def test_a_template_that_fails_says_why_in_one_line(char_tokenizer, template, me
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("template", [CHATML, GENERATION, DEFAULT_CHAT_TEMPLATE])
+@pytest.mark.parametrize("template", [CHATML, GENERATION, DEFAULT_TEMPLATE])
 def test_rendering_equals_transformers(char_tokenizer, tmp_path, template):
     transformers = pytest.importorskip("transformers")
     tokenizer = char_tokenizer(chat_template=template)

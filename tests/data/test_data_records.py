@@ -1,5 +1,7 @@
 """Files of records: read as they are, refused by name when they are broken."""
 
+import gzip
+import importlib
 import json
 
 import pytest
@@ -61,7 +63,7 @@ def test_the_corpora_are_read_whole(shared_data):
         ("chat", '{"messages": "hi"}', "field 'messages' must be a list of messages, not text"),
         ("chat", '{"messages": [3]}', r"field 'messages\[0\]' must be an object with role and content, not a number"),
         ("chat", '{"messages": [{"role": "user"}]}', r"field 'messages\[0\].content' is missing"),
-        ("chat", '{"messages": [{"role": "bot", "content": ""}]}', "must be one of system, user, assistant, not 'bot'"),
+        ("chat", '{"messages": [{"role": "robot", "content": ""}]}', "must be one of assistant, .*, user, not 'robot'"),
         ("text", '{"text": "a"}\n{"text"', r"line 2: not valid JSON \(Expecting ':' delimiter"),
         ("text", '{\n"data": []\n}', r"neither a JSON list nor JSON lines \(line 1: not valid"),
         ("text", "[" * 100_000, "a.json: not valid JSON"),
@@ -89,7 +91,183 @@ def test_all_broken_records_are_counted_and_ten_are_shown(tmp_path):
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.json cannot be read \(No such file"):
         read_records(tmp_path / "nowhere.json", "text")
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match="holds no file of data"):
         read_records(tmp_path, "text")
     with pytest.raises(UserError, match="is plain text"):
         read_records(write(tmp_path, "a.txt", "a"), "alpaca")
+
+
+# ---- What people have: the files ---------------------------------------------------------------------------------------
+
+ROWS = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say hi", "input": "", "output": "Hi."}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def arrow(kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    table, sink = pyarrow.Table.from_pylist(ROWS), pyarrow.BufferOutputStream()
+    if kind == "parquet":
+        importlib.import_module("pyarrow.parquet").write_table(table, sink)
+    elif kind == "zst":
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(LINES.encode())
+    else:
+        with (pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream)(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", lambda: gzip.compress(LINES.encode())),
+        ("a.json", lambda: gzip.compress(json.dumps(ROWS).encode())),  # the content decides
+        ("a.csv", lambda: 'instruction,input,output\r\nAdd.,1 2,3\r\n"Say hi",,Hi.\r\n'),
+        ("a.tsv.gz", lambda: gzip.compress(b"instruction\tinput\toutput\nAdd.\t1 2\t3\nSay hi\t\tHi.\n")),
+        ("a.parquet", lambda: arrow("parquet")),
+        ("a.arrow", lambda: arrow("file")),
+        ("a.arrow", lambda: arrow("stream")),
+        ("a.jsonl.zst", lambda: arrow("zst")),
+    ],
+)
+def test_every_kind_of_file_holds_the_same_records(tmp_path, name, content):
+    records = read_records(write(tmp_path, name, content()))
+    assert [{**record.fields} for record in records] == ROWS
+
+
+def test_a_folder_and_a_pattern_are_their_files_by_name(tmp_path):
+    for number, row in enumerate(ROWS):
+        write(tmp_path, f"{number}.jsonl", json.dumps(row))
+    write(tmp_path, "notes.md", "x")
+    for where in (tmp_path, tmp_path / "*.jsonl"):
+        assert [record.fields for record in read_records(where)] == ROWS
+    with pytest.raises(UserError, match="no data file matches"):
+        read_records(tmp_path / "*.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "a,b\n1,2,3\n", "line 2: 3 values for 2 columns"),
+        ("a.csv", 'a,b\n"1,2\n', "not valid CSV"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cannot be unpacked"),
+        ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+        (
+            "a.json",
+            "instruction,output\nAdd,3\n",
+            r"neither a JSON list nor JSON lines .*it begins 'instruction,output",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_records(write(tmp_path, name, content))
+    assert "\n" not in str(error.value)
+
+
+# ---- What people have: the fields --------------------------------------------------------------------------------------
+
+QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+CALL = {"type": "function", "function": {"name": "get_x", "arguments": {"a": 1}}}
+
+
+def read(tmp_path, record, format="auto", **options):
+    (found,) = read_records(write(tmp_path, "a.jsonl", json.dumps(record)), format, **options)
+    return {name: value for name, value in found.fields.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        ({"question": "x", "answer": "y"}, {"instruction": "x", "output": "y"}),
+        ({"instruction": "Q", "context": "C", "response": "R"}, {"instruction": "Q", "input": "C", "output": "R"}),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"},
+            {"messages": [{"role": "system", "content": "S"}, QUESTION, ANSWER]},
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER]},
+            {"messages": [QUESTION, ANSWER]},
+        ),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": "[{}]"},
+            {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [{}]},
+        ),
+        (
+            {"messages": [{"from": "function_call", "value": '{"name": "get_x", "arguments": {"a": 1}}'}]},
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        ),
+        ({"prompt": [QUESTION], "completion": [ANSWER]}, {"messages": [QUESTION | {"train": False}, ANSWER]}),
+        ({"input_ids": [1, 5, 6], "labels": [-100, -100, 6]}, {"input_ids": [1, 5, 6], "labels": [-100, -100, 6]}),
+        ({"text": "a", "attention_mask": []}, {"text": "a"}),
+    ],
+)
+def test_the_fields_that_people_have_are_recognized(tmp_path, record, fields):
+    assert read(tmp_path, record) == fields
+
+
+def test_arguments_of_a_call_are_an_object_as_templates_expect_them(tmp_path):
+    call = {"type": "function", "function": {"name": "get_x", "arguments": '{"a": 1}'}}
+    record = {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert read(tmp_path, record)["messages"][1]["tool_calls"] == [CALL]
+
+
+def test_columns_name_fields_and_roles(tmp_path):
+    assert read(tmp_path, {"q": "x", "a": "y"}, columns={"instruction": "q", "output": "a"}) == {
+        "instruction": "x",
+        "output": "y",
+    }
+    record = {"dialog": [{"who": "U", "says": "Q"}, {"who": "B", "says": "A"}]}
+    columns = {"messages": "dialog", "role": "who", "content": "says", "user": "U", "assistant": "B"}
+    assert read(tmp_path, record, columns=columns) == {"messages": [QUESTION, ANSWER]}
+
+
+def test_the_system_message_of_the_config_is_that_of_records_without_one(tmp_path):
+    system = {"role": "system", "content": "S"}
+    assert read(tmp_path, {"messages": [QUESTION, ANSWER]}, system="S")["messages"] == [system, QUESTION, ANSWER]
+    assert read(tmp_path, {"messages": [system, QUESTION, ANSWER]}, system="T")["messages"] == [
+        system,
+        QUESTION,
+        ANSWER,
+    ]
+    assert read(tmp_path, {"question": "Q", "answer": "A"}, system="S")["system"] == "S"
+
+
+@pytest.mark.parametrize(
+    ("record", "format", "message"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "auto", "fields prompt, chosen, rejected.*of no format"),
+        ({"prompt": "Q", "completion": "A", "rejected": "B"}, "auto", "'rejected' is not supported: preference data"),
+        ({"messages": [QUESTION], "chosen": "A"}, "auto", "'chosen' is not supported"),
+        (
+            {"messages": [QUESTION, ANSWER]},
+            "alpaca",
+            r"'instruction' is missing \(found: messages\).*those of data.format='chat'",
+        ),
+        ({"text": "a", "tools": [1]}, "auto", "field 'tools' has no meaning in the text format"),
+        (
+            {"instruction": "a", "output": "b", "input": "c", "context": "d"},
+            "auto",
+            "'input' and 'context' both mean input",
+        ),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "auto", "'labels' must hold -100 or the id"),
+        (
+            {"messages": [QUESTION | {"content": [{"type": "image_url"}]}]},
+            "auto",
+            r"content\[0\]' is image_url: only parts",
+        ),
+        ({"a": 1}, "auto", "has the fields a, which are those of no format"),
+    ],
+)
+def test_what_a_format_has_no_meaning_for_is_refused_by_name(tmp_path, record, format, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path, record, format)
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_that_no_format_knows_is_named_once(tmp_path):
+    path = write(tmp_path, "a.jsonl", json.dumps({"question": "x", "answer": "y", "category": "z"}) + "\n")
+    with pytest.warns(UserWarning, match="a.jsonl: ignored: category$"):
+        read_records(path)
