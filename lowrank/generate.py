@@ -8,7 +8,6 @@ The text goes to stdout, everything else to stderr. Prompts are put into the for
 without an adapter, or with --format=text, the model gets them as they are.
 """
 
-import json
 import sys
 
 from absl import flags
@@ -17,19 +16,24 @@ from lowrank.cli import run as cli
 from lowrank.config import DTYPES, FORMATS
 from lowrank.data.chat import format_chat
 from lowrank.data.examples import encode_prompt
+from lowrank.data.prompts import read_prompts
 from lowrank.errors import UserError
-from lowrank.files import paths
+from lowrank.generation.decode import Sampling
+from lowrank.generation.text import check_options
 from lowrank.inference import Model, load
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
 flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
-flags.DEFINE_multi_string("prompt", None, "A prompt; may be given several times.")
+flags.DEFINE_multi_string("prompt", None, "A prompt (-: what stdin holds); may be given several times.")
 flags.DEFINE_string(
-    "prompts", None, "A file of prompts: one a line, or JSON lines with `prompt` (or instruction, input)."
+    "prompts",
+    None,
+    "A file of prompts: a text with one a line, or any file of data (prompt; instruction, input; messages).",
 )
 flags.DEFINE_bool("chat", False, "Talk in the terminal; /reset begins anew, /exit or Ctrl-D ends.")
 flags.DEFINE_enum("format", None, FORMATS, "How a prompt is put to the model. Default: as the adapter's data.")
 flags.DEFINE_string("input", "", "The `input` that goes with --prompt in the alpaca format.")
+flags.DEFINE_string("system", None, "The system message before each prompt, or of the chat.")
 flags.DEFINE_integer("max_new_tokens", 256, "Tokens to generate at most.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; higher is more random.", lower_bound=0)
 flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0 is off.", lower_bound=0)
@@ -49,14 +53,15 @@ def main(arguments: list[str]):
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
     if FLAGS.chat and FLAGS.format not in (None, "chat"):
         raise UserError(f"--format={FLAGS.format} does not go with --chat, which uses the chat format; leave one out")
-    if not 0 < FLAGS.top_p <= 1:
-        raise UserError(f"--top_p={FLAGS.top_p} must be above 0 and at most 1")
-    prompts = [(prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
     if FLAGS.prompts is not None:
         prompts = read_prompts(FLAGS.prompts, FLAGS.input)
-    model = load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
+    else:
+        prompts = [(sys.stdin.read() if prompt == "-" else prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
     names = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")
     options = {name: FLAGS[name].value for name in names}
+    check_options(FLAGS.max_new_tokens, FLAGS.stop)
+    Sampling(**{name: options[name] for name in names[2:]})  # refuses bad values before a base is read
+    model = load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
     if FLAGS.chat:
         if model.format not in (None, "chat"):
             print(f"the adapter was trained in the {model.format} format, not for chat", file=sys.stderr)
@@ -64,47 +69,23 @@ def main(arguments: list[str]):
     if model.format and not FLAGS.format:
         print(f"prompts are put into the adapter's format: {model.format} (--format changes it)", file=sys.stderr)
     format = FLAGS.format or model.format or "text"
-    rows = [model.encode(prompt, input, format) for prompt, input in prompts]
+    rows = [model.encode(prompt, input, format, FLAGS.system) for prompt, input in prompts]
     if len(rows) == 1:
         for _, piece in model.stream(rows, **options):
             print(piece, end="", flush=True)
         print()
         return None
     for start in range(0, len(rows), FLAGS.batch_size):
-        texts = model.generate(rows[start : start + FLAGS.batch_size], **options)
+        texts = model.generate(rows[start : start + FLAGS.batch_size], first=start, **options)
         for number, text in enumerate(texts, start=start + 1):
             print(f"=== {number}\n{text}", flush=True)
     return None
 
 
-def read_prompts(file: str, input: str) -> list[tuple[str, str]]:
-    """The (prompt, input) pairs of a file; `input` goes with each prompt of a text file."""
-    path = paths.path(file)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={file} cannot be read ({error}); name a text file with a prompt a line") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise UserError(f"--prompts={file} holds no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return [(line, input) for _, line in numbered]
-    pairs = []
-    for number, line in numbered:
-        try:
-            record = json.loads(line)
-            pair = record.get("prompt", record.get("instruction")), record.get("input") or ""
-        except (ValueError, AttributeError):
-            pair = None, None
-        if not all(isinstance(text, str) for text in pair):
-            raise UserError(f"{file}, line {number}: no JSON object with a `prompt` or an `instruction` that is text")
-        pairs.append(pair)
-    return pairs
-
-
 def chat(model: Model, options: dict) -> None:
     """A conversation in the terminal; each turn sees all turns before it."""
-    messages: list[dict] = []
+    system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+    messages = [*system]
     print("/reset begins anew, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -115,7 +96,7 @@ def chat(model: Model, options: dict) -> None:
         if text == "/exit":
             return
         if text == "/reset":
-            messages.clear()
+            messages = [*system]
         if text in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": text})

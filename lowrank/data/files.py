@@ -47,8 +47,11 @@ def is_text(path: paths.Path) -> bool:
     return _suffix(path) == ".txt"
 
 
-def read_rows(path: paths.Path) -> list[Row]:
-    """Every row of a file; UserError for a file that cannot be read, with all broken lines of one of JSON lines."""
+def read_rows(path: paths.Path, lines: bool = False) -> list[Row]:
+    """Every row of a file; UserError for a file that cannot be read, with all broken lines of one of JSON lines.
+
+    Plain text is documents between blank lines, or `lines`.
+    """
     content = _unpacked(path)
     if content[:4] == b"PAR1":
         return _table_rows(path, content, "parquet")
@@ -60,7 +63,8 @@ def read_rows(path: paths.Path) -> list[Row]:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from None
     if is_text(path):
-        return list(_documents(text))
+        numbered = [Row({"text": line}, f"line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return numbered if lines else list(_documents(text))
     if _suffix(path) in (".csv", ".tsv"):
         return list(_separated_rows(path, text, "\t" if _suffix(path) == ".tsv" else ","))
     return _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)

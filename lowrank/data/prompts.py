@@ -10,7 +10,10 @@ model is prompted with exactly the text it was trained on. What the formats' fie
 """
 
 from lowrank.data.chat import Segment, chat_segments, format_chat
+from lowrank.data.files import read_rows, refuse
 from lowrank.data.tokenizer import Tokenizer
+from lowrank.errors import UserError
+from lowrank.files import paths
 
 ALPACA = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
@@ -67,3 +70,26 @@ def format_prompt(
     assert tokenizer
     messages = [{"role": "system", "content": system}] if system else []
     return format_chat([*messages, {"role": "user", "content": question}], tokenizer)
+
+
+def read_prompts(where: paths.PathLike, input: str = "") -> list[tuple[str | list[dict], str]]:
+    """The prompts of a file, each with its input: a text's lines, or the texts, records or chats in other files of data.
+
+    `input` goes with each prompt that has none of its own.
+    """
+    path = paths.path(where)
+    prompts: list[tuple[str | list[dict], str]] = []
+    problems = []
+    for row in read_rows(path, lines=True):
+        fields = row.fields if isinstance(row.fields, dict) else {"prompt": row.fields}
+        found = [fields[name] for name in ("messages", "prompt", "instruction", "question", "text") if fields.get(name)]
+        own = fields.get("input") or ""
+        is_chat = bool(found) and isinstance(found[0], list) and all(isinstance(one, dict) for one in found[0])
+        if found and (is_chat or isinstance(found[0], str)) and isinstance(own, str):
+            prompts.append((found[0], own or input))
+        else:
+            problems.append((row.where, "no text, and no object with messages, a `prompt` or an `instruction`"))
+    refuse(path, problems)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; write one a line")
+    return prompts

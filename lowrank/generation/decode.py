@@ -6,6 +6,7 @@ has segment 0, which no token attends to. Lengths are rounded up, so that a chat
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank.errors import UserError
 from lowrank.model.attention import empty_cache
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot, dot_tied
@@ -23,12 +25,29 @@ ROUND = 64  # prompt slots and cache slots are multiples of this
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: temperature 0 takes the most likely one; top_k 0 and top_p 1 exclude nothing."""
+    """How the next token is drawn: temperature 0 takes the most likely one; top_k 0 and top_p 1 exclude nothing.
+
+    What is drawn depends on the seed and on a row's number, of which the first row's is `first`.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    first: int = 0
+
+    def __post_init__(self):
+        wrong = []
+        if not 0 <= self.temperature < math.inf:
+            wrong.append(f"temperature={self.temperature} must be 0 or more")
+        if self.top_k < 0:
+            wrong.append(f"top_k={self.top_k} must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            wrong.append(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            wrong.append(f"seed={self.seed} must be 0 or more and below 2**63")
+        if wrong:
+            raise UserError("; ".join(wrong))
 
 
 def generate_ids(
@@ -36,7 +55,7 @@ def generate_ids(
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every row, int [B], `max_new_tokens` times; the caller may stop earlier.
 
-    A row's tokens do not depend on the other rows: each row has its own random key.
+    A row's tokens do not depend on the other rows: each row has its own random key, by its number.
     """
     longest = max(len(prompt) for prompt in prompts)
     width = -(-longest // ROUND) * ROUND
@@ -45,6 +64,7 @@ def generate_ids(
     tokens = np.stack([np.pad(prompt, (pad, 0)) for prompt, pad in zip(prompts, pads, strict=True)]).astype(np.int32)
     segments = (np.arange(slots) >= pads[:, None]).astype(np.int32)
     settings = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+    settings += (jnp.int32(sampling.first),)
     key = jax.random.key(sampling.seed)
     layouts = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(variables))
     meshes = (layout.mesh for layout in layouts if isinstance(layout, NamedSharding))
@@ -65,7 +85,7 @@ def _prefill(model: Decoder, sharding: NamedSharding | None, variables, segments
     empty = empty_cache(model.config, rows, segments.shape[1], model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], empty, 0, segments)
-    return _sample(model, hidden[:, -1], head, key, settings, sharding), cache
+    return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
 
 
 @functools.partial(lazy_jit, static_argnums=(0, 1), donate_argnums=6)
@@ -73,13 +93,18 @@ def _decode(model, sharding, variables, segments, pads, settings, cache, token, 
     positions = (slot - pads)[:, None]
     row = (token[:, None], positions, jnp.ones_like(positions))
     hidden, head, cache = model.apply(variables, *row, cache, slot, segments)
-    return _sample(model, hidden[:, -1], head, key, settings, sharding), cache
+    return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
 
 
-def _sample(model: Decoder, last, head, key, settings, sharding: NamedSharding | None) -> jax.Array:
-    """last [B, D], head [D, V] -> int32 [B], laid out as `sharding`. Top-k comes first, then the smallest set that holds top_p."""
-    temperature, top_k, top_p = settings
-    logits = dot_tied(last, head.T) if model.config.tied_head else dot(last, head)
+def _last_logits(model: Decoder, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """hidden [B, T, D], head [D, V] -> float32 [B, V] of each row's last token."""
+    last = hidden[:, -1]
+    return dot_tied(last, head.T) if model.config.tied_head else dot(last, head)
+
+
+def _sample(logits: jax.Array, key: jax.Array, settings, sharding: NamedSharding | None) -> jax.Array:
+    """float32 [B, V] -> int32 [B], laid out as `sharding`. Top-k comes first, then the smallest set that holds top_p."""
+    temperature, top_k, top_p, first = settings
     rows, vocab = logits.shape
 
     def draw(logits):
@@ -91,7 +116,7 @@ def _sample(model: Decoder, last, head, key, settings, sharding: NamedSharding |
         before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all likelier tokens
         kept = jnp.isfinite(descending) & (before < top_p)
         threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
         return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= threshold, logits, -jnp.inf))
 
     chosen = jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits)

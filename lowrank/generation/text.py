@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
-from lowrank.data import examples, prompts
+from lowrank.data import chat, examples, prompts
 from lowrank.data.tokenizer import Tokenizer
 from lowrank.errors import UserError
 from lowrank.generation.decode import Sampling, generate_ids
 from lowrank.model.decoder import Decoder
 
 
-def encode_prompt(prompt: str, input: str, format: str, tokenizer: Tokenizer) -> list[int]:
-    """A prompt (and, in the alpaca format, its `input`) -> the ids that generation starts from, as in training."""
-    return examples.encode_prompt(prompts.format_prompt(format, prompt, input, tokenizer), format, tokenizer)
+def encode_prompt(prompt: str, input: str, format: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
+    """A prompt (with `input` and a system message) -> the ids that generation starts from, as in training."""
+    return examples.encode_prompt(prompts.format_prompt(format, prompt, input, tokenizer, system), format, tokenizer)
 
 
 def complete(
@@ -24,6 +24,16 @@ def complete(
     return texts
 
 
+def check_options(max_new_tokens: int, stop: str | Sequence[str]) -> Sequence[str]:
+    """-> the texts of `stop`. UserError for what would end every text."""
+    stop = (stop,) if isinstance(stop, str) else stop
+    if "" in stop:
+        raise UserError("stop holds an empty text, which every text contains; leave it out")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    return stop
+
+
 def stream_text(
     model: Decoder,
     variables: dict,
@@ -33,15 +43,17 @@ def stream_text(
     stop: Sequence[str],
     sampling: Sampling,
 ) -> Iterator[tuple[int, str]]:
-    """Continue each row of ids; yield (row, piece of text) until each has met EOS, a stop string or its length."""
+    """Continue each row of ids; yield (row, piece of text) until each has met what ends a text or a turn, a stop string or
+    its length."""
     if not rows:
         return
+    stop = check_options(max_new_tokens, stop)
     limit, lengths = model.config.max_length, [len(prompt) for prompt in rows]
     if max(lengths) >= limit:
         raise UserError(f"a prompt of {max(lengths)} tokens leaves no room: the model reads {limit}; shorten it")
     if min(lengths) == 0:
         raise UserError("an empty prompt needs a tokenizer with a BOS token; this one has none: write some text")
-    ends = {*model.config.eos_ids, tokenizer.eos_id}
+    ends = {*model.config.eos_ids, *chat.end_ids(tokenizer), *(tokenizer.markers.get(text) for text in stop)}
     ids: list[list[int]] = [[] for _ in rows]
     sent = [0] * len(rows)  # characters of each row's text that were yielded
     running = list(range(len(rows)))

@@ -1,10 +1,11 @@
 """Export what a run trained in a form that others load: a PEFT adapter, or a Hugging Face model with it merged in.
 
-An export is done only when it was loaded back and computes the trained model's logits; a failure leaves nothing. Its README.md
-is a model card.
+It stands in `inference` because an export is done only when it was loaded back and computes the trained model's logits. The
+folder gets its name last, so a failure leaves nothing that looks like an export. Its README.md is a model card.
 """
 
 import dataclasses
+import json
 import pathlib
 import warnings
 from typing import NamedTuple
@@ -15,8 +16,10 @@ import numpy as np
 
 from lowrank.adapters.lora import padding_size
 from lowrank.config import Config
-from lowrank.data.tokenizer import load_tokenizer, write_tokenizer
+from lowrank.data import chat
+from lowrank.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
 from lowrank.errors import UserError
+from lowrank.families.config import ModelConfig
 from lowrank.families.sizes import SIZES
 from lowrank.files import lines, paths
 from lowrank.files.new_folder import carry, new_folder
@@ -96,6 +99,7 @@ def export(
             write_huggingface(folder, params, written, dtype=dtype)
             if source and not run.tokenizer:
                 carry(source.folder, folder, ["generation_config.json"])
+            write_ends(folder, written, tokenizer)
             del params
         if format == "merged" or run.tokenizer:  # an adapter goes with its base's, unless it has one of its own
             write_tokenizer(tokenizer, folder)
@@ -108,7 +112,9 @@ def export(
                 f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
                 f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try dtype=float32"
             )
-        facts = {"name": to.absolute().name, "format": format, "dtype": dtype, "tolerance": TOLERANCE[dtype]}
+        facts = {"name": to.absolute().name, "format": format, "dtype": dtype, "difference": difference}
+        facts["tolerance"] = TOLERANCE[dtype]
+        facts["ends"] = sorted({*architecture.eos_ids, *chat.end_ids(tokenizer)})
         card = model_card(
             record=workdir_lib.read_record(run_folder),
             lines=lines.read_lines(run_folder / "metrics.jsonl"),
@@ -116,10 +122,22 @@ def export(
             lora=lora,
             trained=partition.count(trained) - (padding_size(lora, architecture) if lora else 0),
             base=base_name,
-            export=facts | {"difference": difference},
+            export=facts,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(to, dtype, difference)
+
+
+def write_ends(folder: pathlib.Path, architecture: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write what ends a text into generation_config.json: what ends a turn of the chat template, too, first."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"bos_token_id": architecture.bos_id}
+    ends = settings.get("eos_token_id", architecture.eos_ids)
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    missing = [i for i in sorted(chat.end_ids(tokenizer), key=lambda i: i == tokenizer.eos_id) if i not in ends]
+    settings["eos_token_id"] = [i for i in (*missing, *ends) if i is not None]
+    if missing or not file.is_file():
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_trained(run: Config, adapter: Adapter, base: Base | None) -> Model:

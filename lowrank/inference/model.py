@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lowrank.data import examples
+from lowrank.data.chat import format_chat
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.generation.decode import Sampling
 from lowrank.generation.text import encode_prompt, stream_text
@@ -38,9 +40,22 @@ class Model:
         """int [B, T] -> float32 [B, T, V]; each row is one text, its first token at position 0."""
         return _logits(self.model, self.variables, jnp.asarray(ids, jnp.int32))
 
-    def encode(self, prompt: str, input: str = "", format: str = "text") -> list[int]:
-        """The ids that a prompt in this format starts generation from, as in training; `input` is alpaca's."""
-        return encode_prompt(prompt, input, format, self.tokenizer)
+    def encode(
+        self, prompt: str | Sequence[dict], input: str = "", format: str = "text", system: str | None = None
+    ) -> list[int]:
+        """The ids that a prompt in this format (or a chat's messages) starts generation from, as in training.
+
+        `input` is alpaca's; `system` a system message before the prompt.
+        """
+        if isinstance(prompt, str):
+            return encode_prompt(prompt, input, format, self.tokenizer, system)
+        messages = [{"role": "system", "content": system}] if system else []
+        return examples.encode_prompt(format_chat([*messages, *prompt], self.tokenizer), "chat", self.tokenizer)
+
+    def chat(self, messages: Sequence[dict], tools: list | None = None, **options) -> str:
+        """The assistant's next turn after `messages` ({"role", "content"}); `options`: those of `stream`."""
+        prompt = examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
+        return self.generate([prompt], **options)[0]
 
     def generate(self, prompts: str | Sequence[Prompt], **options) -> list[str]:
         """The continuation of each prompt; `options`: those of `stream`."""
@@ -53,9 +68,10 @@ class Model:
     def stream(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, stop: Sequence[str] = (), **sampling
     ) -> Iterator[tuple[int, str]]:
-        """Continue each prompt, up to EOS, a string of `stop` (left out), or `max_new_tokens` -> (row, piece of text).
+        """Continue each prompt, up to the end of a text or of a turn, a string of `stop` (left out), or `max_new_tokens`
+        -> (row, piece of text).
 
-        `sampling`: temperature (0: greedy), top_k, top_p, seed.
+        `sampling`: temperature (0: greedy), top_k, top_p, seed, first (the number of the first prompt, by which it draws).
         """
         rows = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         options = (max_new_tokens, stop, Sampling(**sampling))

@@ -18,6 +18,7 @@ PROMPTS = {
     "chat": "It was trained on conversations: render them with the tokenizer's chat template.",
     "completion": "It was trained to go on from prompts as they are, after a BOS token.",
     "text": "It was trained on plain texts, each after a BOS token.",
+    "tokens": "It was trained on token ids that others had made.",
 }
 
 
@@ -27,7 +28,7 @@ def model_card(
     """Markdown with the hub's header.
 
     `record` is the run's config.json, `lines` its metrics, `trained` the number of trained parameters, `base` what to
-    load the base by; `export` says name, format ("peft" | "merged"), dtype, difference and tolerance.
+    load the base by; `export` says name, format ("peft" | "merged"), dtype, difference, tolerance and ends (the ids).
     """
     config, is_peft = record["config"], export["format"] == "peft"
     is_here = paths.is_remote(base) or pathlib.Path(base).exists()
@@ -118,6 +119,8 @@ python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
     vllm = ""
     if rank and lora and not lora.uneven:  # vLLM takes one rank and one alpha for all modules
         vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}\n"
+    # What ends a trained turn is not always what the base's own generation_config.json says.
+    ends = f"\nmodel.generation_config.eos_token_id = {export['ends']}" if form == "chat" else ""
     download = "" if is_here else f"\n\n(`DIR`: the folder that `{base}` was downloaded to.)"  # no name on a hub
     return f"""```python
 from peft import PeftModel
@@ -125,7 +128,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name if config["tokenizer"] else base}")
 base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{name}")
+model = PeftModel.from_pretrained(base, "{name}"){ends}
 ```
 
 ```
