@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import ml_collections
 
 from lowrank.adapters.lora import TARGETS, LoraConfig
-from lowrank.data.records import FORMATS
+from lowrank.data.records import FORMATS, NAMES
 from lowrank.errors import UserError
 from lowrank.files.nested import set_path
 from lowrank.model.decoder import REMAT
@@ -74,17 +74,29 @@ def _check_ranks(table: tuple[tuple[str, tuple[int, ...]], ...]) -> str | None:
     return f"more than 0 somewhere ({', '.join(idle)}: leave it out of lora.targets)" if idle else None
 
 
+def _check_columns(columns: tuple[tuple[str, str], ...]) -> str | None:
+    unknown = [name for name, _ in columns if name not in NAMES]
+    return f"names of {', '.join(NAMES)} ({', '.join(unknown)} is none)" if unknown else None
+
+
 # ---- The config ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data. `max_length` counts inputs; `eval_examples` are taken off the end of `train`."""
+    """The data: files, folders or patterns. `max_length` counts inputs; `eval_examples` are taken off the end of `train`.
+
+    `columns`: what fields are called in the data. `system`: the system message of records without one. `overflow`: what
+    becomes of a text beyond `max_length`.
+    """
 
     train: str | None = None
     eval: str | None = None
     eval_examples: Annotated[int, NOT_NEGATIVE] = 0
-    format: Annotated[str, one_of(FORMATS)] = "alpaca"
+    format: Annotated[str, one_of(("auto", *FORMATS))] = "auto"
+    columns: Annotated[tuple[tuple[str, str], ...], _check_columns] = ()
+    system: str | None = None
+    overflow: Annotated[str, one_of(("truncate", "chunk"))] = "truncate"
     max_length: Annotated[int, at_least(2, " (a BOS and a token)")] = 512
     packing: bool = True
     shuffle: bool = True
@@ -292,6 +304,13 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
         if isinstance(value, str):
             return str(value)
         raise ValueError("a string")
+    if kind == COLUMNS:
+        table = literal(value) if isinstance(value, Unparsed) else value
+        if isinstance(table, (dict, tuple, list)) and all(
+            isinstance(text, str) for pair in dict(table).items() for text in pair
+        ):
+            return tuple(sorted(dict(table).items()))
+        raise ValueError("names of columns such as {'instruction': 'question'}")
     if kind in PER_TARGET:
         return _per_target(literal(value) if isinstance(value, Unparsed) else value, *PER_TARGET[kind])
     if typing.get_origin(kind) is tuple:
@@ -311,6 +330,7 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
     raise ValueError({int: "a whole number", float: "a number", bool: "True or False"}[kind])
 
 
+COLUMNS = tuple[tuple[str, str], ...]  # the annotation of `data.columns`
 # Of `lora.ranks` and `lora.alphas`: the annotation -> the type of a value, and what it should be.
 RANKS, ALPHAS = tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[str, tuple[float, ...]], ...]
 PER_TARGET = {

@@ -61,8 +61,6 @@ def encode_examples(
 
     `overflow`: what is beyond `max_length` inputs is left out ("truncate") or becomes further examples ("chunk", for `text`).
     """
-    if overflow == "chunk" and format not in ("text", "tokens"):
-        raise UserError(f"data.overflow='chunk' is for texts, which can be cut anywhere; data.format is {format!r}")
     if max_length < 2:
         raise UserError(f"data.max_length={max_length} leaves no room for a prompt and a response: set 2 or more")
     if tokenizer.eos_id is None:
@@ -71,6 +69,9 @@ def encode_examples(
             "name eos_token in the base's tokenizer_config.json"
         )
     examples, dropped = [], 0
+    format = one_format(records, path) if format == "auto" else format
+    if overflow == "chunk" and format not in ("text", "tokens"):
+        raise UserError(f"data.overflow='chunk' is for texts, which can be cut anywhere; data.format is {format!r}")
     for index, ids, trained in _encode(records, format, tokenizer, path):
         mask = np.array(trained[1:], bool) | train_on_prompt
         ids, longer = np.array(ids, np.int32), len(mask) > max_length
@@ -86,6 +87,14 @@ def encode_examples(
             "set a larger one, or data.train_on_prompt"
         )
     return Examples(examples, dropped)
+
+
+def one_format(records: Sequence[Record], path: paths.PathLike) -> str:
+    """The format of all the records. UserError for several."""
+    formats = {record.format: record.where for record in records}
+    if len(formats) > 1:
+        raise UserError(f"the files of {path} are of the formats {', '.join(formats)}; give those of one format")
+    return next(iter(formats))
 
 
 def encode_prompt(text: str, format: str, tokenizer: Tokenizer) -> list[int]:

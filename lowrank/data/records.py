@@ -49,20 +49,27 @@ NOT_SUPPORTED = {  # what a column of this name asks for, which no format here h
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "images, video and sound"),
     "chat_template_kwargs": "arguments of the chat template",
 }
+FIELDS_OF_MESSAGES = ("role", "content")
 ROLES = {  # other people's names for the roles of OpenAI's messages
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **dict.fromkeys(("human",), "user"),
     **dict.fromkeys(("gpt", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
 }
+NAMES = tuple(
+    dict.fromkeys(
+        [*(field for names in FIELDS.values() for field in names[0] + names[1]), *FIELDS_OF_MESSAGES, *ROLES.values()]
+    )
+)
 Columns = Mapping[str, str]
 
 
 class Record(NamedTuple):
-    """The fields of a checked record, and its place in its file."""
+    """The fields of a checked record, its place in its file, and its format."""
 
     fields: dict
     where: str
+    format: str = ""
 
 
 def read_records(
@@ -117,12 +124,12 @@ def _names(field: str, columns: Columns | None) -> tuple[str, ...]:
 def _read_rows(path, rows, format: str, columns: Columns | None, system: str | None) -> list[Record]:
     if files.is_text(path) and format != "text":
         raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
-    records, problems, ignored = [], [], {}
+    records, problems, ignored = [], [], dict[str, None]()
     for row in rows:
         found: list[str] = []
         fields = _checked(row.fields, format, columns, system, found, ignored)
         problems += [(row.where, problem) for problem in found]
-        records.append(Record(fields, row.where))
+        records.append(Record(fields, row.where, format))
     if (
         problems
         and isinstance(rows[0].fields, dict)
@@ -252,7 +259,7 @@ def _message(message: Any, place: str, columns: Columns, problems: list[str]) ->
     if not isinstance(message, dict):
         problems.append(f"field '{place}' must be an object with role and content, not {_kind(message)}")
         return {}
-    renamed = {name: field for field in ("role", "content") for name in _names(field, columns)}
+    renamed = {name: field for field in FIELDS_OF_MESSAGES for name in _names(field, columns)}
     message = {
         renamed.get(name, name): value for name, value in message.items() if value is not None or name in renamed
     }

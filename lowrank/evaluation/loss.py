@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from lowrank.config import Config, DataConfig
 from lowrank.data import loader
 from lowrank.data.batch import to_devices
-from lowrank.data.examples import Examples, encode_examples
+from lowrank.data.examples import Examples, encode_examples, one_format
 from lowrank.data.records import read_records
 from lowrank.errors import UserError
 from lowrank.files import lines, paths
@@ -90,10 +90,12 @@ def evaluate(
             f"max_length={settings.max_length} is more than the model reads ({source.config.max_length}); "
             f"give {source.config.max_length} or less"
         )
-    records, losses, fingerprints = read_records(data, settings.format), [], set()
+    records = read_records(data, settings.format, dict(settings.columns), settings.system)
+    settings = dataclasses.replace(settings, format=one_format(records, data))
+    losses, fingerprints = [], set()
     for opened in adapters:
         model = load(source, opened, dtype=dtype, mesh=mesh)
-        options = (settings.max_length, settings.train_on_prompt, data)
+        options = (settings.max_length, settings.train_on_prompt, data, settings.overflow)
         examples = encode_examples(records, settings.format, model.tokenizer, *options)
         fingerprints.add(loader.fingerprint(examples))
         if len(fingerprints) > 1:

@@ -54,7 +54,7 @@ def configured_run(config: Config, fill: float) -> Workload | None:
     """The run over its data, else its steps over rows filled to `fill`; None where neither data nor steps are known."""
     steps, tokenizer = config.train.steps, config.tokenizer or config.base
     if config.data.train and tokenizer and all(paths.path(each).exists() for each in (config.data.train, tokenizer)):
-        train, _ = read_data(config, load_tokenizer(tokenizer))
+        _, train, _ = read_data(config, load_tokenizer(tokenizer))
         rows, fill = packing.packed_rows(train, **row_shape(config))
         steps = steps_over(rows, config)
         name = f"the configured run over {config.data.train}"

@@ -5,6 +5,7 @@ Whatever a user can get wrong with these is refused here, before anything heavy 
 
 import dataclasses
 import functools
+import hashlib
 import math
 
 import jax
@@ -17,6 +18,7 @@ from lowrank.data import examples as examples_lib
 from lowrank.data import loader, packing
 from lowrank.data.batch import Batch
 from lowrank.data.examples import Examples
+from lowrank.data.files import find_files
 from lowrank.data.records import read_records
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
@@ -38,6 +40,7 @@ class RunInputs:
     base: Base | None  # None: a model is trained from scratch
     architecture: ModelConfig
     tokenizer: Tokenizer
+    format: str  # of the records
     train: Examples
     held_out: Examples | None
     rows: int  # of an epoch in file order; shuffled, it differs by a few
@@ -47,10 +50,10 @@ class RunInputs:
 
 def prepare(config: Config) -> RunInputs:
     base, architecture, tokenizer = find_model(config)
-    train, held_out = read_data(config, tokenizer)
+    format, train, held_out = read_data(config, tokenizer)
     rows, fill = packing.packed_rows(train, **row_shape(config))
     refuse_other_layers(config.lora, architecture.layers)
-    return RunInputs(base, architecture, tokenizer, train, held_out, rows, fill, steps_over(rows, config))
+    return RunInputs(base, architecture, tokenizer, format, train, held_out, rows, fill, steps_over(rows, config))
 
 
 def steps_over(rows: int, config: Config) -> int:
@@ -69,9 +72,15 @@ def identity(config: Config, inputs: RunInputs) -> dict:
         "base": inputs.base.fingerprint if inputs.base else f"from scratch, seed {config.seed}",
         "architecture": dataclasses.asdict(inputs.architecture),
         "tokenizer": workdir_lib.file_hash(inputs.tokenizer.path),
-        "data.train": workdir_lib.file_hash(config.data.train),
-        "data.eval": workdir_lib.file_hash(config.data.eval),
+        "data.train": data_hash(config.data.train),
+        "data.eval": data_hash(config.data.eval),
     }
+
+
+def data_hash(where: str | None) -> str | None:
+    """Of the content of data's files; of one file it is its own."""
+    hashes = [workdir_lib.file_hash(file) for file in find_files(where)] if where else [None]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(repr(hashes).encode()).hexdigest()[:32]
 
 
 def facts(config: Config, run_identity: dict) -> dict[str, str]:
@@ -120,32 +129,37 @@ def architecture_of(config: Config, base: Base | None) -> ModelConfig | None:
     return found
 
 
-def read_data(config: Config, tokenizer: Tokenizer) -> tuple[Examples, Examples | None]:
-    """-> the training examples; the held-out ones or None."""
+def read_data(config: Config, tokenizer: Tokenizer) -> tuple[str, Examples, Examples | None]:
+    """-> the records' format; the training examples; the held-out ones or None."""
     data = config.data
     if not data.train:
-        raise UserError(f"config.data.train is missing; say --config.data.train=FILE, in the {data.format} format")
-    if config.eval.answers and (data.format == "text" or data.train_on_prompt):
+        raise UserError("config.data.train is missing; say --config.data.train=FILE")
+    records = read_records(data.train, data.format, dict(data.columns), data.system)
+    format = examples_lib.one_format(records, data.train)
+    if config.eval.answers and (format == "text" or data.train_on_prompt):
         raise UserError(
             "config.eval.answers needs examples with a prompt and a response: not text, not train_on_prompt"
         )
 
-    def encode(file):
-        records = read_records(file, data.format)
-        return examples_lib.encode_examples(
-            records, data.format, tokenizer, data.max_length, data.train_on_prompt, path=file
-        )
+    def encode(records, file):
+        options = (data.max_length, data.train_on_prompt, file, data.overflow)
+        return examples_lib.encode_examples(records, format, tokenizer, *options)
 
-    train = encode(data.train)
+    train = encode(records, data.train)
     if data.eval:
-        return train, encode(data.eval)
+        return format, train, encode(read_records(data.eval, format, dict(data.columns), data.system), data.eval)
     if data.eval_examples:
-        return examples_lib.split(train, data.eval_examples)
+        return format, *examples_lib.split(train, data.eval_examples)
     if config.eval.every or config.eval.answers:
         raise UserError(
             "config.eval is set but there is nothing to evaluate on; set config.data.eval or data.eval_examples"
         )
-    return train, None
+    return format, train, None
+
+
+def with_format(config: Config, format: str) -> Config:
+    """The config with the format that `auto` has found."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, format=format))
 
 
 def row_shape(config: Config) -> dict:

@@ -137,6 +137,7 @@ def prepare_run(
             "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
         )
     inputs = inputs_lib.prepare(config)
+    config = inputs_lib.with_format(config, inputs.format)
     identity = inputs_lib.identity(config, inputs)
     facts = inputs_lib.facts(config, identity)
     distributed.refuse_differences(facts, "give all of them the same command, code and files")

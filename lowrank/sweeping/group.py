@@ -17,7 +17,7 @@ from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import compile_once
 from lowrank.runs.adapter import Adapter, check_init_adapter, read_init_adapter, refuse_other_layers, with_ranks_of
-from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, steps_over
+from lowrank.runs.inputs import RunInputs, check_mesh, initial_variables, prepare, steps_over, with_format
 from lowrank.runs.setup import model_of
 from lowrank.sweeping import members as members_lib
 from lowrank.sweeping.grid import Member, SweepConfig
@@ -65,6 +65,7 @@ def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
     key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, mode)
     inputs = known.get(key) or prepare(config)
     known[key] = inputs = dataclasses.replace(inputs, steps=steps_over(inputs.rows, config))
+    members = [dataclasses.replace(m, config=with_format(m.config, inputs.format)) for m in members]
     start = None
     if config.init_adapter:
         start = read_init_adapter(config, inputs.base)
