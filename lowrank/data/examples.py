@@ -100,7 +100,7 @@ def one_format(records: Sequence[Record], path: paths.PathLike) -> str:
 def encode_prompt(text: str, format: str, tokenizer: Tokenizer) -> list[int]:
     """The ids that generation starts from: those that an example of this format begins with."""
     ids = tokenizer.encode_markup([text])[0][0] if format == "chat" else tokenizer.encode(text)
-    return [*_bos(ids, tokenizer), *ids]
+    return [*_bos(ids, tokenizer, format == "chat"), *ids]
 
 
 def split(examples: Examples, n: int) -> tuple[Examples, Examples]:
@@ -167,10 +167,11 @@ def _encode_chats(cut: list[list[Segment]], tokenizer: Tokenizer) -> Iterator[tu
         count = np.append(0, np.cumsum(flags))  # trained characters before each character
         start, end = np.array(offsets, int).reshape(-1, 2).T
         end = np.clip(end, start + 1, len(text))  # of a character in byte tokens only the last one has a width
-        bos = _bos(ids, tokenizer)
+        bos = _bos(ids, tokenizer, is_chat=True)
         yield bos + ids, [False] * len(bos) + (count[end] > count[start]).tolist()
 
 
-def _bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """[BOS], or [] where there is none or a chat template has written it."""
-    return [] if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]
+def _bos(ids: list[int], tokenizer: Tokenizer, is_chat: bool = False) -> list[int]:
+    """[BOS], or [] where the tokenizer puts none, or it stands there. In a chat the base's template alone writes it."""
+    is_templated = is_chat and tokenizer.chat_template is not None
+    return [] if is_templated or tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]

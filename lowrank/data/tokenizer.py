@@ -41,7 +41,15 @@ class Tokenizer:
     `eos_token` are texts, `bos_id` and `eos_id` the ids that an example begins and ends with (None: none).
     """
 
-    def __init__(self, path: paths.Path, pieces: dict[str, int], markers: dict[str, int], bos="", eos=""):
+    def __init__(
+        self,
+        path: paths.Path,
+        pieces: dict[str, int],
+        markers: dict[str, int],
+        bos="",
+        eos="",
+        processor: dict | None = None,
+    ):
         folder = path.parent
         config = _read_json(folder / "tokenizer_config.json")
         self.path = path
@@ -49,8 +57,13 @@ class Tokenizer:
         self.markers = markers
         self.bos_token = _edge_token(folder, "bos", pieces, bos)
         self.eos_token = _edge_token(folder, "eos", pieces, eos)
-        # With add_bos_token: false (Qwen) no BOS stands before a text; a chat template may still write one.
-        self.bos_id = None if config.get("add_bos_token") is False else pieces.get(self.bos_token)
+        # BOS stands before a text where the folder's own tokenizer writes one: a tokenizer.json says it by its
+        # post-processor alone, for a SentencePiece model the settings may say no.
+        if processor is None:
+            writes_bos = config.get("add_bos_token") is not False
+        else:
+            writes_bos = _writes(processor, self.bos_token)
+        self.bos_id = pieces.get(self.bos_token) if writes_bos else None
         self.eos_id = pieces.get(self.eos_token)
         self.chat_template = _chat_template(folder, config)
 
@@ -122,18 +135,22 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: paths.Path, spec: dict | None = None, bos="", eos=""):
         # Files saved after training often truncate and pad; and the post-processor excludes spaces from offsets.
-        spec = (spec or _read_json(path)) | {"truncation": None, "padding": None, "post_processor": None}
+        read = _read_json(path) if spec is None else {}
+        processor = None if spec else read.get("post_processor") or {}
+        spec = (spec or read) | {"truncation": None, "padding": None, "post_processor": None}
         try:
             self.fresh = tokenizers.Tokenizer.from_str(json.dumps(spec))
             stages = {stage: _without_prefix(spec.get(stage)) for stage in ("normalizer", "pre_tokenizer", "decoder")}
             self.continuing = self.fresh  # mostly the same, and a large one takes a second to build
             if spec | stages != spec:
                 self.continuing = tokenizers.Tokenizer.from_str(json.dumps(spec | stages))
+            for tokenizer in (self.fresh, self.continuing):
+                tokenizer.add_tokens(_declared_tokens(path.parent, tokenizer))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer ({error}): copy it from the base again") from None
         added = self.fresh.get_added_tokens_decoder().items()
         markers = {token.content: i for i, token in added if token.special}
-        super().__init__(path, self.fresh.get_vocab(with_added_tokens=True), markers, bos, eos)
+        super().__init__(path, self.fresh.get_vocab(with_added_tokens=True), markers, bos, eos, processor)
 
     def encode_batch(self, texts, continues=False):
         tokenizer = self.continuing if continues else self.fresh
@@ -264,6 +281,36 @@ def _edge_token(folder: paths.Path, name: str, pieces: dict[str, int], own: str)
         if number is not None:
             return next((text for text, i in pieces.items() if i == number), "")
     return ""
+
+
+def _writes(processor: dict, token: str) -> bool:
+    """Whether the post-processor of a tokenizer.json puts the token before a text."""
+    first = [
+        step.get("single", [{}])[0].get("SpecialToken", {}).get("id")
+        for step in processor.get("processors", [processor])
+    ]
+    return bool(token) and (token in first or processor.get("cls", [None])[0] == token)
+
+
+def _declared_tokens(folder: paths.Path, tokenizer: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
+    """The tokens that only tokenizer_config.json declares; transformers adds them to those of tokenizer.json."""
+    config = _read_json(folder / "tokenizer_config.json")
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    declared = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
+    settings = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    named = [config.get(f"{name}_token") for name in ("bos", "eos", "pad")]
+    texts = {token["content"] if isinstance(token, dict) else token for token in named}
+    texts |= {text for text in config.get("additional_special_tokens") or () if isinstance(text, str)}
+    tokens = {}
+    for _, token in declared:
+        options = {name: token[name] for name in settings if name in token}
+        options["special"] = bool(options.get("special")) or token["content"] in texts
+        tokens[token["content"]] = tokenizers.AddedToken(token["content"], **options)
+    for text in sorted(
+        text for text in texts if text and text not in tokens and tokenizer.token_to_id(text) is not None
+    ):
+        tokens[text] = tokenizers.AddedToken(text, special=True)
+    return [token for text, token in tokens.items() if text not in known]
 
 
 def _chat_template(folder: paths.Path, config: dict) -> str | None:

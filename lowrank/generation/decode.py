@@ -37,17 +37,14 @@ class Sampling:
     first: int = 0
 
     def __post_init__(self):
-        wrong = []
-        if not 0 <= self.temperature < math.inf:
-            wrong.append(f"temperature={self.temperature} must be 0 or more")
-        if self.top_k < 0:
-            wrong.append(f"top_k={self.top_k} must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            wrong.append(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            wrong.append(f"seed={self.seed} must be 0 or more and below 2**63")
-        if wrong:
-            raise UserError("; ".join(wrong))
+        wrong = {
+            f"temperature={self.temperature} must be 0 or more": not 0 <= self.temperature < math.inf,
+            f"top_k={self.top_k} must be 0 (off) or more": self.top_k < 0,
+            f"top_p={self.top_p} must be above 0 and at most 1": not 0 < self.top_p <= 1,
+            f"seed={self.seed} must be 0 or more and below 2**63": not 0 <= self.seed < 2**63,
+        }
+        if any(wrong.values()):
+            raise UserError("; ".join(problem for problem, holds in wrong.items() if holds))
 
 
 def generate_ids(
@@ -85,7 +82,7 @@ def _prefill(model: Decoder, sharding: NamedSharding | None, variables, segments
     empty = empty_cache(model.config, rows, segments.shape[1], model.dtype)
     positions = jnp.maximum(jnp.arange(width)[None, :] - pads[:, None], 0)
     hidden, head, cache = model.apply(variables, tokens, positions, segments[:, :width], empty, 0, segments)
-    return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
+    return _sample(model, hidden[:, -1], head, key, settings, sharding), cache
 
 
 @functools.partial(lazy_jit, static_argnums=(0, 1), donate_argnums=6)
@@ -93,18 +90,13 @@ def _decode(model, sharding, variables, segments, pads, settings, cache, token, 
     positions = (slot - pads)[:, None]
     row = (token[:, None], positions, jnp.ones_like(positions))
     hidden, head, cache = model.apply(variables, *row, cache, slot, segments)
-    return _sample(_last_logits(model, hidden, head), key, settings, sharding), cache
+    return _sample(model, hidden[:, -1], head, key, settings, sharding), cache
 
 
-def _last_logits(model: Decoder, hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """hidden [B, T, D], head [D, V] -> float32 [B, V] of each row's last token."""
-    last = hidden[:, -1]
-    return dot_tied(last, head.T) if model.config.tied_head else dot(last, head)
-
-
-def _sample(logits: jax.Array, key: jax.Array, settings, sharding: NamedSharding | None) -> jax.Array:
-    """float32 [B, V] -> int32 [B], laid out as `sharding`. Top-k comes first, then the smallest set that holds top_p."""
+def _sample(model: Decoder, last, head, key, settings, sharding: NamedSharding | None) -> jax.Array:
+    """last [B, D], head [D, V] -> int32 [B], laid out as `sharding`. Top-k comes first, then the smallest set that holds top_p."""
     temperature, top_k, top_p, first = settings
+    logits = dot_tied(last, head.T) if model.config.tied_head else dot(last, head)
     rows, vocab = logits.shape
 
     def draw(logits):

@@ -1,7 +1,7 @@
 """Export what a run trained in a form that others load: a PEFT adapter, or a Hugging Face model with it merged in.
 
-It stands in `inference` because an export is done only when it was loaded back and computes the trained model's logits. The
-folder gets its name last, so a failure leaves nothing that looks like an export. Its README.md is a model card.
+An export is done only when it was loaded back and computes the trained model's logits; a failure leaves nothing. Its README.md
+is a model card.
 """
 
 import dataclasses
@@ -112,8 +112,7 @@ def export(
                 f"export {to} did not compute what was trained and is removed: logits differed by {difference:.2g} of the "
                 f"largest, more than {TOLERANCE[dtype]:g} for {dtype}; try dtype=float32"
             )
-        facts = {"name": to.absolute().name, "format": format, "dtype": dtype, "difference": difference}
-        facts["tolerance"] = TOLERANCE[dtype]
+        facts = {"name": to.absolute().name, "format": format, "dtype": dtype, "tolerance": TOLERANCE[dtype]}
         facts["ends"] = sorted({*architecture.eos_ids, *chat.end_ids(tokenizer)})
         card = model_card(
             record=workdir_lib.read_record(run_folder),
@@ -122,14 +121,14 @@ def export(
             lora=lora,
             trained=partition.count(trained) - (padding_size(lora, architecture) if lora else 0),
             base=base_name,
-            export=facts,
+            export=facts | {"difference": difference},
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(to, dtype, difference)
 
 
 def write_ends(folder: pathlib.Path, architecture: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Write what ends a text into generation_config.json: what ends a turn of the chat template, too, first."""
+    """Write what ends a text into generation_config.json; what ends a turn of the chat template comes first."""
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"bos_token_id": architecture.bos_id}
     ends = settings.get("eos_token_id", architecture.eos_ids)

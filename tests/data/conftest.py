@@ -13,14 +13,16 @@ MARKERS = {"<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4}
 
 @pytest.fixture
 def char_tokenizer(tmp_path):
-    """char_tokenizer(**tokenizer_config) -> a Tokenizer; its folder is tmp_path."""
+    """char_tokenizer(**tokenizer_config) -> a Tokenizer that puts BOS before a text (`writes_bos`); its folder is tmp_path."""
 
-    def make(**config):
+    def make(writes_bos=True, **config):
         codes = [10, *range(32, 127)]
         model = tokenizers.models.BPE(vocab={chr(i): i for i in codes} | MARKERS, merges=[])
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.decoder = tokenizers.decoders.Fuse()
         tokenizer.add_special_tokens(list(MARKERS))
+        if writes_bos:
+            tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         config = {"bos_token": "<s>", "eos_token": "</s>"} | config
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

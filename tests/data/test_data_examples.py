@@ -42,7 +42,7 @@ def test_text_and_train_on_prompt_learn_everything_after_bos(char_tokenizer):
 
 
 def test_without_bos_an_example_begins_with_its_prompt(char_tokenizer):
-    tokenizer = char_tokenizer(add_bos_token=False)
+    tokenizer = char_tokenizer(writes_bos=False)
     example = only(encode_examples(records(completion("ab", "c")), "completion", tokenizer, 8))
     assert example == ([97, 98, 99, 2], [False, True, True])
     assert encode_prompt("a", "completion", tokenizer) == [97]
@@ -79,12 +79,46 @@ def test_a_chat_trains_the_assistants_turns_and_has_one_bos(char_tokenizer, temp
     tokenizer = char_tokenizer(chat_template="{{ bos_token }}" + template)
     ids, mask = only(encode_examples(records({"messages": CHAT}), "chat", tokenizer, 99))
     assert ids[:2] == [1, 3] and ids.count(1) == 1
-    assert (
-        ids == only(encode_examples(records({"messages": CHAT}), "chat", char_tokenizer(chat_template=template), 99))[0]
-    )
+    without = char_tokenizer(chat_template=template)  # as transformers: no BOS but the template's own
+    assert ids[1:] == only(encode_examples(records({"messages": CHAT}), "chat", without, 99))[0]
     learnt = [i for i, trained in zip(ids[1:], mask, strict=True) if trained]
     assert learnt == [*map(ord, "Ho"), 4, *map(ord, "No"), 4]
     assert ids[1:][mask.index(True) - 1] == 10  # "\n" of "<|im_start|>assistant\n": a model answers from here
+
+
+def test_a_chat_that_gives_several_examples_is_not_split_between_training_and_evaluation(char_tokenizer):
+    thinks = CHATML.replace("m.content", "('~' if loop.last and m.role == 'assistant' else '') + m.content")
+    data = records({"messages": CHAT}, {"messages": CHAT[:2]}, {"messages": CHAT})
+    examples = encode_examples(data, "chat", char_tokenizer(chat_template=thinks), 99)
+    assert [example.index for example in examples.examples] == [0, 0, 1, 2, 2]
+    train, held_out = split(examples, 1)
+    assert [[e.index for e in each.examples] for each in (train, held_out)] == [[0, 0, 1], [2, 2]]
+
+
+def test_a_history_is_trained_turn_by_turn(char_tokenizer):
+    fields = {"instruction": "c", "output": "d", "system": "S", "history": [["a", "b"]]}
+    tokenizer = char_tokenizer()
+    ids, mask = only(encode_examples(records(fields), "alpaca", tokenizer, 999))
+    turn = "\n\n### Instruction:\n{}\n\n### Response:\n"
+    expected = [1, *map(ord, "S" + turn.format("a")), ord("b"), 2, *map(ord, turn.format("c")), ord("d"), 2]
+    assert ids == expected
+    assert [i for i, trained in zip(ids[1:], mask, strict=True) if trained] == [ord("b"), 2, ord("d"), 2]
+
+
+def test_token_ids_are_taken_as_they_are(char_tokenizer):
+    data = records({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]})
+    assert only(encode_examples(data, "tokens", char_tokenizer(), 9)) == ([5, 6, 7], [False, True])
+    with pytest.raises(UserError, match="line 1: id 999 is beyond the tokenizer's 127 tokens"):
+        encode_examples(records({"input_ids": [5, 999], "labels": [5, 999]}), "tokens", char_tokenizer(), 9)
+
+
+def test_a_long_text_becomes_chunks_in_which_every_target_is_trained_once(char_tokenizer):
+    whole = [1, *map(ord, "abcdefg"), 2]
+    examples = encode_examples(records({"text": "abcdefg"}), "text", char_tokenizer(), 3, overflow="chunk").examples
+    assert [example.ids.tolist() for example in examples] == [whole[0:4], whole[3:7], whole[6:9]]
+    assert [target for example in examples for target in example.ids[1:].tolist()] == whole[1:]
+    with pytest.raises(UserError, match="overflow='chunk' is for texts"):
+        encode_examples(records(completion("a", "b")), "completion", char_tokenizer(), 3, overflow="chunk")
 
 
 def test_a_prompt_has_the_ids_its_example_begins_with(char_tokenizer):

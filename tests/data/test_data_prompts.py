@@ -1,8 +1,10 @@
 """What a model reads: the words of a prompt, and which turns of a chat it learns."""
 
+import re
+
 import pytest
 
-from lowrank.data.chat import DEFAULT_TEMPLATE, Segment, format_chat
+from lowrank.data.chat import DEFAULT_TEMPLATE, Segment, _takes_parts, end_ids, format_chat
 from lowrank.data.prompts import format_prompt
 from lowrank.data.prompts import segments as examples_of
 from lowrank.errors import UserError
@@ -147,6 +149,94 @@ def test_an_answer_follows_the_prompt_of_generation_although_the_template_cuts_t
         parts = segments({"messages": [CHAT[0], answer]}, "chat", tokenizer)
         assert parts[:2] == [Segment(format_chat(CHAT[:1], tokenizer), False), Segment(trained, True)]
         assert parts[0].text.endswith("assistant\n<think>\n")
+
+
+def test_nothing_in_a_message_moves_the_mask(char_tokenizer):
+    tricks = [{"role": "user", "content": "a\ufdd0b\ufdd1"}, {"role": "assistant", "content": "\ufdd1c\ufdd0"}]
+    parts = segments({"messages": tricks}, "chat", char_tokenizer(chat_template=GENERATION))
+    assert parts == [
+        Segment("<|im_start|>user\na\ufdd0b\ufdd1<|im_end|>\n<|im_start|>assistant\n", False),
+        Segment("\ufdd1c\ufdd0<|im_end|>", True),
+        Segment("\n", False),
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_says_so_is_not_trained(char_tokenizer, template, off):
+    messages = [CHAT[0], CHAT[1] | off, *CHAT[2:]]
+    parts = segments({"messages": messages}, "chat", char_tokenizer(chat_template=template))
+    assert [part.text for part in parts if part.trained] == ["No<|im_end|>"]
+    assert "".join(part.text for part in parts) == "".join(part.text for part in CHATML_SEGMENTS)
+
+
+def test_tools_are_shown_or_refused_by_name(char_tokenizer):
+    tools = [{"type": "function", "function": {"name": "get_x"}}]
+    shows = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    parts = segments({"messages": CHAT[:2], "tools": tools}, "chat", char_tokenizer(chat_template=shows))
+    assert parts[0].text.startswith('[{"type": "function", "function": {"name": "get_x"}}]<|im_start|>user')
+    call = {"type": "function", "function": {"name": "get_x", "arguments": {}}}
+    calls = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(UserError, match=r"does not show 'tools', 'messages\[1\].tool_calls'; remove them"):
+        segments({"messages": calls, "tools": tools}, "chat", char_tokenizer(chat_template=CHATML))
+
+
+def test_a_chat_may_begin_with_the_assistant(char_tokenizer):
+    greeting = [{"role": "assistant", "content": "Welcome"}, *CHAT[:2]]
+    parts = segments({"messages": greeting}, "chat", char_tokenizer(chat_template=CHATML))
+    assert [part.text for part in parts if part.trained] == ["Welcome<|im_end|>", "Ho<|im_end|>"]
+    assert parts[0].text == "<|im_start|>assistant\n"
+
+
+def test_content_is_given_in_parts_to_a_template_that_shows_only_those(char_tokenizer):
+    in_parts = CHATML.replace("m.content", "m.content[0]['text']").replace("{% for m", "{% for m", 1)
+    in_parts = in_parts.replace("{{ '<|im_start|>'", "{% set _ = m.content[0].text.strip() %}{{ '<|im_start|>'")
+    assert segments({"messages": CHAT}, "chat", char_tokenizer(chat_template=in_parts)) == CHATML_SEGMENTS
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "ends"),
+    [
+        (CHATML, "</s>", {2, 4}),  # what ends a turn is not EOS
+        (CHATML, "<|im_end|>", {4}),
+        (CHATML.replace("<|im_end|>\n", "<|im_end|></s>"), "</s>", {2}),  # EOS is there, so it ends a turn
+        (None, "</s>", {2}),
+    ],
+)
+def test_what_ends_a_trained_turn_ends_generation(char_tokenizer, template, eos, ends):
+    assert end_ids(char_tokenizer(chat_template=template, eos_token=eos)) == ends
+
+
+@pytest.mark.parametrize("chat", [CHAT[:2], [{"role": "system", "content": "Sys"}, *CHAT]])
+def test_chats_through_real_templates_train_the_answers(char_tokenizer, shared_data, chat):
+    """The answers and nothing of the questions; in the text that transformers renders, or after its prompt of generation."""
+    jinja = pytest.importorskip("transformers.utils.chat_template_utils")
+    equal = after_prompt = 0
+    for file in sorted((shared_data / "real_files" / "templates").glob("*.jinja")):
+        template = file.read_text(encoding="utf-8")
+        tokenizer = char_tokenizer(chat_template=template)
+        try:
+            examples = examples_of({"messages": chat}, "chat", tokenizer)
+        except UserError as error:
+            assert "does not take these messages" in str(error), file.name  # two that refuse a system message
+            continue
+        trained = "".join(part.text for parts in examples for part in parts if part.trained)
+        assert "Ho" in trained and ("No" in trained or len(chat) == 2), file.name
+        assert "Hi" not in trained and "More" not in trained, file.name
+        text = "".join(part.text for part in examples[-1])
+        in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
+        messages = in_parts if _takes_parts(template) else chat
+        options = {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"}
+        (theirs,), _ = jinja.render_jinja_template([messages], **options)
+        (prompt,), _ = jinja.render_jinja_template([messages[:-1]], **options, add_generation_prompt=True)
+        # Their dates are today's.
+        text, theirs, prompt = (
+            re.sub(r"\d\d \w{3,9} 20\d\d|20\d\d-\d\d-\d\d", "", each) for each in (text, theirs, prompt)
+        )
+        is_equal = text.removesuffix("</s>") == theirs.removesuffix("</s>")
+        assert is_equal or text.startswith(prompt), file.name
+        equal, after_prompt = equal + is_equal, after_prompt + (not is_equal)
+    assert (equal, after_prompt) == ((57, 9) if len(chat) == 2 else (53, 12))
 
 
 def test_what_hugging_face_gives_a_template(char_tokenizer):

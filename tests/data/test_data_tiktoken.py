@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lowrank.data import tiktoken
-from lowrank.data.prompts import chat_segments, format_chat
+from lowrank.data.chat import chat_segments, format_chat
 from lowrank.data.tokenizer import check_vocab, load_tokenizer
 from lowrank.errors import UserError
 
@@ -126,7 +126,7 @@ def test_a_chat_is_written_as_meta_writes_it(llama3):
         "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert [part.text for part in chat_segments(messages[:3], llama3) if part.trained] == ["Hello!<|eot_id|>"]
+    assert [part.text for part in chat_segments(messages[:3], llama3)[0] if part.trained] == ["Hello!<|eot_id|>"]
 
 
 def test_settings_beside_a_tiktoken_file_go_first(made_up, tmp_path):

@@ -106,9 +106,24 @@ def test_bos_and_eos_come_from_the_settings_then_the_models_config(char_tokenize
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_token) == (1, 4, "<|im_end|>")
 
 
-@pytest.mark.parametrize("config", [{"bos_token": None}, {"add_bos_token": False}])
+@pytest.mark.parametrize("config", [{"bos_token": None}, {"writes_bos": False}])
 def test_a_model_that_never_saw_bos_gets_none(char_tokenizer, config):
     assert char_tokenizer(**config).bos_id is None
+
+
+def test_markers_that_only_the_settings_declare_are_markers(char_tokenizer, tmp_path):
+    char_tokenizer()
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["added_tokens"] = []  # their texts are in the vocabulary still
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    declared = {"3": {"content": "<|im_start|>", "special": True}, "4": {"content": "<|im_end|>", "special": True}}
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": declared}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.markers == {"<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4}
+    assert tokenizer.encode_markup(["<|im_start|>a<|im_end|>"])[0][0] == [3, 97, 4]
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("<|im_start|>a<|im_end|></s>", add_special_tokens=False).input_ids == [3, 97, 4, 2]
 
 
 def test_the_template_file_goes_before_the_settings(char_tokenizer, tmp_path):
