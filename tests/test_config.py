@@ -57,7 +57,7 @@ def test_what_a_file_leaves_out_has_the_defaults_of_the_contract(write):
         TARGETS,
         "standard",
     )
-    assert (c.data.format, c.data.max_length, c.data.packing, c.data.shuffle) == ("alpaca", 512, True, True)
+    assert (c.data.format, c.data.max_length, c.data.packing, c.data.shuffle) == ("auto", 512, True, True)
     assert (c.optim.learning_rate, c.optim.schedule, c.optim.clip_norm, c.optim.eps) == (2e-4, "constant", 1.0, 1e-8)
     assert (c.optim.b1, c.optim.b2, c.optim.warmup_steps, c.optim.weight_decay) == (0.9, 0.999, 0, 0.0)
     assert (c.mesh.data, c.mesh.fsdp, c.mesh.tensor) == (-1, 1, 1)

@@ -12,7 +12,9 @@ import running
 import lowrank
 import lowrank.data.tokenizer
 from lowrank import inference
+from lowrank.data.tokenizer import load_tokenizer
 from lowrank.errors import UserError
+from lowrank.inference.export import write_ends
 from lowrank.weights.base import read_base
 from lowrank.weights.convert import convert
 
@@ -154,6 +156,16 @@ def test_the_card_of_a_merged_model_names_the_base_as_told(trained, tmp_path):
     ):
         assert said in card
     assert "(step 6)" not in card
+
+
+def test_what_ends_a_turn_stands_in_the_generation_config(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    tokenizer.markers["<|im_end|>"] = 7
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 9}')
+    write_ends(tmp_path, read_base(base).config, tokenizer)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written == {"temperature": 0.5, "eos_token_id": [7, tokenizer.eos_id, 9]}
 
 
 def test_tokenizer_chat_template_and_generation_config_come_along(base, trained, tmp_path):

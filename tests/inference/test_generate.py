@@ -14,6 +14,7 @@ import safetensors.numpy
 
 import lowrank
 from lowrank.data.prompts import ALPACA
+from lowrank.errors import UserError
 from lowrank.generation.decode import Sampling, generate_ids
 
 PROMPTS = ["One morning Flora had a feast.", "One", "One morning Oscar met Maya at the fair. Oscar carries", ""]
@@ -102,6 +103,34 @@ def test_sampling_is_decided_by_the_seed(model):
     assert sampled(top_k=1, seed=1) == greedy
     assert sampled(top_p=1e-6, seed=1) == greedy
     assert sampled(temperature=1e-4, seed=1) == greedy
+
+
+def test_what_is_drawn_depends_on_a_prompts_number_and_on_no_batch(model):
+    sampling = {"max_new_tokens": 16, "temperature": 1.0, "seed": 1}
+    together = model.generate(["Once"] * 4, **sampling)
+    assert len(set(together)) == 4
+    assert together == [*model.generate(["Once"] * 2, **sampling), *model.generate(["Once"] * 2, first=2, **sampling)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0, "top_k": -5}, "temperature=-1.0 must be 0 or more; top_k=-5 must be 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be 0 or more and below"),
+        ({"stop": [""]}, "stop holds an empty text"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be 1 or more"),
+    ],
+)
+def test_options_that_would_give_wrong_texts_are_refused(model, options, message):
+    with pytest.raises(UserError, match=message):
+        model.generate("Once", **options)
+
+
+def test_a_stop_may_be_one_text(model):
+    (text,) = model.generate("Once upon a time, Tom", max_new_tokens=24)
+    word = text.split()[2]
+    assert model.generate("Once upon a time, Tom", max_new_tokens=24, stop=word) == [text.partition(word)[0]]
 
 
 def test_a_sampled_row_does_not_depend_on_the_length_of_its_neighbour(model):
