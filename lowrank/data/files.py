@@ -7,6 +7,7 @@ name decides between texts. Parquet, Arrow and .zst need `pyarrow`, the extra `d
 import csv
 import glob
 import gzip
+import importlib
 import io
 import json
 import re
@@ -117,9 +118,7 @@ def _table_rows(path: paths.Path, content: bytes, kind: str) -> list[Row]:
     source = pyarrow.BufferReader(content)
     try:
         if kind == "parquet":
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(source)
+            table = importlib.import_module("pyarrow.parquet").read_table(source)
         elif content[:6] == b"ARROW1":
             table = pyarrow.ipc.open_file(source).read_all()
         else:
