@@ -208,7 +208,7 @@ def data_missing(given):
     return given.train(f"data.train={given.folder / 'no_such.json'}")
 
 
-@case("cannot be read (Is a directory)")
+@case("holds no file of data")
 def data_is_a_folder(given):
     return given.train(f"data.train={given.folder}")
 
@@ -233,7 +233,7 @@ def data_with_a_broken_line(given):
     return given.data('{"instruction": "a", "output": "b"}\n{"instruction": "a",\n', name="data.jsonl")
 
 
-@case("item 2: field 'output' is missing; item 3: field 'instruction' must be text, not a number")
+@case("item 2: field 'output' is missing (found: instruction); item 3: field 'instruction' must be text, not a number")
 def data_with_missing_and_wrong_fields(given):
     records = [{"instruction": "a", "output": "b"}, {"instruction": "a"}, {"instruction": 1, "output": "b"}]
     return given.data(json.dumps(records))
@@ -351,7 +351,7 @@ def generate_with_two_kinds_of_prompts(given):
     return words_of(given, "--prompt=x", "--chat")
 
 
-@case("--prompts=", "cannot be read", command="generate")
+@case("no.txt cannot be read", command="generate")
 def prompts_missing(given):
     return words_of(given, f"--prompts={given.folder / 'no.txt'}")
 
@@ -362,25 +362,25 @@ def prompts_empty(given):
     return words_of(given, f"--prompts={given.folder / 'p.txt'}")
 
 
-@case("p.jsonl, line 2", command="generate")
+@case("p.jsonl has broken records", "line 2", command="generate")
 def prompts_broken(given):
-    (given.folder / "p.jsonl").write_text('{"prompt": "x"}\n{"question": "x"}\n')
+    (given.folder / "p.jsonl").write_text('{"prompt": "x"}\n{"colour": "x"}\n')
     return words_of(given, f"--prompts={given.folder / 'p.jsonl'}")
 
 
-@case("p.jsonl, line 1", command="generate")
+@case("p.jsonl has broken records", "line 1", command="generate")
 def prompt_of_the_wrong_type(given):
     (given.folder / "p.jsonl").write_text('{"prompt": 5}\n')
     return words_of(given, f"--prompts={given.folder / 'p.jsonl'}")
 
 
-@case("p.jsonl, line 1", command="generate")
+@case("p.jsonl has broken records", "line 1", command="generate")
 def prompt_that_is_no_object(given):
-    (given.folder / "p.jsonl").write_text('"prompt"\n')
+    (given.folder / "p.jsonl").write_text('17\n')
     return words_of(given, f"--prompts={given.folder / 'p.jsonl'}")
 
 
-@case("--top_p=1.5 must be", command="generate")
+@case("top_p=1.5 must be", command="generate")
 def top_p_too_large(given):
     return words_of(given, "--prompt=x", "--top_p=1.5")
 
