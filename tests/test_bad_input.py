@@ -376,7 +376,7 @@ def prompt_of_the_wrong_type(given):
 
 @case("p.jsonl has broken records", "line 1", command="generate")
 def prompt_that_is_no_object(given):
-    (given.folder / "p.jsonl").write_text('17\n')
+    (given.folder / "p.jsonl").write_text("17\n")
     return words_of(given, f"--prompts={given.folder / 'p.jsonl'}")
 
 

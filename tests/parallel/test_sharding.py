@@ -204,6 +204,7 @@ def test_no_gradient_of_the_base_is_summed_and_no_more_than_the_adapter(sizes):
     assert summed + summed_over_data * fsdp >= adapter / tensor  # but its own gradient has to be
 
 
+@pytest.mark.slow
 def test_the_same_look_at_full_fine_tuning_finds_gradients_of_the_base():
     run = Run((8, 1, 1), mode="full")
     found = of_base(reductions(run), run.mesh)

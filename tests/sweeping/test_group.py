@@ -70,6 +70,7 @@ def test_over_devices_each_gets_as_many(planned):
     assert sizes(found, 10**10) == (5, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_estimate_is_near_what_the_compiler_says(planned, remat):
     found = planned(f"--config.remat={remat}", "--config.data.max_length=256", "--config.train.batch_size=8")

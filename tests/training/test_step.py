@@ -162,6 +162,7 @@ def test_base_stays_and_every_adapter_leaf_moves(variables, plain):
         assert (leaf != before).any(axis=(1, 2)).all(), name  # in every layer
 
 
+@pytest.mark.slow
 def test_full_mode_moves_every_leaf(variables):
     trained, history, _ = run_steps(variables, model=dataclasses.replace(MODEL, lora=None), mode="full")
     assert set(trained) == {"params"}
