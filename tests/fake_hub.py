@@ -18,7 +18,7 @@ import threading
 import urllib.parse
 from unittest import mock
 
-HOST = "127.0.0.1"
+HOST, CDN = "127.0.0.1", "localhost"  # of two names, as there
 LARGE = (".safetensors", ".bin", ".model", ".parquet", ".pth", ".gguf", ".onnx")  # kept as LFS files
 TOKEN = "hf_goodToken"  # of the account `me`, which may write to the organisation `org`
 
@@ -320,7 +320,9 @@ def serving(cache: pathlib.Path, token: str | None = None):
         servers.append(http.server.ThreadingHTTPServer((HOST, 0), type("OfHub", (kind,), {"hub": hub})))
         servers[-1].daemon_threads = True
         threading.Thread(target=servers[-1].serve_forever, args=[0.02], daemon=True).start()
-    hub.address, hub.cdn = (f"http://{HOST}:{server.server_port}" for server in servers)
+    hub.address, hub.cdn = (
+        f"http://{host}:{server.server_port}" for host, server in zip((HOST, CDN), servers, strict=True)
+    )
     environment = {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(cache),

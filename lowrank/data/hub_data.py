@@ -42,7 +42,7 @@ def data_files(where: paths.PathLike) -> list[paths.Path]:
         return [paths.path(where)]
     name, revision, config, split = found.groups()
     with hub.hub_errors(name, revision, "dataset"):
-        repository = hub.open_repository(name, revision, "dataset", settings=[CARD, ATTRIBUTES])
+        repository = hub.open_repository(name, revision, "dataset", [CARD, ATTRIBUTES])
         table, default = _declared(repository)
         if not table and f"{name.partition('/')[2]}.py" not in repository.files:
             table = {"default": splits} if (splits := _by_name(repository.files)) else {}
@@ -113,7 +113,7 @@ def _converted(repository: hub.Repository) -> tuple[hub.Repository, Table]:
     from huggingface_hub import errors
 
     try:
-        copy = hub.open_repository(repository.name, PARQUET, "dataset", settings=[ATTRIBUTES])
+        copy = hub.open_repository(repository.name, PARQUET, "dataset", [ATTRIBUTES])
     except errors.RevisionNotFoundError:
         found = ", ".join(sorted({pathlib.PurePath(name).suffix or name for name in repository.files}))
         raise UserError(

@@ -71,8 +71,9 @@ def adapter_folder(where: paths.PathLike) -> paths.Path:
 def _folder(where: paths.PathLike, settings: Iterable[str], choose: Callable[[Repository], list[str]]) -> paths.Path:
     if not (found := match(where)):
         return paths.path(where)
-    with hub_errors(*found.groups()):
-        repository = open_repository(*found.groups(), settings=settings)
+    name, revision = found.groups()
+    with hub_errors(name, revision):
+        repository = open_repository(name, revision, "model", settings)
         fetch(repository, choose(repository))
         return repository.folder
 
@@ -115,47 +116,44 @@ def _weights(repository: Repository) -> list[str]:
 # ---- Downloading -----------------------------------------------------------------------------------------------------
 
 
-def open_repository(name: str, revision: str | None, kind: str = "model", settings: Iterable[str] = ()) -> Repository:
-    """Resolve the revision, list the files, and fetch those of `settings` that are there: small ones, read at once.
+def open_repository(name: str, revision: str | None, kind: str, settings: Iterable[str]) -> Repository:
+    """Find the revision's commit, list its files, and fetch those of `settings` that are there: small ones.
 
-    A commit's list of files is cached too, so that without the hub nobody takes a part for the whole.
+    The list is kept in the cache too, so that without the hub nobody takes a part for the whole.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    class Quiet(huggingface_hub.utils.tqdm):  # most often everything is there
+    class Quiet(huggingface_hub.utils.tqdm):  # most often everything is in the cache
         def __init__(self, *args, **options):
             super().__init__(*args, **options | {"disable": True})
 
-    at = huggingface_hub.HfApi().resolve_revision(
-        name, repo_type=kind, revision=revision, local_files_only=constants.HF_HUB_OFFLINE
-    )
-    options = {"repo_type": kind, "revision": at}
-    folder = pathlib.Path(
-        huggingface_hub.snapshot_download(name, **options, allow_patterns=list(settings), tqdm_class=Quiet)
-    )
+    options = {"repo_type": kind, "local_files_only": constants.HF_HUB_OFFLINE}
+    at = huggingface_hub.HfApi().resolve_revision(name, revision=revision, **options)
+    options |= {"revision": at, "allow_patterns": list(settings), "tqdm_class": Quiet}
+    folder = pathlib.Path(huggingface_hub.snapshot_download(name, **options))
     try:
         listed = huggingface_hub.get_cached_repo_tree(name, repo_type=kind, revision=at.resolved)
         files = {file.path: file.size for file in listed}
     except errors.CachedRepoTreeNotFoundError:  # fetched by another program, and the hub is out of reach
-        found = [file for file in folder.rglob("*") if file.is_file()]
-        files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in found}
+        files = {
+            file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+        }
     return Repository(name, kind, at.resolved, folder, files)
 
 
 def fetch(repository: Repository, names: Iterable[str]) -> list[pathlib.Path]:
-    """Download the files that are not in the cache. One after the other, so that Ctrl-C ends it at once."""
+    """The files in the cache, those that are missing downloaded: one after the other, so that Ctrl-C ends it at once."""
     import huggingface_hub
 
-    names = list(names)
-    missing = [name for name in names if not (repository.folder / name).exists()]
+    places = {name: repository.folder / name for name in names}
+    missing = [name for name, place in places.items() if not place.exists()]
     if missing and distributed.is_first():
         size = format_bytes(sum(repository.files[name] for name in missing))
         print(f"downloading {size} of {repository.name}: {', '.join(missing)}", file=sys.stderr, flush=True)
     for name in missing:
-        options = {"repo_type": repository.kind, "revision": repository.commit}
-        huggingface_hub.hf_hub_download(repository.name, name, **options)
-    return [repository.folder / name for name in names]
+        huggingface_hub.hf_hub_download(repository.name, name, repo_type=repository.kind, revision=repository.commit)
+    return list(places.values())
 
 
 # ---- Uploading -------------------------------------------------------------------------------------------------------
@@ -166,26 +164,27 @@ def create(to: str) -> None:
     import huggingface_hub
 
     if not (found := re.fullmatch(NAME, to, re.ASCII)):
-        raise UserError(f"--push={to} is no name on the hub; say org/name, or org/name@branch")
-    with hub_errors(*found.groups()):
+        raise UserError(f"{to} is no name on the hub to upload to; say org/name, or org/name@branch")
+    name, branch = found.groups()
+    with hub_errors(name):
         api = huggingface_hub.HfApi()
-        api.create_repo(found["name"], private=True, exist_ok=True)
-        if found["revision"]:
-            api.create_branch(found["name"], branch=found["revision"], exist_ok=True)
+        api.create_repo(name, private=True, exist_ok=True)
+        if branch:
+            api.create_branch(name, branch=branch, exist_ok=True)
 
 
 def push(folder: pathlib.Path, to: str, others: Mapping[str, paths.Path]) -> str:
-    """Upload a folder's files, and others under the given names, in one commit -> the address of the repository."""
+    """Upload a folder's files, and others under the names given, in one commit -> its address."""
     import huggingface_hub
 
-    name, revision = re.fullmatch(NAME, to, re.ASCII).groups()
+    name, _, branch = to.partition("@")
     files: dict = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files |= {where: file.read_bytes() for where, file in others.items()}
-    with hub_errors(name, revision):
+    with hub_errors(name, branch):
         additions = [huggingface_hub.CommitOperationAdd(where, content) for where, content in files.items()]
-        api = huggingface_hub.HfApi()
-        api.create_commit(name, additions, commit_message="Upload an export of lowrank", revision=revision)
-        return f"{api.endpoint}/{name}" + (f"/tree/{revision}" if revision else "")
+        message = "Upload an export of lowrank"
+        done = huggingface_hub.HfApi().create_commit(name, additions, commit_message=message, revision=branch or None)
+        return done.commit_url
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -196,8 +195,6 @@ def hub_errors(name: str, revision: str | None = None, kind: str = "model") -> I
     """Turn errors of the hub, the network and the cache into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         line = explain(error, name, revision, kind)
         if line is None:

@@ -395,11 +395,12 @@ def test_push_uploads_the_folder_and_the_logs_in_one_commit(hub, export, tmp_pat
     for _ in range(2):  # where the repository exists, too
         hub_lib.create(to)
     url = hub_lib.push(export, to, {"training/metrics.jsonl": tmp_path / "metrics.jsonl"})
-    assert url == f"{hub.address}/me/adapter" + f"/tree/{revision}" * bool(revision)
-    files = hub.files("me/adapter", revision or "main")
+    repository = hub.repositories["models/me/adapter"]
+    assert url == f"{hub.address}/me/adapter/commit/{repository.refs[revision or 'main']}"
+    files = repository.files(revision or "main")
     assert files.keys() == {".gitattributes", "README.md", "adapter_model.safetensors", "training/metrics.jsonl"}
     assert files["adapter_model.safetensors"] == b"weights"
-    assert hub.repositories["models/me/adapter"].private
+    assert repository.private
     assert hub.asked("/commit/") == 1
 
 
@@ -409,7 +410,10 @@ def test_push_without_a_login_or_the_right_to_write(hub, export, monkeypatch):
     )
     monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
     assert "does not allow that with you/adapter" in said(hub_lib.create, "you/adapter")
-    assert said(hub_lib.create, "adapter") == "--push=adapter is no name on the hub; say org/name, or org/name@branch"
+    assert (
+        said(hub_lib.create, "adapter")
+        == "adapter is no name on the hub to upload to; say org/name, or org/name@branch"
+    )
     hub_lib.create("me/adapter")
     (export / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
     assert 'refuses me/adapter (Invalid metadata in README.md. - "base_model" with value' in said(
