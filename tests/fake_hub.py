@@ -315,6 +315,8 @@ def serving(cache: pathlib.Path, token: str | None = None):
     import huggingface_hub
     from huggingface_hub import constants
 
+    from lowrank.files.hub import open_repository
+
     hub, servers = Hub(), []
     for kind in (Api, Cdn):
         servers.append(http.server.ThreadingHTTPServer((HOST, 0), type("OfHub", (kind,), {"hub": hub})))
@@ -347,8 +349,10 @@ def serving(cache: pathlib.Path, token: str | None = None):
             mock.patch("time.sleep"),
         ):
             huggingface_hub.close_session()
+            open_repository.cache_clear()
             yield hub
     finally:
+        open_repository.cache_clear()
         huggingface_hub.close_session()
         for server in servers:
             server.shutdown()

@@ -36,19 +36,19 @@ SHARD = re.compile(r"(?:^|/)data/(\w+)-\d{5}-of-\d{5}")
 Table = dict[str, dict[str, list[str]]]  # the files of each config's splits
 
 
-def data_files(where: paths.PathLike) -> list[paths.Path]:
-    """The files of records that `where` names: itself, or those of a data set on the hub, downloaded."""
+def data_files(where: paths.PathLike) -> list[pathlib.Path] | None:
+    """The files of records of a data set on the hub, downloaded; None where `where` is no name of one."""
     if not (found := hub.match(where, NAME)):
-        return [paths.path(where)]
+        return None
     name, revision, config, split = found.groups()
     with hub.hub_errors(name, revision, "dataset"):
-        repository = hub.open_repository(name, revision, "dataset", [CARD, ATTRIBUTES])
+        repository = hub.open_repository(name, revision, "dataset", (CARD, ATTRIBUTES))
         table, default = _declared(repository)
         if not table and f"{name.partition('/')[2]}.py" not in repository.files:
             table = {"default": splits} if (splits := _by_name(repository.files)) else {}
         if not table:
             repository, table = _converted(repository)
-        return list(hub.fetch(repository, _choose(str(where), table, default, config, split)))
+        return hub.fetch(repository, _choose(str(where), table, default, config, split))
 
 
 def _declared(repository: hub.Repository) -> tuple[Table, str | None]:
@@ -113,7 +113,7 @@ def _converted(repository: hub.Repository) -> tuple[hub.Repository, Table]:
     from huggingface_hub import errors
 
     try:
-        copy = hub.open_repository(repository.name, PARQUET, "dataset", [ATTRIBUTES])
+        copy = hub.open_repository(repository.name, PARQUET, "dataset", (ATTRIBUTES,))
     except errors.RevisionNotFoundError:
         found = ", ".join(sorted({pathlib.PurePath(name).suffix or name for name in repository.files}))
         raise UserError(

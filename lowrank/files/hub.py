@@ -8,6 +8,7 @@ different commits, the comparison of their inputs says so.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -24,8 +25,8 @@ TOKENIZER = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-CONFIGS = ("config.json", "params.json")
-SETTINGS = (*CONFIGS, "generation_config.json", *TOKENIZER)
+CONFIG, META_CONFIG = "config.json", "params.json"
+SETTINGS = (CONFIG, META_CONFIG, "generation_config.json", *TOKENIZER)
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -55,7 +56,7 @@ def match(where: paths.PathLike, pattern: str = NAME) -> re.Match | None:
 
 def base_folder(where: paths.PathLike, weights: bool = True) -> paths.Path:
     """The folder of a base, downloaded where `where` is a name on the hub; without `weights`, only its config.json."""
-    return _folder(where, SETTINGS if weights else CONFIGS, _weights if weights else _config)
+    return _folder(where, SETTINGS if weights else (CONFIG,), _weights if weights else _config)
 
 
 def tokenizer_folder(where: paths.PathLike) -> paths.Path:
@@ -65,10 +66,10 @@ def tokenizer_folder(where: paths.PathLike) -> paths.Path:
 
 def adapter_folder(where: paths.PathLike) -> paths.Path:
     """The folder of an adapter, downloaded where `where` is a name on the hub."""
-    return _folder(where, [ADAPTER], _adapter)
+    return _folder(where, (ADAPTER,), _adapter)
 
 
-def _folder(where: paths.PathLike, settings: Iterable[str], choose: Callable[[Repository], list[str]]) -> paths.Path:
+def _folder(where: paths.PathLike, settings: tuple[str, ...], choose: Callable[[Repository], list[str]]) -> paths.Path:
     if not (found := match(where)):
         return paths.path(where)
     name, revision = found.groups()
@@ -80,43 +81,40 @@ def _folder(where: paths.PathLike, settings: Iterable[str], choose: Callable[[Re
 
 def _adapter(repository: Repository) -> list[str]:
     if ADAPTER not in repository.files:
-        remedy = "give it as the base" if "config.json" in repository.files else "give the name of one"
+        remedy = "give it as the base" if CONFIG in repository.files else "give the name of one"
         raise UserError(f"{repository.name} on the hub is no adapter: it has no {ADAPTER}; {remedy}")
     return [name for name in ADAPTER_WEIGHTS if name in repository.files][:1]
 
 
 def _config(repository: Repository) -> list[str]:
-    if not repository.files.keys() & set(CONFIGS):
-        what = "it is an adapter" if ADAPTER in repository.files else f"it has no {CONFIGS[0]}"
+    if CONFIG not in repository.files:
+        what = "it is an adapter" if ADAPTER in repository.files else f"it has no {CONFIG}"
         raise UserError(f"{repository.name} on the hub is no base: {what}; give the name of a base")
     return []
 
 
 def _weights(repository: Repository) -> list[str]:
     """The files of weights, in one format: safetensors, else PyTorch's, else Meta's."""
-    _config(repository)
     for single, index in WEIGHTS:
         if single in repository.files:
-            return [single]
+            return [*_config(repository), single]
         if index in repository.files:
             content = fetch(repository, [index])[0].read_text(encoding="utf-8")
             # Parsed, and checked, by the reader; it also names a shard that is missing.
-            return sorted({*re.findall(r':\s*"([^"]+)"', content)} & repository.files.keys())
-    meta = [name for name in repository.files if re.fullmatch(r"consolidated[^/]*\.pth", name)]
-    if not meta:
-        found = {pathlib.PurePath(name).suffix for name in repository.files} & {*NO_NAMES, ".onnx", ".h5"} - {
-            ".json",
-            ".txt",
-        }
-        there = f" (there is {', '.join(sorted(found))})" if found else ""
-        raise UserError(f"{repository.name} on the hub has no weights as safetensors or .bin{there}; give another base")
-    return meta
+            return _config(repository) + sorted({*re.findall(r':\s*"([^"]+)"', content)} & repository.files.keys())
+    if META_CONFIG in repository.files:
+        return [name for name in repository.files if re.fullmatch(r"consolidated[^/]*\.pth", name)]
+    _config(repository)
+    found = {pathlib.PurePath(name).suffix for name in repository.files} & {".gguf", ".onnx", ".pt", ".pth", ".h5"}
+    there = f" (there is {', '.join(sorted(found))})" if found else ""
+    raise UserError(f"{repository.name} on the hub has no weights as safetensors or .bin{there}; give another base")
 
 
 # ---- Downloading -----------------------------------------------------------------------------------------------------
 
 
-def open_repository(name: str, revision: str | None, kind: str, settings: Iterable[str]) -> Repository:
+@functools.cache  # a process sees one commit of a revision
+def open_repository(name: str, revision: str | None, kind: str, settings: tuple[str, ...]) -> Repository:
     """Find the revision's commit, list its files, and fetch those of `settings` that are there: small ones.
 
     The list is kept in the cache too, so that without the hub nobody takes a part for the whole.
@@ -184,6 +182,7 @@ def push(folder: pathlib.Path, to: str, others: Mapping[str, paths.Path]) -> str
         additions = [huggingface_hub.CommitOperationAdd(where, content) for where, content in files.items()]
         message = "Upload an export of lowrank"
         done = huggingface_hub.HfApi().create_commit(name, additions, commit_message=message, revision=branch or None)
+        open_repository.cache_clear()
         return done.commit_url
 
 

@@ -37,6 +37,9 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
+forget = hub_lib.open_repository.cache_clear  # as in a new process
+
+
 def names(folder: pathlib.Path) -> set[str]:
     return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
 
@@ -54,6 +57,8 @@ def test_only_the_files_that_a_base_needs_are_fetched_and_each_once(hub, capsys)
     assert "downloading 600.0 KB of org/base: model-00001-of-00002.safetensors, " in capsys.readouterr().err
     sent = hub.sent.copy()
     hub.requests.clear()
+    assert hub_lib.base_folder("org/base") == folder  # the same process asks nothing more
+    forget()
     assert hub_lib.base_folder("org/base") == folder
     assert (hub.sent, len(hub.requests)) == (sent, 1)  # to learn the commit
     assert capsys.readouterr().err == ""
@@ -119,7 +124,7 @@ def test_a_file_or_folder_of_the_name_wins_and_paths_are_no_names(hub, tmp_path)
     ):
         assert str(hub_lib.base_folder(path)) == path.removeprefix("./")
     assert hub_lib.base_folder(pathlib.Path("org/other")) == pathlib.Path("org/other")
-    assert data_files("data/train.jsonl.gz") == [pathlib.Path("data/train.jsonl.gz")]
+    assert data_files("data/train.jsonl.gz") is None
     assert hub.requests == []
 
 
@@ -230,6 +235,7 @@ def test_offline_what_is_in_the_cache_is_used_and_nothing_else(hub, monkeypatch,
     hub_lib.base_folder("org/half", weights=False)  # as `plan` does
     capfd.readouterr()
     hub.requests.clear()
+    forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub_lib.base_folder("org/base") == folder
     for name in ("org/half", "org/nothing", "org/base@v2"):
@@ -244,6 +250,7 @@ def test_offline_what_another_program_has_fetched_is_used(hub, monkeypatch):
     hub.put("org/base", BASE)
     for name in BASE:
         huggingface_hub.hf_hub_download("org/base", name)
+    forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert names(hub_lib.base_folder("org/base")) == BASE.keys()
 
@@ -251,6 +258,7 @@ def test_offline_what_another_program_has_fetched_is_used(hub, monkeypatch):
 def test_without_a_network_the_cache_is_used_and_said(hub, monkeypatch, caplog):
     hub.put("org/base", BASE)
     folder = hub_lib.base_folder("org/base")
+    forget()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://{fake_hub.HOST}:9")  # nothing listens there
     assert hub_lib.base_folder("org/base") == folder
     assert "Could not reach the Hub" in caplog.text
@@ -369,6 +377,7 @@ def test_what_a_script_makes_is_taken_from_the_parquet_copy(hub):
 def test_offline_a_data_set_is_whole_or_refused(hub, monkeypatch):
     hub.put("org/data", {"README.md": CARD, **dict.fromkeys(FILES + NESTED, "{}")}, kind="datasets")
     files = data_files("org/data")
+    forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert data_files("org/data") == files
     files[1].unlink()  # as if its download had been cut off
