@@ -36,7 +36,7 @@ SHARD = re.compile(r"(?:^|/)data/(\w+)-\d{5}-of-\d{5}")
 Table = dict[str, dict[str, list[str]]]  # the files of each config's splits
 
 
-def data_files(where: paths.PathLike) -> list[pathlib.Path] | None:
+def data_files(where: paths.PathLike | None) -> list[pathlib.Path] | None:
     """The files of records of a data set on the hub, downloaded; None where `where` is no name of one."""
     if not (found := hub.match(where, NAME)):
         return None

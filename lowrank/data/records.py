@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 
+from lowrank.data.hub_data import data_files
 from lowrank.errors import UserError
 from lowrank.files import paths
 
@@ -26,6 +27,8 @@ class Record:
 
 def read_records(where: paths.PathLike, format: str) -> list[Record]:
     """Every record of a file. `.txt` holds documents separated by blank lines (format `text`), any other file JSON."""
+    if (found := data_files(where)) is not None:
+        return [record for file in found for record in read_records(file, format)]
     path = paths.path(where)
     text = _read_text(path)
     if path.suffix == ".txt":

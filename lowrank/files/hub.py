@@ -47,7 +47,7 @@ class Repository:
     files: Mapping[str, int]  # the size in bytes of every file, by its name
 
 
-def match(where: paths.PathLike, pattern: str = NAME) -> re.Match | None:
+def match(where: paths.PathLike | None, pattern: str = NAME) -> re.Match | None:
     """The parts of a name on the hub; None for anything that is here, or can only be a path."""
     found = re.fullmatch(pattern, where, re.ASCII) if isinstance(where, str) else None
     is_file = found and not found["revision"] and found["name"].endswith(NO_NAMES)

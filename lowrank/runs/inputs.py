@@ -5,6 +5,7 @@ Whatever a user can get wrong with these is refused here, before anything heavy 
 
 import dataclasses
 import functools
+import hashlib
 import math
 
 import jax
@@ -17,6 +18,7 @@ from lowrank.data import examples as examples_lib
 from lowrank.data import loader, packing
 from lowrank.data.batch import Batch
 from lowrank.data.examples import Examples
+from lowrank.data.hub_data import data_files
 from lowrank.data.records import read_records
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
@@ -69,9 +71,15 @@ def identity(config: Config, inputs: RunInputs) -> dict:
         "base": inputs.base.fingerprint if inputs.base else f"from scratch, seed {config.seed}",
         "architecture": dataclasses.asdict(inputs.architecture),
         "tokenizer": workdir_lib.file_hash(inputs.tokenizer.path),
-        "data.train": workdir_lib.file_hash(config.data.train),
-        "data.eval": workdir_lib.file_hash(config.data.eval),
+        "data.train": data_hash(config.data.train),
+        "data.eval": data_hash(config.data.eval),
     }
+
+
+def data_hash(where: str | None) -> str | None:
+    """Of the content of data's files; of one file it is its own."""
+    hashes = [workdir_lib.file_hash(file) for file in data_files(where) or (where,)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(repr(hashes).encode()).hexdigest()[:32]
 
 
 def facts(config: Config, run_identity: dict) -> dict[str, str]:
@@ -86,18 +94,20 @@ def facts(config: Config, run_identity: dict) -> dict[str, str]:
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
     """-> (the base, or None where the named architecture is trained from scratch; the architecture; the tokenizer)."""
     base = read_base(config.base) if config.base else None
-    architecture = architecture_of(config, base)
+    architecture = architecture_of(config, base.config if base else None)
     if architecture is None or (base is None and config.train.mode != "full"):
-        raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
+        raise UserError(
+            "config.base is missing; say --config.base=DIR, the folder of a checkpoint, or its name on the hub"
+        )
     place = config.tokenizer or config.base
     if not place:
         raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(config.tokenizer or (base.folder if base else place))
     check_vocab(tokenizer, architecture.vocab, place)
     return base, architecture, tokenizer
 
 
-def architecture_of(config: Config, base: Base | None) -> ModelConfig | None:
+def architecture_of(config: Config, base: ModelConfig | None) -> ModelConfig | None:
     """The base's architecture, or without a base the one that `config.architecture` names.
 
     UserError where the base is another one than is named, and for examples longer than the model reads.
@@ -106,7 +116,7 @@ def architecture_of(config: Config, base: Base | None) -> ModelConfig | None:
     if name and name not in SIZES:
         raise UserError(f"config.architecture={name} is not one of {', '.join(SIZES)}")
     named = SIZES[name] if name else None
-    found = base.config if base else named
+    found = base or named
     if named and found and (differing := named.shape_differences(found)):
         raise UserError(
             f"config.base={config.base} is no {name}, which config.architecture says it is: {'; '.join(differing)}; "
