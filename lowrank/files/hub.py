@@ -121,8 +121,9 @@ def open_repository(name: str, revision: str | None, kind: str, settings: tuple[
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
+    from huggingface_hub.utils import tqdm
 
-    class Quiet(huggingface_hub.utils.tqdm):  # most often everything is in the cache
+    class Quiet(tqdm):  # most often everything is in the cache
         def __init__(self, *args, **options):
             super().__init__(*args, **options | {"disable": True})
 

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import fake_hub
 import huggingface_hub
@@ -12,6 +14,7 @@ from lowrank.data.hub_data import data_files
 from lowrank.errors import UserError
 from lowrank.files import hub as hub_lib
 
+ROOT = pathlib.Path(__file__).parents[2]
 WEIGHTS = {f"model-0000{i}-of-00002.safetensors": bytes([i]) * 300_000 for i in (1, 2)}
 INDEX = json.dumps(
     {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -164,6 +167,16 @@ def test_the_token_is_not_sent_to_the_cdn(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
     hub.put("org/base", BASE, private=True)
     hub_lib.base_folder("org/base")  # the fake CDN refuses requests that carry it
+
+
+def test_a_process_of_its_own_finds_the_hub_by_its_environment(hub):
+    hub.put("org/base", BASE)
+    hub.put("org/data", {"train.jsonl": "{}"}, kind="datasets")
+    code = "from lowrank.data import hub_data; from lowrank.files import hub; "
+    code += "print(hub.base_folder('org/base').name, *hub_data.data_files('org/data')); hub.base_folder('org/nothing')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.split()[0] == hub.repositories["models/org/base"].refs["main"]
+    assert "UserError: org/nothing is no file or folder here" in ran.stderr
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
