@@ -88,7 +88,7 @@ def _adapter(repository: Repository) -> list[str]:
 
 def _config(repository: Repository) -> list[str]:
     if CONFIG not in repository.files:
-        what = "it is an adapter" if ADAPTER in repository.files else f"it has no {CONFIG}"
+        what = "it is an adapter" if ADAPTER in repository.files else f"it has no {CONFIG}{_others(repository)}"
         raise UserError(f"{repository.name} on the hub is no base: {what}; give the name of a base")
     return []
 
@@ -105,9 +105,13 @@ def _weights(repository: Repository) -> list[str]:
     if META_CONFIG in repository.files:
         return [name for name in repository.files if re.fullmatch(r"consolidated[^/]*\.pth", name)]
     _config(repository)
+    what = f"no weights as safetensors or .bin{_others(repository)}"
+    raise UserError(f"{repository.name} on the hub has {what}; give another base")
+
+
+def _others(repository: Repository) -> str:
     found = {pathlib.PurePath(name).suffix for name in repository.files} & {".gguf", ".onnx", ".pt", ".pth", ".h5"}
-    there = f" (there is {', '.join(sorted(found))})" if found else ""
-    raise UserError(f"{repository.name} on the hub has no weights as safetensors or .bin{there}; give another base")
+    return f" (there is {', '.join(sorted(found))})" if found else ""
 
 
 # ---- Downloading -----------------------------------------------------------------------------------------------------
@@ -149,7 +153,8 @@ def fetch(repository: Repository, names: Iterable[str]) -> list[pathlib.Path]:
     missing = [name for name, place in places.items() if not place.exists()]
     if missing and distributed.is_first():
         size = format_bytes(sum(repository.files[name] for name in missing))
-        print(f"downloading {size} of {repository.name}: {', '.join(missing)}", file=sys.stderr, flush=True)
+        what = ", ".join(missing) if len(missing) < 4 else f"{len(missing)} files"
+        print(f"downloading {size} of {repository.name}: {what}", file=sys.stderr, flush=True)
     for name in missing:
         huggingface_hub.hf_hub_download(repository.name, name, repo_type=repository.kind, revision=repository.commit)
     return list(places.values())
@@ -221,13 +226,14 @@ def explain(error: Exception, name: str, revision: str | None, kind: str) -> str
     if status in (401, 403):
         return f"{host} does not allow that with {name} ({said}); {LOGIN} of an account that may"
     if isinstance(error, out_of_reach) and constants.HF_HUB_OFFLINE:
-        cache = f"not, or not whole, in the cache {constants.HF_HUB_CACHE}"
+        where = f"here and not, or not whole, in the cache {constants.HF_HUB_CACHE}"
+        return f"{name} is no file or folder {where}, and HF_HUB_OFFLINE forbids to download; run once without it"
+    if isinstance(error, out_of_reach):
+        what = f"{host} cannot be reached ({said})"
+        return f"{name} is no file or folder here or in the cache, and {what}; check the network and the name"
+    if status >= 500:
         return (
-            f"{name} is no file or folder here and {cache}, and HF_HUB_OFFLINE forbids to download; run once without it"
-        )
-    if isinstance(error, out_of_reach) or status >= 500:
-        return (
-            f"{name} is no file or folder here, and {host} cannot be reached ({said}); check the network and the name"
+            f"{host} cannot serve {name} now ({said}); run the same command again later, files that are complete stay"
         )
     if status or isinstance(error, ValueError):
         return f"{host} refuses {name} ({said}); correct it"

@@ -6,7 +6,7 @@ Only what was recorded or measured is said. Of the data's path only the file's n
 import pathlib
 
 from lowrank.adapters.lora import LoraConfig
-from lowrank.data.hub_data import NAME as DATA_NAME
+from lowrank.data.hub_data import NAME
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
 from lowrank.files import hub, paths
 from lowrank.runs.report import describe_ranks
@@ -35,7 +35,7 @@ def model_card(
     header = [f"library_name: {'peft' if is_peft else 'transformers'}", "pipeline_tag: text-generation"]
     header += [] if is_here else [f"base_model: {base}"]  # the hub refuses a card whose base_model is a path
     header += ["tags:", *(["- lora"] if lora else []), "- lowrank"]
-    data = _data_name(config["data"]["train"])
+    data = _name(config["data"]["train"])
     if lora is None:
         origin = f"`{config['architecture']}` from scratch" if config["architecture"] else f"`{base}`"
         summary = f"A full training of {origin} on `{data}`, made with lowrank (JAX)."
@@ -73,10 +73,10 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
         facts["targets"] = ", ".join(lora.targets)
         facts["dropout"] = f"{lora.dropout:g}"
         if c["init_adapter"]:
-            facts["started from"] = f"another adapter, `{pathlib.Path(c['init_adapter']).name}`"
+            facts["started from"] = f"another adapter, `{_name(c['init_adapter'])}`"
     facts |= {
         "trained parameters": f"{trained:,}",
-        "data": f"`{_data_name(data['train'])}`, sha256 begins `{identity['data.train']}`",
+        "data": f"`{_name(data['train'])}`, sha256 begins `{identity['data.train']}`",
         "data format": f"{data['format']}, {data['max_length']} tokens at most, "
         f"loss on {'prompts and responses' if data['train_on_prompt'] else 'responses'}"
         if data["format"] != "text"
@@ -91,8 +91,9 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
     return facts
 
 
-def _data_name(train: str) -> str:
-    return train if hub.match(train, DATA_NAME) else pathlib.Path(train).name
+def _name(where: str) -> str:
+    """Of a path, the last part alone."""
+    return where if hub.match(where, NAME) else pathlib.Path(where).name
 
 
 def _losses(lines: list[dict], step: int) -> str:

@@ -156,7 +156,9 @@ def test_a_transfer_that_cannot_go_on_says_so_and_complete_files_stay(hub):
         return (503, "Service Unavailable") if len(cdn) > 2 else None
 
     hub.refuse = refuse
-    with pytest.raises(UserError, match=r"cannot be reached .*check the network"):
+    with pytest.raises(
+        UserError, match=r"cannot serve org/base now \(Service Unavailable\); run the same command again later"
+    ):
         hub_lib.base_folder("org/base")
     hub.refuse, sent = None, hub.sent.copy()
     hub_lib.base_folder("org/base")
@@ -276,8 +278,8 @@ def test_without_a_network_the_cache_is_used_and_said(hub, monkeypatch, caplog):
     assert hub_lib.base_folder("org/base") == folder
     assert "Could not reach the Hub" in caplog.text
     assert said(hub_lib.base_folder, "org/other") == (
-        "org/other is no file or folder here, and 127.0.0.1:9 cannot be reached ([Errno 111] Connection refused); check the "
-        "network and the name"
+        "org/other is no file or folder here or in the cache, and 127.0.0.1:9 cannot be reached ([Errno 111] Connection "
+        "refused); check the network and the name"
     )
 
 
