@@ -61,6 +61,7 @@ def _declared(repository: hub.Repository) -> tuple[Table, str | None]:
     try:
         configs = (huggingface_hub.metadata_load(repository.folder / CARD) or {}).get("configs") or []
         table: Table = {}
+        default = None
         for config in configs:
             data, folder = config.get("data_files"), config.get("data_dir", "").strip("./")
             prefix = folder and f"{folder}/"
@@ -68,17 +69,17 @@ def _declared(repository: hub.Repository) -> tuple[Table, str | None]:
             if data is None:
                 splits = _by_name(inside)
             elif isinstance(data, list) and data and isinstance(data[0], dict):
-                splits = {part["split"]: _matching(part["path"], inside) for part in data}
+                splits = {str(part["split"]): _matching(part["path"], inside) for part in data}
             else:
                 parts = data if isinstance(data, dict) else {"train": data}
-                splits = {split: _matching(patterns, inside) for split, patterns in parts.items()}
-            table[config.get("config_name", "default")] = {
-                split: [inside[name] for name in names] for split, names in splits.items()
-            }
+                splits = {str(split): _matching(patterns, inside) for split, patterns in parts.items()}
+            own = str(config.get("config_name", "default"))
+            table[own] = {split: [inside[name] for name in names] for split, names in splits.items()}
+            default = own if config.get("default") else default
+        return table, default
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"the card of {repository.name} names no data files that can be understood ({what})") from None
-    return table, next((config.get("config_name", "default") for config in configs if config.get("default")), None)
 
 
 def _matching(patterns: str | list[str], names: Iterable[str]) -> list[str]:
@@ -99,7 +100,7 @@ def _by_name(names: Iterable[str]) -> dict[str, list[str]]:
         path = pathlib.PurePath(name)
         bare = path.with_suffix("") if path.suffix in PACKED else path
         if bare.suffix in SUFFIXES and path.name not in NO_RECORDS and not re.search(r"(^|/)[._]", name):
-            kinds[bare.suffix].append(name)
+            kinds[bare.suffix.removesuffix("l")].append(name)  # .json and .jsonl are one kind
     splits = collections.defaultdict(list)
     for name in max(kinds.values(), key=len, default=[]):  # the same records may be there in several formats
         shard, words = SHARD.search(name), WORD.findall(name.lower())

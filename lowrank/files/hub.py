@@ -222,7 +222,7 @@ def explain(error: Exception, name: str, revision: str | None, kind: str) -> str
         what = f"{'data set' if kind == 'dataset' else 'model'} of that name on {host} that this account may read"
         return f"{name} is no file or folder here, and there is no {what}; correct the name, or {LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no revision {revision or 'main'}; give one of {page}/tree/main, or leave @{revision} out"
+        return f"{name} has no revision {revision or 'main'}; give another after @, one that {page}/tree/main lists"
     if status in (401, 403):
         return f"{host} does not allow that with {name} ({said}); {LOGIN} of an account that may"
     if isinstance(error, out_of_reach) and constants.HF_HUB_OFFLINE:

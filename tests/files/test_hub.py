@@ -222,7 +222,7 @@ def test_wrong_revision(hub):
     hub.put("org/base", BASE)
     assert (
         said(hub_lib.base_folder, "org/base@v2")
-        == f"org/base has no revision v2; give one of {hub.address}/org/base/tree/main, or leave @v2 out"
+        == f"org/base has no revision v2; give another after @, one that {hub.address}/org/base/tree/main lists"
     )
 
 
@@ -304,7 +304,7 @@ configs:
     path: [data/test.jsonl, "more/**"]
 - config_name: socratic
   data_files: socratic/*.jsonl
-- config_name: nested
+- config_name: 2024
   data_dir: nested
 ---
 # Card
@@ -326,7 +326,7 @@ def found(where: str) -> list[str]:
         (":main:test", FILES[2:]),
         ("::test", FILES[2:]),
         (":socratic", NESTED[:1]),
-        (":nested:validation", NESTED[3:]),
+        (":2024:validation", NESTED[3:]),
     ],
 )
 def test_the_card_names_the_files(hub, suffix, files):
@@ -341,14 +341,14 @@ def test_a_config_or_split_that_is_not_there(hub):
     hub.put("org/bad", {"README.md": "---\nconfigs: [3]\n---\n"}, kind="datasets")
     assert (
         said(data_files, "org/data:x:train")
-        == "data set org/data:x:train has no config x; say org/name:CONFIG with one of main, nested, socratic"
+        == "data set org/data:x:train has no config x; say org/name:CONFIG with one of 2024, main, socratic"
     )
     assert (
         said(data_files, "org/data:x")
         == "data set org/data:x has no split x in its config main; say org/name:main:SPLIT with one of train, test"
     )
     assert said(data_files, "org/two").startswith(
-        "data set org/two has several configs; say org/name:CONFIG with one of main, "
+        "data set org/two has several configs; say org/name:CONFIG with one of 2024, main, "
     )
     assert said(data_files, "org/two:main").startswith(
         "data set org/two:main: its card names files for the split train, and none of them is there"
@@ -367,6 +367,7 @@ def test_a_config_or_split_that_is_not_there(hub):
             {"train": ["x/training/a.csv.gz"], "validation": ["x/validation/a.csv.gz"]},
         ),
         (("data/train_sft-00000-of-00001.parquet",), {"train_sft": ["data/train_sft-00000-of-00001.parquet"]}),
+        (("train.jsonl", "test.json", "a.csv"), {"train": ["train.jsonl"], "test": ["test.json"]}),
         (("contest.jsonl", "latest.jsonl"), {"train": ["contest.jsonl", "latest.jsonl"]}),
     ],
 )
