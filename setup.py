@@ -27,6 +27,7 @@ setuptools.setup(
         "ml-collections>=1.1",
         "sentencepiece>=0.2.3",
         "tokenizers>=0.21",
+        "huggingface_hub>=1.31",
         "safetensors>=0.5",
         "jinja2>=3.1",
         "matplotlib>=3.9",

@@ -12,7 +12,9 @@ from absl import flags
 from lowrank import analysis
 from lowrank.cli import run as cli
 
-flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
+flags.DEFINE_string(
+    "adapter", None, "An adapter: the workdir of a run (its latest step), a PEFT folder, or a name on the hub."
+)
 flags.DEFINE_string("other", None, "A second adapter over the same base, to compare directions with.")
 flags.DEFINE_string("base", None, "The base; default: the one that the adapter's run names.")
 flags.DEFINE_string("to", None, "The folder to make.")

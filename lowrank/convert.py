@@ -13,7 +13,7 @@ from absl import flags
 from lowrank.cli import run as cli
 from lowrank.weights.convert import convert
 
-flags.DEFINE_string("from", None, "The base to convert: a folder of any supported format.")
+flags.DEFINE_string("from", None, "The base to convert: a folder of any supported format, or a name on the hub.")
 flags.DEFINE_string("to", None, "The folder to make.")
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of every tensor; default: each as it is stored.")
 FLAGS = flags.FLAGS

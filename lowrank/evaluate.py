@@ -20,10 +20,12 @@ from lowrank.errors import UserError
 from lowrank.evaluation.loss import Evaluation, write_losses
 from lowrank.files import paths
 
-flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
-flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
+flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
+flags.DEFINE_string(
+    "adapter", None, "An adapter: the workdir of a run (its latest step), a PEFT folder, or a name on the hub."
+)
 flags.DEFINE_string("other", None, "A second adapter, to compare with --adapter (or, without it, with the bare base).")
-flags.DEFINE_string("data", None, "The file of examples.")
+flags.DEFINE_string("data", None, "The file of examples, or a data set on the hub.")
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT: take the data's settings and the mesh from this config.")
 flags.DEFINE_string("to", None, "Write the loss of every example to this file, as JSON lines.")
 flags.DEFINE_enum("format", None, FORMATS, "What a record is; default: as the adapter's run or --config has it.")

@@ -1,7 +1,7 @@
 """Write what was trained in a form that others load: a PEFT adapter, or a whole Hugging Face model with it merged in.
 
     python -m lowrank.export --workdir=runs/alpaca --format=peft --to=exports/alpaca-lora
-    python -m lowrank.export --workdir=runs/alpaca --format=merged --to=exports/alpaca
+    python -m lowrank.export --workdir=runs/alpaca --format=merged --to=exports/alpaca --push=me/alpaca
 
 An export is read back before it is called done: every tensor is compared, and the logits of fixed tokens with those
 of the trained model. Its README.md is a model card, written from the run.
@@ -21,7 +21,10 @@ flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of merged tensors; default: as the base is stored."
 )
 flags.DEFINE_string(
-    "base_name", None, "What the export calls its base: a name on a hub or a path. Default: where the base lies here."
+    "base_name", None, "What the export calls its base: a name on the hub or a path. Default: where the base lies here."
+)
+flags.DEFINE_string(
+    "push", None, "Also upload the export and the run's record: org/name or org/name@branch on the hub."
 )
 FLAGS = flags.FLAGS
 
@@ -29,12 +32,14 @@ FLAGS = flags.FLAGS
 def main(arguments: list[str]):
     cli.refuse_unknown(arguments)
     cli.require("workdir", "format", "to")
-    options = {name: FLAGS[name].value for name in ("step", "base", "base_name", "dtype")}
+    options = {name: FLAGS[name].value for name in ("step", "base", "base_name", "dtype", "push")}
     made = inference.export(FLAGS.workdir, FLAGS.to, FLAGS.format, **options)
     print(
         f"exported to {made.folder}; read back, every tensor equal, logits within {made.difference:.2g} of the largest "
         f"({made.dtype})"
     )
+    if made.url:
+        print(f"uploaded: {made.url} (a new repository is private; its settings make it public)")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from lowrank.generation.decode import Sampling
 from lowrank.generation.text import check_options
 from lowrank.inference import Model, load
 
-flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
-flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
+flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
+flags.DEFINE_string(
+    "adapter", None, "An adapter: the workdir of a run (its latest step), a PEFT folder, or a name on the hub."
+)
 flags.DEFINE_multi_string("prompt", None, "A prompt (-: what stdin holds); may be given several times.")
 flags.DEFINE_string(
     "prompts",

@@ -10,6 +10,8 @@ import sys
 # processes that tests start. XLA's own passes, and so the order of sums, are those of a user. XLA_FLAGS set outside win.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub; fake_hub.py serves one
+
 import fake_gcs
 import jax
 import pytest

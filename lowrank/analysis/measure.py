@@ -11,7 +11,7 @@ import numpy as np
 from lowrank.adapters.lora import TARGETS
 from lowrank.analysis import subspaces
 from lowrank.errors import UserError
-from lowrank.files import paths
+from lowrank.files import hub, paths
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.runs import workdir
@@ -52,11 +52,11 @@ class Analysis(NamedTuple):
 
 
 def analyze(adapter, other=None, base=None) -> Analysis:
-    """Measure an adapter (a workdir or a PEFT folder), and compare its directions with those of `other` over the same base.
+    """Measure an adapter (a workdir, a PEFT folder, or a name on the hub), and compare its directions with those of `other` over the same base.
 
     `base`: None is the one that the adapter's run names. Raises UserError.
     """
-    folders = [paths.path(folder) for folder in (adapter, other) if folder]
+    folders = [hub.adapter_folder(folder) for folder in (adapter, other) if folder]
     if not base and read_adapter(folders[0]).step is not None:
         base = workdir.read_config(folders[0]).base
     if not base:

@@ -11,9 +11,10 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lowrank.data.hub_data import data_files
 from lowrank.errors import UserError
 from lowrank.files import paths
 
@@ -28,9 +29,12 @@ class Row(NamedTuple):
     where: str
 
 
-def find_files(where: str) -> list[paths.Path]:
-    """The files that a path names: itself, those of a folder (by name), or those that a pattern with * ? [ ] matches."""
+def find_files(where: str) -> Sequence[paths.Path]:
+    """The files that a path names: itself, those of a folder (by name), those that a pattern with * ? [ ] matches, or those
+    of a data set on the hub."""
     path = paths.path(where)
+    if (of_hub := data_files(where)) is not None:
+        return of_hub
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES)
         if not found:

@@ -19,7 +19,7 @@ import tokenizers
 
 from lowrank.data import sentencepieces, tiktoken
 from lowrank.errors import UserError
-from lowrank.files import paths
+from lowrank.files import hub, paths
 
 Offsets = list[tuple[int, int]]  # for each token: its first character, and the one after its last
 
@@ -175,12 +175,12 @@ class TiktokenTokenizer(JsonTokenizer):
 
 
 def load_tokenizer(where: paths.PathLike) -> Tokenizer:
-    """The tokenizer of a folder, or of one file.
+    """The tokenizer of a folder, of a name on the hub, or of one file.
 
     Of both files tokenizer.json is read: Hugging Face reads it, it says how added tokens are split off a text, and in a
     Llama 3's folder the other is a tiktoken file.
     """
-    path = paths.path(where)
+    path = hub.tokenizer_folder(where)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         if not found:

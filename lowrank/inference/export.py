@@ -21,7 +21,7 @@ from lowrank.data.tokenizer import Tokenizer, load_tokenizer, write_tokenizer
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.sizes import SIZES
-from lowrank.files import lines, paths
+from lowrank.files import hub, lines, paths
 from lowrank.files.new_folder import carry, new_folder
 from lowrank.inference.model import Model, load
 from lowrank.model import decoder
@@ -45,6 +45,7 @@ class Export(NamedTuple):
     folder: pathlib.Path
     dtype: str  # of its tensors
     difference: float  # the largest of a logit from the trained model's, relative to the largest logit
+    url: str | None  # of the commit, where it was uploaded
 
 
 def export(
@@ -56,12 +57,14 @@ def export(
     base=None,
     base_name: str | None = None,
     dtype: str | None = None,
+    push: str | None = None,
 ) -> Export:
     """Write what a run trained into the new folder `to`: the adapter ("peft") or the whole model ("merged").
 
     `step`: which checkpoint (None: the latest). `base`: where the base lies now (None: where it lay in training).
-    `base_name`: what the export calls its base (None: its path). `dtype`: of merged tensors (None: as the base is
-    stored). Raises UserError, also where the export computes other logits than the trained model.
+    `base_name`: what the export calls its base (None: its path or its name on the hub). `dtype`: of merged tensors (None: as
+    the base is stored). `push`: where to upload the folder and the run's record, org/name or org/name@branch. Raises
+    UserError, also where the export computes other logits than the trained model.
     """
     if format not in ("peft", "merged"):
         raise UserError(f"format={format} is no format of an export; choose peft or merged")
@@ -79,7 +82,13 @@ def export(
     if source and not base_name and (source.folder / native.MANIFEST).is_file():
         message = f"{source.folder} is a native base, which others cannot load; base_name says what to load"
         warnings.warn(message, stacklevel=2)
-    base_name = base_name or str(base or run.base or run.architecture)
+    on_hub = hub.match(base or run.base)
+    if push and format == "peft" and not on_hub and not base_name:
+        raise UserError(f"push={push}: others cannot load the base by {base or run.base}; say base_name=org/name")
+    if push:
+        hub.create(push)
+    revision = on_hub["revision"] if on_hub and not base_name else None
+    base_name = base_name or (on_hub["name"] if on_hub else str(base or run.base or run.architecture))
     with new_folder(to) as folder:
         model = load_trained(run, adapter, source)
         expected = fixed_logits(model)
@@ -88,7 +97,7 @@ def export(
         del model  # one model is in memory at a time
         if lora and format == "peft":
             dtype = "float32"
-            write_peft(folder, trained, lora, base_name=base_name)
+            write_peft(folder, trained, lora, base_name=base_name, revision=revision)
         else:
             dtype = dtype or (architecture.stored_dtype if lora else "float32")
             params = merge(source.params, trained, lora, jnp.dtype(dtype)) if source and lora else trained
@@ -124,7 +133,14 @@ def export(
             export=facts | {"difference": difference},
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return Export(to, dtype, difference)
+    files = [run_folder / name for name in ("config.json", "metrics.jsonl")]
+    logs = {f"training/{file.name}": file for file in files if file.is_file()}
+    try:
+        return Export(to, dtype, difference, hub.push(to, push, logs) if push else None)
+    except UserError as error:
+        raise UserError(
+            f"{error}; the export itself is whole, in {to}, and `hf upload` can upload it"
+        ) from error.__cause__
 
 
 def write_ends(folder: pathlib.Path, architecture: ModelConfig, tokenizer: Tokenizer) -> None:

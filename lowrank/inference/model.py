@@ -81,11 +81,11 @@ class Model:
 def load(
     base, adapter=None, *, dtype: str | None = None, param_dtype: str | None = None, mesh: Mesh | None = None
 ) -> Model:
-    """Load a base (a checkpoint's folder) and an adapter (a workdir: its latest step; or a PEFT folder). UserError if it fails.
+    """Load a base (a checkpoint's folder) and an adapter (a workdir: its latest step; or a PEFT folder), or names on the hub.
 
     Either may be open already (`read_base`, and `read_adapter` with the base's number of layers). `dtype`: "float32" or
     "bfloat16", held and computed in; None: as the checkpoint is stored (float16 becomes bfloat16, which has its range but
-    three bits less). `param_dtype`: held in, if that differs. `mesh`: the devices to lie on; None: one.
+    three bits less). `param_dtype`: held in, if that differs. `mesh`: the devices to lie on; None: one. UserError if it fails.
     """
     source = base if isinstance(base, Base) else read_base(base)
     if adapter is not None and not isinstance(adapter, Adapter):

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
-from lowrank.files import paths
+from lowrank.families.config_json import read_config
+from lowrank.files import hub, paths
 from lowrank.formatting import format_bytes
 from lowrank.model.decoder import REMAT
 from lowrank.parallel import mesh as mesh_lib
@@ -91,8 +92,8 @@ def plan(
 ) -> Result:
     """Compile the config's training step for `topology`, a slice as "v5e:2x4", or "local": this machine's devices.
 
-    It needs no weights, tokenizer or data; a slice needs libtpu. With `search`, meshes, remat and micro-batches are tried,
-    of the same batch, until `search_fits` fit or `search_most` are compiled; `progress` prints a line for each to stderr.
+    It needs no weights, tokenizer or data (of a base on the hub, config.json); a slice needs libtpu. With `search`, meshes,
+    remat and micro-batches are tried, of the same batch, until `search_fits` fit or `search_most` are compiled; `progress` prints a line for each to stderr.
     `tokens`: one more amount to price; `price_per_chip_hour`: dollars, in place of the list price.
 
     Whether the step fits is `result.best.fits`. Bytes and collectives are the compiler's; times and dollars are estimates.
@@ -102,8 +103,7 @@ def plan(
     """
     if tokens and not math.isfinite(tokens):
         raise UserError(f"--tokens={tokens} must be a number of tokens, such as 1e9")
-    base = read_base(config.base) if config.base and paths.path(config.base).exists() else None
-    architecture = architecture_of(config, base)
+    architecture = architecture_of(config, base_architecture(config))
     if not architecture:
         raise UserError(
             f"config.base={config.base} is not here, and config.architecture names no model; "
@@ -126,6 +126,17 @@ def plan(
     is_list_price = price_per_chip_hour is None
     price = prices.PER_CHIP_HOUR.get(slice.chip.name) if is_list_price else price_per_chip_hour
     return Result(plans, candidates, workloads, efficiency, price, is_list_price)
+
+
+def base_architecture(config: Config) -> ModelConfig | None:
+    """Of a base that is here, or of one on the hub, unless `config.architecture` spares asking."""
+    if not config.base:
+        return None
+    if paths.path(config.base).exists():
+        return read_base(config.base).config
+    if config.architecture or not hub.match(config.base):
+        return None
+    return read_config(hub.base_folder(config.base, weights=False))
 
 
 def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:

@@ -8,7 +8,7 @@ import jax
 from lowrank.adapters.lora import LoraConfig
 from lowrank.config import Config
 from lowrank.errors import UserError
-from lowrank.files import paths
+from lowrank.files import hub, paths
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.runs import workdir
 from lowrank.runs.checkpoint import Checkpoints
@@ -31,11 +31,11 @@ class Adapter:
 
 
 def read_adapter(folder, step: int | None = None, layers: int | None = None) -> Adapter:
-    """Open the adapter in a workdir (its latest step, or `step`) or in a PEFT folder.
+    """Open the adapter in a workdir (its latest step, or `step`), in a PEFT folder, or of a name on the hub.
 
     `layers`: how many the base has, if that is known; PEFT's settings do not say.
     """
-    folder = paths.path(folder)
+    folder = hub.adapter_folder(folder)
     if (folder / "adapter_config.json").is_file():
         tree, lora, made_for = read_peft(folder, layers)
 
@@ -50,7 +50,7 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
     if not (folder / "config.json").is_file():
         raise UserError(
             f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
-            "name the --workdir of a training run or the folder of a PEFT adapter"
+            "name the --workdir of a training run, the folder of a PEFT adapter, or one on the hub"
         )
     run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
     with Checkpoints(folder, read_only=True) as checkpoints:

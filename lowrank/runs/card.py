@@ -6,8 +6,9 @@ Only what was recorded or measured is said. Of the data's path only the file's n
 import pathlib
 
 from lowrank.adapters.lora import LoraConfig
+from lowrank.data.hub_data import NAME
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
-from lowrank.files import paths
+from lowrank.files import hub, paths
 from lowrank.runs.report import describe_ranks
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
@@ -35,7 +36,7 @@ def model_card(
     header = [f"library_name: {'peft' if is_peft else 'transformers'}", "pipeline_tag: text-generation"]
     header += [] if is_here else [f"base_model: {base}"]  # the hub refuses a card whose base_model is a path
     header += ["tags:", *(["- lora"] if lora else []), "- lowrank"]
-    data = pathlib.Path(config["data"]["train"]).name
+    data = _name(config["data"]["train"])
     if lora is None:
         origin = f"`{config['architecture']}` from scratch" if config["architecture"] else f"`{base}`"
         summary = f"A full training of {origin} on `{data}`, made with lowrank (JAX)."
@@ -53,7 +54,7 @@ def model_card(
         "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())]),
         f"## Losses\n\n{_losses(lines, step)}",
         f"## Prompts\n\n{PROMPTS[config['data']['format']].replace('{plain}', plain).replace('{given}', given)}",
-        f"## Loading\n\n{_loading(config, base, is_here, lora, export)}",
+        f"## Loading\n\n{_loading(config, base, lora, export)}",
         "## Verification",
         "Before this folder got its name, every tensor in it was read back and compared, and the float32 logits of fixed "
         f"tokens were compared with the trained model's: the largest difference was {export['difference']:.2g} of the "
@@ -73,10 +74,10 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
         facts["targets"] = ", ".join(lora.targets)
         facts["dropout"] = f"{lora.dropout:g}"
         if c["init_adapter"]:
-            facts["started from"] = f"another adapter, `{pathlib.Path(c['init_adapter']).name}`"
+            facts["started from"] = f"another adapter, `{_name(c['init_adapter'])}`"
     facts |= {
         "trained parameters": f"{trained:,}",
-        "data": f"`{pathlib.Path(data['train']).name}`, sha256 begins `{identity['data.train']}`",
+        "data": f"`{_name(data['train'])}`, sha256 begins `{identity['data.train']}`",
         "data format": f"{data['format']}, {data['max_length']} tokens at most, "
         f"loss on {'prompts and responses' if data['train_on_prompt'] else 'responses'}"
         if data["format"] != "text"
@@ -91,6 +92,11 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
     return facts
 
 
+def _name(where: str) -> str:
+    """Of a path, the last part alone."""
+    return where if hub.match(where, NAME) else pathlib.Path(where).name
+
+
 def _losses(lines: list[dict], step: int) -> str:
     """The first and the last up to the exported step, as they were logged."""
     rows = []
@@ -102,7 +108,7 @@ def _losses(lines: list[dict], step: int) -> str:
     return "\n".join(["| loss | first | last |", "| --- | --- | --- |", *rows]) if rows else "None was logged."
 
 
-def _loading(config: dict, base: str, is_here: bool, lora: LoraConfig | None, export: dict) -> str:
+def _loading(config: dict, base: str, lora: LoraConfig | None, export: dict) -> str:
     name, form = export["name"], config["data"]["format"]
     if export["format"] == "merged":
         return f"""```python
@@ -121,7 +127,6 @@ python -m lowrank.generate --base={name} --format={form} --prompt=TEXT
         vllm = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name}\n"
     # What ends a trained turn is not always what the base's own generation_config.json says.
     ends = f"\nmodel.generation_config.eos_token_id = {export['ends']}" if form == "chat" else ""
-    download = "" if is_here else f"\n\n(`DIR`: the folder that `{base}` was downloaded to.)"  # no name on a hub
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -132,5 +137,5 @@ model = PeftModel.from_pretrained(base, "{name}"){ends}
 ```
 
 ```
-python -m lowrank.generate --base={base if is_here else "DIR"} --adapter={name} --format={form} --prompt=TEXT
-{vllm}```{download}"""
+python -m lowrank.generate --base={base} --adapter={name} --format={form} --prompt=TEXT
+{vllm}```"""

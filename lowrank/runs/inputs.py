@@ -95,18 +95,20 @@ def facts(config: Config, run_identity: dict) -> dict[str, str]:
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
     """-> (the base, or None where the named architecture is trained from scratch; the architecture; the tokenizer)."""
     base = read_base(config.base) if config.base else None
-    architecture = architecture_of(config, base)
+    architecture = architecture_of(config, base.config if base else None)
     if architecture is None or (base is None and config.train.mode != "full"):
-        raise UserError("config.base is missing; say --config.base=DIR, the folder of a checkpoint")
+        raise UserError(
+            "config.base is missing; say --config.base=DIR, the folder of a checkpoint, or its name on the hub"
+        )
     place = config.tokenizer or config.base
     if not place:
         raise UserError("config.tokenizer is missing; a model from scratch needs the folder of a tokenizer")
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(config.tokenizer or (base.folder if base else place))
     check_vocab(tokenizer, architecture.vocab, place)
     return base, architecture, tokenizer
 
 
-def architecture_of(config: Config, base: Base | None) -> ModelConfig | None:
+def architecture_of(config: Config, base: ModelConfig | None) -> ModelConfig | None:
     """The base's architecture, or without a base the one that `config.architecture` names.
 
     UserError where the base is another one than is named, and for examples longer than the model reads.
@@ -115,7 +117,7 @@ def architecture_of(config: Config, base: Base | None) -> ModelConfig | None:
     if name and name not in SIZES:
         raise UserError(f"config.architecture={name} is not one of {', '.join(SIZES)}")
     named = SIZES[name] if name else None
-    found = base.config if base else named
+    found = base or named
     if named and found and (differing := named.shape_differences(found)):
         raise UserError(
             f"config.base={config.base} is no {name}, which config.architecture says it is: {'; '.join(differing)}; "

@@ -17,7 +17,7 @@ from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import read_config
 from lowrank.families.tensor_names import hf_tensors
-from lowrank.files import paths
+from lowrank.files import hub, paths
 from lowrank.files.nested import set_path
 from lowrank.weights import huggingface, meta, native
 from lowrank.weights.check import check
@@ -37,10 +37,10 @@ class Base:
 
 
 def read_base(where: paths.PathLike) -> Base:
-    """Open a base: its config and tensors, checked against each other. Reads a few megabytes."""
-    folder = paths.path(where)
+    """Open a base, a folder or a name on the hub: its config and tensors, checked against each other. Reads a few megabytes."""
+    folder = hub.base_folder(where)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a base model")
+        raise UserError(f"{folder}: no such folder; give the folder of a base model, or its name on the hub")
     others = huggingface.has_weights(folder) or (folder / native.MANIFEST).is_file()
     if (folder / meta.PARAMS).is_file() and not (others and (folder / "config.json").is_file()):
         config, tensors = meta.open_folder(folder)

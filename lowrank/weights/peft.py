@@ -272,10 +272,12 @@ def _read_fields(path: paths.Path) -> dict[str, Any]:
     return fields
 
 
-def write_peft(folder: paths.PathLike, lora: dict, config: LoraConfig, *, base_name: str) -> None:
+def write_peft(
+    folder: paths.PathLike, lora: dict, config: LoraConfig, *, base_name: str, revision: str | None = None
+) -> None:
     """Write a `lora` tree as a PEFT folder, which appears after it was read back.
 
-    `base_name` is where PEFT finds the base: a path or a name on a hub. `folder` must not exist, or be empty.
+    `base_name` is where PEFT finds the base: a path or a name on the hub, at `revision`. `folder` must not exist, or be empty.
     """
     tensors, modules = {}, []
     rank_pattern: dict[str, int] = {}
@@ -299,6 +301,7 @@ def write_peft(folder: paths.PathLike, lora: dict, config: LoraConfig, *, base_n
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        **({"revision": revision} if revision else {}),
         "r": config.rank,
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,

@@ -126,7 +126,7 @@ def test_a_base_that_is_not_there(bucket):
     finished = running.run("generate", "--base=gs://bucket/llama", "--prompt=a")
     assert (finished.code, finished.err) == (
         1,
-        "error: gs://bucket/llama: no such folder; give the folder of a base model\n",
+        "error: gs://bucket/llama: no such folder; give the folder of a base model, or its name on the hub\n",
     )
 
 
