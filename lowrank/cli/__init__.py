@@ -1,1 +1,20 @@
 """How a command runs: flags and config in, exit code and one line of error out."""
+
+import contextlib
+import os
+import signal
+
+INTERRUPTED = 130  # exit code after a Ctrl-C that saves nothing, as shells count it: 128 + SIGINT
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end the process with one line until `cli.run` takes over: the imports of JAX, which take seconds, would
+    swallow an exception in a callback, or show it as a page."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def interrupted(*_) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)

@@ -25,11 +25,13 @@ from lowrank.parallel import distributed
 
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
-# What a resumed run may change: where files lie (their content is compared), how long it is, and how often it reports.
+# What a resumed run may change: where files lie (their content is compared, but of evaluation data), how long it is, what and how
+# often it reports, and how a step is computed, so that a run that ran out of memory can go on.
 FREE_ON_RESUME = (
     *("base", "tokenizer", "data.train", "data.eval"),
-    *("train.steps", "train.epochs", "eval.every", "checkpoint.every", "checkpoint.keep", "sample.every"),
-    *("log.every", "log.tensorboard", "log.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("train.steps", "train.epochs", "eval.every", "eval.answers", "checkpoint.every", "checkpoint.keep"),
+    *("sample.every", "sample.prompts", "sample.max_new_tokens", "log.every", "log.tensorboard", "log.wandb"),
+    *(NOT_BITWISE := ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.microbatches", "remat", "attention")),
 )
 
 
@@ -124,18 +126,27 @@ def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[
         yield
 
 
-def resume_differences(before: dict, config: Config, identity: dict, free=FREE_ON_RESUME) -> list[str]:
-    """How the run in a workdir differs from this one beyond the keys that are `free` to: a line each."""
+def resume_differences(
+    before: dict, config: Config, identity: dict, free=FREE_ON_RESUME, free_content=("data.eval",)
+) -> list[str]:
+    """How the run in a workdir differs from this one beyond the keys and the files' contents that are free to: a line each."""
     differences = []
     known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
     for name, value in as_json(identity).items():
-        if known.get(name) != value:
+        if known.get(name) != value and name not in free_content:
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
+    changed = changed_keys(before["config"], config)
+    return differences + [
+        f"config.{key} was {was} and is {now}" for key, (was, now) in changed.items() if key not in free
+    ]
+
+
+def changed_keys(before: dict, config: Config) -> dict[str, tuple]:
+    """Keys whose value is another than in the config of a record -> (what it was, what it is)."""
     # Through the config and back: keys that are newer than the run get their defaults.
-    configs = (config_lib.from_values(before["config"]), config)
+    configs = (config_lib.from_values(before), config)
     was, now = (dict(config_lib.flat(as_json(config_lib.to_dict(own)))) for own in configs)
-    differing = [key for key in sorted(now) if key not in free and was[key] != now[key]]
-    return differences + [f"config.{key} was {was[key]} and is {now[key]}" for key in differing]
+    return {key: (was[key], now[key]) for key in sorted(now) if was[key] != now[key]}
 
 
 def file_hash(file) -> str | None:
