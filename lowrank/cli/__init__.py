@@ -15,6 +15,7 @@ def end_at_interrupt() -> None:
 
 
 def interrupted(*_) -> None:
+    """End at once; on a terminal with the cursor, which a progress line hides, on a line of its own."""
     with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n")
+        os.write(2, (b"\x1b[?25h\n" if os.isatty(2) else b"") + b"interrupted\n")
     os._exit(INTERRUPTED)

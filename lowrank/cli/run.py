@@ -59,7 +59,8 @@ def run(main: typing.Callable[[list[str]], int | None]):
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
                 return _fail(
                     f"the device is out of memory ({str(error).splitlines()[0]}); more config.train.microbatches, "
-                    "config.remat='full', a smaller config.data.max_length or more devices along config.mesh.fsdp need less"
+                    "config.remat='full' or more devices along config.mesh.fsdp need less, and the run resumes with them; so does a "
+                    "smaller config.data.max_length, in another --workdir"
                 )
             if why := _no_device():
                 return _fail(why)
@@ -121,7 +122,7 @@ def _no_device() -> str | None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        why = distributed.first_line(error)
+        why = distributed.first_line(error).split(" (set ")[0] if str(error) else "there is no such platform"
         return (
             f"JAX finds no device, JAX_PLATFORMS={platforms!r}: {why}; it is not installed here, or another process holds "
             "it; unset JAX_PLATFORMS to take what there is, or say JAX_PLATFORMS=cpu"

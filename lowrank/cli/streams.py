@@ -1,6 +1,7 @@
 """A command's stdin, stdout and stderr, whatever the shell has made of them: closed, full, a broken pipe, another encoding."""
 
 import codecs
+import errno
 import functools
 import io
 import os
@@ -22,7 +23,7 @@ class Output(io.FileIO):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
-            why = f"stdout cannot be written to ({error.strerror})"
+            why = f"stdout cannot be written to ({'closed' if error.errno == errno.EBADF else error.strerror})"
             if self.lasts:
                 if self.note:
                     print(f"{why}: {self.note}", file=sys.stderr, flush=True)
