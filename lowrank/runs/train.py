@@ -209,7 +209,7 @@ def _said_on_resume(run: Run, first: int, meta: dict) -> list[str]:
     if first < run.inputs.steps and not math.isclose(planned(first), rate, rel_tol=1e-6):
         warnings.warn(
             f"config.optim.schedule={config.optim.schedule} now ends at step {run.inputs.steps}: the learning rate goes from "
-            f"{planned(first - 1):.3g} in step {first} to {rate:.3g} in step {first + 1}",
+            f"{planned(first - 1):.3g} in step {first} to {rate:.3g} in step {first + 1}, where it was to be {planned(first):.3g}",
             stacklevel=2,
         )
     return lines

@@ -1,8 +1,12 @@
 """A workdir: that several hosts see the same folder, and what a resumed run may change, without running it."""
 
 import dataclasses
+import errno
 import importlib
 import json
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -55,7 +59,8 @@ def test_a_schedule_that_jumps_on_resume_is_warned_of_once(recwarn):
     assert resumed(before, now, 4) == []
     (warning,) = recwarn.list
     assert str(warning.message) == (
-        "config.optim.schedule=cosine now ends at step 8: the learning rate goes from 2.93e-05 in step 4 to 0.0001 in step 5"
+        "config.optim.schedule=cosine now ends at step 8: the learning rate goes from 2.93e-05 in step 4 to 0.0001 in step 5, "
+        "where it was to be 0"
     )
     constant = (Config(train=TrainConfig(steps=steps)) for steps in (4, 8))
     assert resumed(*constant, 4) == [] and len(recwarn.list) == 1
@@ -70,3 +75,26 @@ def test_a_step_that_is_computed_otherwise_is_said_to_be_no_longer_bitwise():
         "mesh, remat, train.microbatches changed: the reduction order differs, so the run is no longer bitwise reproducible",
         "data.eval has other content: losses up to step 2 were evaluated on other examples than from here on",
     ]
+
+
+def test_a_file_stands_for_the_lock_where_the_file_system_has_no_flock(tmp_path, monkeypatch, capsys):
+    def no_flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(workdir_lib.fcntl, "flock", no_flock)
+    file, held = tmp_path / "config.json", tmp_path / ".lock.held"
+    lock = lambda: workdir_lib.lock_workdir(tmp_path, file, "run")  # noqa: E731
+    with lock():
+        assert "has no flock (No locks available); while the run lasts, the file .lock.held" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"is in use by another process, as .*\.lock\.held says"), lock():
+            pass
+        holder = json.loads(held.read_text())
+    assert not held.exists()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    held.write_text(json.dumps(holder | {"process": str(ended.pid)}))  # of a process of this machine that was killed
+    with lock():
+        assert json.loads(held.read_text()) == holder
+    held.write_text(json.dumps(holder | {"machine": "another"}))
+    with pytest.raises(UserError, match="is in use"), lock():
+        pass
