@@ -3,8 +3,8 @@
     python launch/local_processes.py --processes=2 --devices=2 -- --config=configs/demo.py --workdir=runs/two
 
 Needs nothing but the installed package. Starts `python -m lowrank.train` so many times with so many CPU devices each; what
-follows `--` goes to each of them as it is. What they say comes out line by line with the process's number before it. Ctrl-C and
-SIGTERM are handed on, so the run saves and stops. The exit code is the first one that is not 0 (75: stopped and saved).
+follows `--` goes to each of them as it is. What they say comes out line by line with the process's number before it. Ctrl-C, SIGTERM
+and SIGHUP are handed on, so the run saves and stops. The exit code is the first one that is not 0 (75: stopped and saved).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> int:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, hand_on)
     readers = [threading.Thread(target=tell, args=(index, process)) for index, process in enumerate(processes)]
     for reader in readers:

@@ -13,6 +13,7 @@ from absl import flags
 
 from lowrank import sweeping
 from lowrank.cli import run as cli
+from lowrank.cli import streams
 from lowrank.errors import UserError
 from lowrank.files import paths
 from lowrank.sweeping import grid as grid_lib
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int | None:
     if FLAGS.dry_run:
         print(sweeping.describe(grid, sweeping.plan_groups(grid)))
         return None
+    streams.outlive_stdout("the sweep goes on; its workdir has everything")
     command = cli.command_line("sweep")
     result = sweeping.sweep(grid, FLAGS.workdir, profile=FLAGS.profile, overrides=arguments, command=command)
     return cli.STOPPED if result.stopped_by else None

@@ -3,14 +3,14 @@
     python -m lowrank.train --config=configs/alpaca.py --workdir=runs/alpaca --config.base=DIR --config.data.train=FILE
 
 The same command again resumes: the metrics and the adapter are then bitwise those of a run that was never stopped.
-SIGTERM and Ctrl-C finish the step, save, and end with exit code 75; a second Ctrl-C does not wait for the step.
+SIGTERM, SIGHUP and Ctrl-C finish the step, save, and end with exit code 75; a second Ctrl-C does not wait for the step.
 --profile=11:13 writes a trace of these steps into the workdir, for xprof.
 """
 
 from absl import flags
 
 from lowrank import runs
-from lowrank.cli import config_file
+from lowrank.cli import config_file, streams
 from lowrank.cli import run as cli
 from lowrank.errors import UserError
 from lowrank.parallel import distributed
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int | None:
         return None
     if not FLAGS.workdir:
         raise UserError("--workdir is missing; say where the run is to live, --workdir=runs/NAME")
+    streams.outlive_stdout("the run goes on; its workdir has everything")
     result = runs.train(
         config, FLAGS.workdir, profile=FLAGS.profile, overrides=arguments, command=cli.command_line("train")
     )

@@ -62,6 +62,16 @@ def words_of(given: Given, *words: str) -> list[str]:
 # ---- Flags and config ------------------------------------------------------------------------------------------------
 
 
+@case("config.train.microbatches=0 must be at least 1")
+def no_microbatches(given):
+    return given.train("train.microbatches=0")
+
+
+@case("is a part of the run", "; name that, --adapter=", command="generate")
+def adapter_is_the_folder_of_checkpoints(given):
+    return words_of(given, f"--adapter={given.trained / 'checkpoints' / '6'}", "--prompt=a")
+
+
 @case("--config is missing")
 def no_config(given):
     return []

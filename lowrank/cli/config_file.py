@@ -13,6 +13,7 @@ import ml_collections
 from lowrank.cli.run import refuse_unknown
 from lowrank.config import Config, Unparsed, from_values, plain, set_key
 from lowrank.errors import UserError
+from lowrank.files import paths
 
 
 def read(path: str | None, overrides: list[str]) -> Config:
@@ -33,6 +34,7 @@ def read_values(path: str | None, overrides: list[str]) -> dict:
 def _call_get_config(path: str) -> dict:
     """Nested dicts from the file's `get_config()`; UserError names the line of the file where it fails."""
     file, _, argument = path.partition(":")
+    file = str(paths.local(file))
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} is not there; --config takes FILE or FILE:ARGUMENT")
     if not file.endswith(".py"):

@@ -10,6 +10,7 @@ import runpy
 import sys
 
 import lowrank
+from lowrank import cli
 
 COMMANDS = ("train", "sweep", "generate", "evaluate", "convert", "export", "analyze", "plan")
 PACKAGE = pathlib.Path(lowrank.__file__).parent
@@ -17,6 +18,7 @@ PACKAGE = pathlib.Path(lowrank.__file__).parent
 
 def main() -> int | None:
     """Run the command that `sys.argv` names -> exit code, where the command does not exit by itself."""
+    cli.end_at_interrupt()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import traceback
 import typing
@@ -11,10 +12,12 @@ import warnings
 import jax
 from absl import app, flags, logging
 
+from lowrank import cli
+from lowrank.cli import signals, streams
 from lowrank.errors import UserError
 from lowrank.parallel import distributed, launchers
 
-STOPPED = 75  # exit code after SIGTERM or Ctrl-C: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75  # exit code after SIGTERM, SIGHUP or Ctrl-C: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 def run(main: typing.Callable[[list[str]], int | None]):
@@ -30,11 +33,17 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return _fail(f"{str(error).splitlines()[0]}; see --help")
 
     def guarded(argv):
+        if signal.getsignal(signal.SIGINT) is cli.interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _end_if_interrupted
+        signals.in_command = True
         launchers.silence_libtpu()
         use_compile_cache()
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             code = main(argv[1:])
+            sys.stdout.flush()  # what fails here is a command's mistake, and at the exit Python's
             distributed.finish()
             return code
         except UserError as error:
@@ -42,23 +51,26 @@ def run(main: typing.Callable[[list[str]], int | None]):
         except KeyboardInterrupt:
             distributed.fail("interrupted")
             print("interrupted", file=sys.stderr)
-            return 130  # as shells count it: 128 + SIGINT
+            return cli.INTERRUPTED
         except BrokenPipeError:  # `... | head`: no mistake, but the command did not finish
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             distributed.fail("its output was closed (a broken pipe)")
             return 141  # as shells count it: 128 + SIGPIPE
         except Exception as error:
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
                 return _fail(
                     f"the device is out of memory ({str(error).splitlines()[0]}); more config.train.microbatches, "
-                    "config.remat='full', a smaller config.data.max_length or more devices along config.mesh.fsdp need less"
+                    "config.remat='full' or more devices along config.mesh.fsdp need less, and the run resumes with them; so does a "
+                    "smaller config.data.max_length, in another --workdir"
                 )
+            if why := _no_device():
+                return _fail(why)
             if distributed.is_running():  # the end of another process may have caused it: that is reported instead
                 distributed.wait_for_reason()
                 traceback.print_exc()
                 distributed.fail(f"{type(error).__name__}: {distributed.first_line(error)}")
             raise
 
+    streams.open_streams()
     app.run(guarded, flags_parser=parse_flags)
 
 
@@ -85,16 +97,37 @@ def use_compile_cache():
     Nobody else may write there: whoever can replace a compiled program can run code as this user.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        folder = home / "lowrank" / "compiled"
         try:
+            home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+            folder = home / "lowrank" / "compiled"
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.chmod(folder, 0o700)
-        except OSError:
+        except (OSError, RuntimeError):
             return  # without a writable home, only compile time is lost
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves most programs out
+
+
+def _end_if_interrupted(unraisable) -> None:
+    """A Ctrl-C that came while Python ran a callback, of the garbage collector for instance, which passes no exception on."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        cli.interrupted()
+    sys.__unraisablehook__(unraisable)
+
+
+def _no_device() -> str | None:
+    """Why JAX finds nothing to compute on; None where it does."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        why = distributed.first_line(error).split(" (set ")[0] if str(error) else "there is no such platform"
+        return (
+            f"JAX finds no device, JAX_PLATFORMS={platforms!r}: {why}; it is not installed here, or another process holds "
+            "it; unset JAX_PLATFORMS to take what there is, or say JAX_PLATFORMS=cpu"
+        )
+    return None
 
 
 def _fail(message: str):

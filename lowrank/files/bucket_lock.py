@@ -50,7 +50,7 @@ def locked(file: BucketPath, workdir: str) -> Iterator[None]:
 
 def _acquire(file: BucketPath, workdir: str) -> str:
     """Create the lock -> its generation."""
-    own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": str(os.getpid()), "machine": _machine()}
+    own = {"id": uuid.uuid4().hex, **this_process()}
     first_seen = None
     while True:
         with contextlib.suppress(FileExistsError):
@@ -63,7 +63,7 @@ def _acquire(file: BucketPath, workdir: str) -> str:
         if holder.get("id") == own["id"]:  # also where `create` failed: its answer may be lost after success
             return found["generation"]
         age = (now - datetime.datetime.fromisoformat(found["updated"])).total_seconds()
-        if age > STALE or _is_gone(holder):
+        if age > STALE or is_gone(holder):
             with contextlib.suppress(FileNotFoundError, FileExistsError):
                 file.request("DELETE", ifGenerationMatch=found["generation"])
             continue
@@ -110,6 +110,11 @@ def _exit(code: int, message: str) -> None:
     os._exit(code)  # an exception in this thread would not stop the main thread's writes
 
 
+def this_process() -> dict[str, str]:
+    """What others are told of a lock's holder."""
+    return {"host": socket.gethostname(), "process": str(os.getpid()), "machine": _machine()}
+
+
 def _machine() -> str:
     """The same for two processes that can see each other; empty where unknown."""
     with contextlib.suppress(OSError):
@@ -118,7 +123,7 @@ def _machine() -> str:
     return ""
 
 
-def _is_gone(holder: dict) -> bool:
+def is_gone(holder: dict) -> bool:
     """Whether the holder was a process of this machine that has ended."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return False

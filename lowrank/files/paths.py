@@ -18,7 +18,8 @@ PathLike = str | os.PathLike | BucketPath
 
 
 def path(where: PathLike) -> Path:
-    """A local path, or a BucketPath for a text that begins with gs://."""
+    """A local path, or a BucketPath for a text that begins with gs://. `~` is the user's home, also after `--flag=`, where no
+    shell puts it in."""
     if isinstance(where, BucketPath):
         return where
     text = str(os.fspath(where))
@@ -29,7 +30,10 @@ def path(where: PathLike) -> Path:
         return BucketPath("/".join([bucket, *(part for part in name.split("/") if part)]))
     if scheme := re.match(r"gs:/|[a-z0-9]+://", text):
         raise UserError(f"{text}: {scheme[0]} paths are not supported; give {SCHEME}BUCKET/PATH or a local path")
-    return pathlib.Path(text)
+    expanded = os.path.expanduser(text)
+    if expanded.split("/")[0] == "~":
+        raise UserError(f"{text}: the home folder is not known (HOME is not set); give the whole path")
+    return pathlib.Path(expanded)
 
 
 def local(where: PathLike) -> pathlib.Path:

@@ -48,6 +48,9 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
 
         return Adapter(folder, lora, format=None, tokenizer=None, base=None, step=None, restore=fit)
     if not (folder / "config.json").is_file():
+        for parent in (folder.parent, folder.parent.parent):  # RUN/checkpoints, RUN/checkpoints/STEP
+            if (parent / "config.json").is_file() and (parent / "checkpoints").is_dir():
+                raise UserError(f"adapter {folder} is a part of the run {parent}; name that, --adapter={parent}")
         raise UserError(
             f"adapter {folder} is neither a workdir (no config.json) nor a PEFT folder (no adapter_config.json); "
             "name the --workdir of a training run, the folder of a PEFT adapter, or one on the hub"

@@ -32,7 +32,7 @@ def model_card(
     load the base by; `export` says name, format ("peft" | "merged"), dtype, difference, tolerance and ends (the ids).
     """
     config, is_peft = record["config"], export["format"] == "peft"
-    is_here = paths.is_remote(base) or pathlib.Path(base).exists()
+    is_here = paths.is_remote(base) or paths.path(base).exists()
     header = [f"library_name: {'peft' if is_peft else 'transformers'}", "pipeline_tag: text-generation"]
     header += [] if is_here else [f"base_model: {base}"]  # the hub refuses a card whose base_model is a path
     header += ["tags:", *(["- lora"] if lora else []), "- lowrank"]

@@ -89,14 +89,14 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
     names = ("train/loss", "eval/loss", "eval/exact_match")
     series = {name: [line[name] for line in lines if name in line] for name in names}
     shown = [f"{name} {values[0]:.4f} -> {values[-1]:.4f}" for name, values in series.items() if values]
-    folder = workdir / "checkpoints"
+    size = format_bytes(sum(paths.sizes(workdir / "checkpoints").values()))
     what, form = ("adapter", "peft") if config.adapter else ("model", "merged")
     result = [
         *before_and_after(workdir),
         "",
         f"done       {', '.join(shown)}",
         f"trained    {tokens:,} tokens in all; {steps:,} steps in {seconds:.0f} s here",
-        f"{what:<10} {folder} ({format_bytes(sum(paths.sizes(folder).values()))})",
+        f"{what:<10} {workdir} (as --adapter takes it; checkpoints of {size})",
         f"curves     {workdir / 'curves.png'}",
     ]
     if config.base and config.sample.prompts:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from lowrank.runs.samples import write_answers, write_samples
 from lowrank.runs.setup import Step, abstract_step
 from lowrank.runs.speed import make_speed
 from lowrank.training import partition
+from lowrank.training.optimizer import learning_rate_schedule
 from lowrank.training.step import State, init_state, make_eval_step
 
 REMEDY = "use a lower config.optim.learning_rate, in another --workdir"
@@ -93,7 +95,7 @@ def train(
     overrides: Sequence[str] = (),
     command: str = "lowrank.runs.train",
 ) -> Result:
-    """Train a run to its end, or resume the one that `workdir` holds; SIGTERM and Ctrl-C finish the step and save.
+    """Train a run to its end, or resume the one that `workdir` holds; SIGTERM, SIGHUP and Ctrl-C finish the step and save.
 
     `profile`: "START:STOP", the steps to trace for xprof. `overrides` and `command` are recorded in `config.json`.
     Raises UserError for whatever the config or its files have wrong, and for a loss that is not finite.
@@ -184,11 +186,34 @@ def _begin(run: Run, checkpoints: Checkpoints) -> Begun:
     state, position = checkpoints.restore(first, layout)
     batches.set_state(position)
     meta = checkpoints.meta(first)
-    if meta["config"]["mesh"] != config_lib.to_dict(config)["mesh"]:
-        print("mesh changed: the reduction order differs, so the run is no longer bitwise reproducible")
+    for line in _said_on_resume(run, first, meta):
+        print(line)
     step = mesh_lib.put(np.int32(first), layout.step.sharding)
     state = state._replace(step=step, key=mesh_lib.put(key, layout.key.sharding))
     return Begun(first, state, frozen, batches, meta["tokens"])
+
+
+def _said_on_resume(run: Run, first: int, meta: dict) -> list[str]:
+    """What has changed since the checkpoint that a run resumes from, and matters; a schedule that jumps is warned of."""
+    config, lines = run.config, []
+    before = config_lib.from_values(meta["config"])
+    loose = [key for key in workdir_lib.changed_keys(meta["config"], config) if key in workdir_lib.NOT_BITWISE]
+    if loose:
+        names = ", ".join(dict.fromkeys("mesh" if key.startswith("mesh.") else key for key in loose))
+        lines.append(f"{names} changed: the reduction order differs, so the run is no longer bitwise reproducible")
+    if meta["identity"].get("data.eval") != run.identity["data.eval"]:
+        lines.append(
+            f"data.eval has other content: losses up to step {first} were evaluated on other examples than from here on"
+        )
+    rate = float(run.setup.schedule(first))
+    planned = learning_rate_schedule(before.optim, inputs_lib.steps_over(run.inputs.rows, before))
+    if first < run.inputs.steps and not math.isclose(planned(first), rate, rel_tol=1e-6):
+        warnings.warn(
+            f"config.optim.schedule={config.optim.schedule} now ends at step {run.inputs.steps}: the learning rate goes from "
+            f"{planned(first - 1):.3g} in step {first} to {rate:.3g} in step {first + 1}, where it was to be {planned(first):.3g}",
+            stacklevel=2,
+        )
+    return lines
 
 
 def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, str | None, float]:
@@ -207,7 +232,7 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
     distributed.barrier("loaded")  # some processes have more of the base to read than others
     began, stopped_by, step = time.monotonic(), None, first
     with (
-        stop_signals() as stop,
+        stop_signals(first, steps) as stop,
         contextlib.closing(Metrics(workdir, config, first)) as metrics,
         progress(steps, first) as show_step,
     ):

@@ -23,13 +23,16 @@ from lowrank.files import bucket_lock, paths
 from lowrank.files.lines import replace
 from lowrank.parallel import distributed
 
+HELD = ".lock.held"  # a file that exists while a workdir is in use, where the file system has no flock
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
-# What a resumed run may change: where files lie (their content is compared), how long it is, and how often it reports.
+# What a resumed run may change: where files lie (their content is compared, but of evaluation data), how long it is, what and how
+# often it reports, and how a step is computed, so that a run that ran out of memory can go on.
 FREE_ON_RESUME = (
     *("base", "tokenizer", "data.train", "data.eval"),
-    *("train.steps", "train.epochs", "eval.every", "checkpoint.every", "checkpoint.keep", "sample.every"),
-    *("log.every", "log.tensorboard", "log.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("train.steps", "train.epochs", "eval.every", "eval.answers", "checkpoint.every", "checkpoint.keep"),
+    *("sample.every", "sample.prompts", "sample.max_new_tokens", "log.every", "log.tensorboard", "log.wandb"),
+    *(NOT_BITWISE := ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.microbatches", "remat", "attention")),
 )
 
 
@@ -98,21 +101,14 @@ def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Checked before the lock is made, so that nothing is left in somebody else's folder.
-        ours = (".lock", file.with_suffix(".tmp").name)
+        ours = (".lock", HELD, file.with_suffix(".tmp").name)
         if not file.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"
             )
         lock: contextlib.AbstractContextManager
         if isinstance(workdir, pathlib.Path):
-            lock = file_lock = open(workdir / ".lock", "w")  # noqa: SIM115 (held to the end of the run)
-            try:
-                fcntl.flock(file_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file_lock.close()
-                raise UserError(
-                    f"workdir {workdir} is in use by another process; wait for it or choose another"
-                ) from None
+            lock = _lock_folder(workdir)
         else:
             workdir.check_bucket()
             lock = bucket_lock.locked(workdir / ".lock", str(workdir))
@@ -124,18 +120,58 @@ def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[
         yield
 
 
-def resume_differences(before: dict, config: Config, identity: dict, free=FREE_ON_RESUME) -> list[str]:
-    """How the run in a workdir differs from this one beyond the keys that are `free` to: a line each."""
+def _lock_folder(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """Hold the lock of a folder on a disk, until what is returned is left: flock's, or where there is none a file's."""
+    lock, in_use = open(workdir / ".lock", "w"), f"workdir {workdir} is in use by another process"  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{in_use}; wait for it or choose another") from None
+    except OSError as error:
+        lock.close()
+        why = error.strerror
+    held = workdir / HELD
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if bucket_lock.is_gone(json.loads(held.read_text(encoding="utf-8"))):
+            held.unlink()
+    try:
+        with open(held, "x", encoding="utf-8") as file:
+            json.dump(bucket_lock.this_process(), file)
+    except FileExistsError:
+        raise UserError(
+            f"{in_use}, as {held} says; wait for it or choose another, or remove that file if no process is left"
+        ) from None
+    print(
+        f"workdir {workdir}: its file system has no flock ({why}); while the run lasts, the file {HELD} stands for it"
+    )
+    stack = contextlib.ExitStack()
+    stack.callback(held.unlink, missing_ok=True)
+    return stack
+
+
+def resume_differences(
+    before: dict, config: Config, identity: dict, free=FREE_ON_RESUME, free_content=("data.eval",)
+) -> list[str]:
+    """How the run in a workdir differs from this one beyond the keys and the files' contents that are free to: a line each."""
     differences = []
     known = before["identity"] | {"architecture": DEFAULTS | before["identity"].get("architecture", {})}
     for name, value in as_json(identity).items():
-        if known.get(name) != value:
+        if known.get(name) != value and name not in free_content:
             differences.append(f"{name} has other content" if name != "base" else "base has other weights")
+    changed = changed_keys(before["config"], config)
+    return differences + [
+        f"config.{key} was {was} and is {now}" for key, (was, now) in changed.items() if key not in free
+    ]
+
+
+def changed_keys(before: dict, config: Config) -> dict[str, tuple]:
+    """Keys whose value is another than in the config of a record -> (what it was, what it is)."""
     # Through the config and back: keys that are newer than the run get their defaults.
-    configs = (config_lib.from_values(before["config"]), config)
+    configs = (config_lib.from_values(before), config)
     was, now = (dict(config_lib.flat(as_json(config_lib.to_dict(own)))) for own in configs)
-    differing = [key for key in sorted(now) if key not in free and was[key] != now[key]]
-    return differences + [f"config.{key} was {was[key]} and is {now[key]}" for key in differing]
+    return {key: (was[key], now[key]) for key in sorted(now) if was[key] != now[key]}
 
 
 def file_hash(file) -> str | None:

@@ -1,7 +1,6 @@
 """What a sweep shows while it trains: a live table of its members on a terminal, otherwise a line for each logged step."""
 
 import contextlib
-import sys
 
 import rich.console
 import rich.live
@@ -9,6 +8,7 @@ import rich.progress
 import rich.table
 
 from lowrank.formatting import format_number
+from lowrank.runs.console import is_live
 
 MAX_ROWS = 20  # members in the live table, the best ones
 
@@ -25,7 +25,7 @@ class Progress:
         columns = (rich.progress.BarColumn(), rich.progress.TimeRemainingColumn())
         self.bar = rich.progress.Progress("step {task.completed}/{task.total}", *columns, console=self.console)
         self.task = self.bar.add_task("", total=steps, completed=first)
-        self.is_live = sys.stdout.isatty()
+        self.is_live = is_live()
         live = rich.live.Live(console=self.console, get_renderable=self._make_table, refresh_per_second=2)
         self.live: contextlib.AbstractContextManager = live if self.is_live else contextlib.nullcontext()
 

@@ -48,7 +48,7 @@ def sweep(
 ) -> SweepResult:
     """Train a sweep's members to their end, or resume the sweep that `workdir` holds; what is finished is not run again.
 
-    `grid`: from `make_grid`, or a ConfigDict with `sweep` among its keys. SIGTERM and Ctrl-C finish the step and save.
+    `grid`: from `make_grid`, or a ConfigDict with `sweep` among its keys. SIGTERM, SIGHUP and Ctrl-C finish the step and save.
     `profile`: "START:STOP", the steps to trace for xprof, of the first wave that trains. Raises UserError.
     """
     workdir = paths.local(workdir)
@@ -208,7 +208,8 @@ def refuse_other_members(workdir: pathlib.Path, groups: list[Group]):
             place = workdir / "members" / member.name
             if (place / "config.json").exists():
                 own = identity(member.config, group.inputs)
-                for line in workdir_lib.resume_differences(workdir_lib.read_record(place), member.config, own, free):
+                before = workdir_lib.read_record(place)  # members are compared: all of them by the same evaluation data
+                for line in workdir_lib.resume_differences(before, member.config, own, free, free_content=()):
                     of_members.setdefault(line, []).append(member.name)
     lines = [f"{line} (in {names[0]}{' and others' * (len(names) > 1)})" for line, names in of_members.items()]
     if lines:

@@ -90,7 +90,7 @@ def stopped_alone(tiny, stopped, tmp_path_factory) -> pathlib.Path:
     """The same run of one process on four devices, stopped after the same step."""
     _, last, _ = stopped
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    signals = lambda: contextlib.nullcontext(lambda step: "SIGTERM" if step == last else None)  # noqa: E731
+    signals = lambda *_: contextlib.nullcontext(lambda step: "SIGTERM" if step == last else None)  # noqa: E731
     changes = {"lowrank.runs.train.stop_signals": signals}
     finished = running.run("train", tiny, f"--workdir={workdir}", *STOPPED, devices=4, changes=changes)
     assert finished.code == 75, finished.err

@@ -569,14 +569,14 @@ def config(tiny, monkeypatch):
 
 
 def test_an_interrupted_run_saves_leaves_no_handler_and_resumes_to_the_bit(config, trained, tmp_path, monkeypatch):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with monkeypatch.context() as patch:
         interrupted = Spy(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
         patch.setitem(runs.train.__globals__, "abstract_step", interrupted)
         stopped = runs.train(config, tmp_path / "run")
     assert (stopped.stopped_by, stopped.step, stopped.checkpoint.is_dir()) == ("SIGINT", 3, True)
     assert list(stopped.losses) == [1, 2, 3] and list(stopped.eval_losses) == [0, 3]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
     result = runs.train(config, tmp_path / "run")
     assert (result.stopped_by, result.step) == (None, 6)
