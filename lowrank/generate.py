@@ -22,7 +22,8 @@ from lowrank.files import paths
 from lowrank.inference import Model, load
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint.")
-flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run (its latest step), or a PEFT folder.")
+flags.DEFINE_string("adapter", None, "An adapter: the workdir of a run, or a folder of PEFT or mlx-lm.")
+flags.DEFINE_string("step", None, "Which checkpoint of a workdir: a number, best or last. Default: the last.")
 flags.DEFINE_multi_string("prompt", None, "A prompt; may be given several times.")
 flags.DEFINE_string(
     "prompts", None, "A file of prompts: one a line, or JSON lines with `prompt` (or instruction, input)."
@@ -54,7 +55,7 @@ def main(arguments: list[str]):
     prompts = [(prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
     if FLAGS.prompts is not None:
         prompts = read_prompts(FLAGS.prompts, FLAGS.input)
-    model = load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
+    model = load(FLAGS.base, FLAGS.adapter, step=FLAGS.step, dtype=FLAGS.dtype)
     names = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")
     options = {name: FLAGS[name].value for name in names}
     if FLAGS.chat:
