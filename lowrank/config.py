@@ -67,7 +67,7 @@ def _check_targets(targets: tuple[str, ...]) -> str | None:
         return "at least one target"
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
-        return f"all, attention, mlp or a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)"
+        return f"a choice of {', '.join(TARGETS)}, or all, attention, mlp ({', '.join(unknown)} matches nothing)"
     return None if len(set(targets)) == len(targets) else "without repetition"
 
 
