@@ -13,9 +13,10 @@ from lowrank import analysis
 from lowrank.cli import run as cli
 
 flags.DEFINE_string(
-    "adapter", None, "An adapter: the workdir of a run (its latest step), a PEFT folder, or a name on the hub."
+    "adapter", None, "An adapter: the workdir of a run, a folder of PEFT or mlx-lm, or a name on the hub."
 )
-flags.DEFINE_string("other", None, "A second adapter over the same base, to compare directions with.")
+flags.DEFINE_string("step", None, "Which checkpoint of --adapter: a number, best or last. Default: the last.")
+flags.DEFINE_string("other", None, "A second adapter over the same base, to compare directions with; DIR@STEP too.")
 flags.DEFINE_string("base", None, "The base; default: the one that the adapter's run names.")
 flags.DEFINE_string("to", None, "The folder to make.")
 FLAGS = flags.FLAGS
@@ -24,7 +25,7 @@ FLAGS = flags.FLAGS
 def main(arguments: list[str]):
     cli.refuse_unknown(arguments)
     cli.require("adapter", "to")
-    result = analysis.analyze(FLAGS.adapter, FLAGS.other, FLAGS.base)
+    result = analysis.analyze(FLAGS.adapter, FLAGS.other, FLAGS.base, FLAGS.step)
     analysis.write_analysis(result, FLAGS.to)
     count = sum(map(len, result.modules.values()))
     print(f"analysis of {count} updates in {FLAGS.to}; read {FLAGS.to}/analysis.md first")

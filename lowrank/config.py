@@ -19,6 +19,7 @@ import ml_collections
 from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.data.records import FORMATS, NAMES
 from lowrank.errors import UserError
+from lowrank.families.config import ATTENTION, MLP
 from lowrank.files.nested import set_path
 from lowrank.model.decoder import REMAT
 from lowrank.model.kernels import AUTO, BACKENDS
@@ -58,12 +59,15 @@ SEED = must_be("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 DEVICES = must_be("-1 (the rest) or at least 1", lambda value: value == -1 or value >= 1)
 
 
+TARGET_SETS = {"all": TARGETS, "attention": ATTENTION, "mlp": MLP}  # names that `lora.targets` takes for several
+
+
 def _check_targets(targets: tuple[str, ...]) -> str | None:
     if not targets:
         return "at least one target"
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
-        return f"a choice of {', '.join(TARGETS)} ({', '.join(unknown)} matches nothing)"
+        return f"a choice of {', '.join(TARGETS)}, or all, attention, mlp ({', '.join(unknown)} matches nothing)"
     return None if len(set(targets)) == len(targets) else "without repetition"
 
 
@@ -155,6 +159,7 @@ LORA_CHECKS = {
     "dropout": FRACTION,
     "targets": _check_targets,
     "scaling": one_of(("standard", "rslora")),
+    "init": one_of(("default", "a_zero")),
     "ranks": _check_ranks,
     "alphas": must_be("made of alphas above 0", lambda table: all(alphas and min(alphas) > 0 for _, alphas in table)),
 }
@@ -162,6 +167,7 @@ OPTIM_CHECKS = {
     "learning_rate": POSITIVE,
     "schedule": one_of(SCHEDULES),
     "warmup_steps": NOT_NEGATIVE,
+    "warmup_ratio": FRACTION,
     "weight_decay": NOT_NEGATIVE,
     "clip_norm": OFF_OR_MORE,
     "b1": FRACTION,
@@ -206,6 +212,8 @@ def from_values(values: Mapping | ml_collections.ConfigDict) -> Config:
         raise UserError("config.sweep is set, but this is one run: use python -m lowrank.sweep, or remove it")
     errors: list[str] = []
     config = build(Config, values, "", errors)
+    targets = tuple(one for name in config.lora.targets for one in TARGET_SETS.get(name, (name,)))
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=targets))
     errors = errors or [*wrong_values(config), *_contradictions(config)]
     if errors:
         raise UserError("; ".join(errors))
@@ -258,6 +266,12 @@ def _contradictions(c: Config) -> list[str]:
         errors.append(f"config.train.batch_size={rows} must be divisible by microbatches={microbatches}")
     if c.init_adapter and c.train.mode == "full":
         errors.append(f"config.init_adapter={c.init_adapter} must be None where train.mode is 'full'")
+    if c.init_adapter and c.lora.init != "default":
+        errors.append(
+            f"config.lora.init={c.lora.init} draws new factors, but config.init_adapter has them; leave one out"
+        )
+    if c.optim.warmup_ratio is not None and c.optim.warmup_steps:
+        errors.append("config.optim.warmup_steps and config.optim.warmup_ratio are both set; leave one out")
     if c.sample.every and not c.sample.prompts:
         errors.append("config.sample.prompts=() must be at least one where sample.every is set")
     if c.data.eval and c.data.eval_examples:
@@ -383,9 +397,51 @@ def all_keys() -> list[str]:
     return [key for key, _ in flat(to_dict(Config()))]
 
 
+# What PEFT, transformers, TRL, axolotl and mlx-lm call our keys.
+OTHERS_WORDS = {
+    "base": "model model_name model_name_or_path base_model",
+    "init_adapter": "lora_model_dir resume_adapter_file adapter_name_or_path",
+    "data.train": "dataset datasets dataset_name train_file train_data",
+    "data.eval": "validation_file eval_file eval_dataset test_datasets",
+    "data.eval_examples": "val_set_size",
+    "data.max_length": "max_seq_length max_seq_len sequence_len seq_len seq_length cutoff_len",
+    "data.packing": "sample_packing",
+    "data.train_on_prompt": "train_on_inputs train_on_input",
+    "lora.rank": "r lora_r lora_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_target_modules lora_target target",
+    "lora.scaling": "use_rslora",
+    "lora.init": "init_lora_weights",
+    "lora.ranks": "rank_pattern",
+    "lora.alphas": "alpha_pattern",
+    "train.steps": "max_steps iters num_steps num_train_steps",
+    "train.epochs": "num_epochs num_train_epochs",
+    "train.batch_size": "per_device_train_batch_size train_batch_size",
+    "train.microbatches": "gradient_accumulation_steps grad_accumulation_steps",
+    "optim.learning_rate": "lr",
+    "optim.schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler",
+    "optim.warmup_steps": "warmup num_warmup_steps",
+    "optim.clip_norm": "max_grad_norm grad_clip gradient_clipping max_norm clip",
+    "optim.b1": "adam_beta1 beta1",
+    "optim.b2": "adam_beta2 beta2",
+    "optim.eps": "adam_epsilon epsilon",
+    "eval.every": "eval_steps steps_per_eval eval_every",
+    "checkpoint.every": "save_steps save_every",
+    "checkpoint.keep": "save_total_limit",
+    "log.every": "logging_steps steps_per_report log_every",
+    "log.wandb": "wandb_project",
+    "remat": "gradient_checkpointing grad_checkpoint",
+    "attention": "attn_implementation",
+    "dtype": "bf16",
+}
+
+
 def did_you_mean(key: str, root: str = "config.") -> str:
-    """By the whole key, or by its last part under another parent (`config.rank` for `config.lora.rank`)."""
+    """By the whole key, its last part under another parent (`config.rank` for `config.lora.rank`), or others' word for it."""
     keys = all_keys()
+    if meant := next((ours for ours, words in OTHERS_WORDS.items() if key.split(".")[-1] in words.split()), None):
+        return f"; did you mean {root}{meant}?"
     same_leaf = [other for other in keys if other.split(".")[-1] == key.split(".")[-1]]
     close = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:

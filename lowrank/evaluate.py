@@ -22,10 +22,13 @@ from lowrank.files import paths
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
 flags.DEFINE_string(
-    "adapter", None, "An adapter: the workdir of a run (its latest step), a PEFT folder, or a name on the hub."
+    "adapter", None, "An adapter: the workdir of a run, a folder of PEFT or mlx-lm, or a name on the hub."
 )
-flags.DEFINE_string("other", None, "A second adapter, to compare with --adapter (or, without it, with the bare base).")
-flags.DEFINE_string("data", None, "The file of examples, or a data set on the hub.")
+flags.DEFINE_string("step", None, "Which checkpoint of --adapter: a number, best or last. Default: the last.")
+flags.DEFINE_string(
+    "other", None, "A second adapter, to compare with --adapter (or, without it, with the bare base); DIR@STEP too."
+)
+flags.DEFINE_string("data", None, "Files of examples, or a data set on the hub.")
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT: take the data's settings and the mesh from this config.")
 flags.DEFINE_string("to", None, "Write the loss of every example to this file, as JSON lines.")
 flags.DEFINE_enum("format", None, FORMATS, "What a record is; default: as the adapter's run or --config has it.")
@@ -55,9 +58,12 @@ def main(arguments: list[str]):
         raise UserError(f"{' '.join(unused)} would change nothing: of --config only {', '.join(USED)} are used")
     options = {name: FLAGS[name].value for name in PASSED}
     options["config"] = config_file.read(FLAGS.config, arguments) if FLAGS.config else None
-    result = evaluation.evaluate(FLAGS.base, FLAGS.data, FLAGS.adapter, FLAGS.other, **options)
+    if FLAGS.step and not FLAGS.adapter:
+        raise UserError(f"--step={FLAGS.step} names a checkpoint, but there is no --adapter; leave one out")
+    adapter = f"{FLAGS.adapter}@{FLAGS.step}" if FLAGS.step else FLAGS.adapter
+    result = evaluation.evaluate(FLAGS.base, FLAGS.data, adapter, FLAGS.other, **options)
     print(describe_examples(result, FLAGS.data))
-    print(describe_losses(result, FLAGS.adapter or "base", FLAGS.other))
+    print(describe_losses(result, adapter or "base", FLAGS.other))
     if to:
         write_losses(to, result)
         print(f"losses of {len(result.tokens):,} examples in {to}")

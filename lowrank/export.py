@@ -11,9 +11,10 @@ from absl import flags
 
 from lowrank import inference
 from lowrank.cli import run as cli
+from lowrank.formatting import format_number
 
 flags.DEFINE_string("workdir", None, "The workdir of the run.")
-flags.DEFINE_integer("step", None, "Which checkpoint; default: the latest.")
+flags.DEFINE_string("step", None, "Which checkpoint: a number, best (by evaluation loss) or last. Default: the last.")
 flags.DEFINE_enum("format", None, ["peft", "merged"], "peft: the adapter alone; merged: the whole model.")
 flags.DEFINE_string("to", None, "The folder to make.")
 flags.DEFINE_string("base", None, "The base, if it is no longer where it was in training.")
@@ -34,6 +35,12 @@ def main(arguments: list[str]):
     cli.require("workdir", "format", "to")
     options = {name: FLAGS[name].value for name in ("step", "base", "base_name", "dtype", "push")}
     made = inference.export(FLAGS.workdir, FLAGS.to, FLAGS.format, **options)
+    if made.better:
+        better, loss, own = made.better
+        print(
+            f"step {better} has a lower evaluation loss ({format_number(loss)}) than the exported step {made.step} "
+            f"({'not evaluated' if own is None else format_number(own)}): --step=best exports it"
+        )
     print(
         f"exported to {made.folder}; read back, every tensor equal, logits within {made.difference:.2g} of the largest "
         f"({made.dtype})"

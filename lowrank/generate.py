@@ -24,8 +24,9 @@ from lowrank.inference import Model, load
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
 flags.DEFINE_string(
-    "adapter", None, "An adapter: the workdir of a run (its latest step), a PEFT folder, or a name on the hub."
+    "adapter", None, "An adapter: the workdir of a run, a folder of PEFT or mlx-lm, or a name on the hub."
 )
+flags.DEFINE_string("step", None, "Which checkpoint of a workdir: a number, best or last. Default: the last.")
 flags.DEFINE_multi_string("prompt", None, "A prompt (-: what stdin holds); may be given several times.")
 flags.DEFINE_string(
     "prompts",
@@ -63,7 +64,7 @@ def main(arguments: list[str]):
     options = {name: FLAGS[name].value for name in names}
     check_options(FLAGS.max_new_tokens, FLAGS.stop)
     Sampling(**{name: options[name] for name in names[2:]})  # refuses bad values before a base is read
-    model = load(FLAGS.base, FLAGS.adapter, dtype=FLAGS.dtype)
+    model = load(FLAGS.base, FLAGS.adapter, step=FLAGS.step, dtype=FLAGS.dtype)
     if FLAGS.chat:
         if model.format not in (None, "chat"):
             print(f"the adapter was trained in the {model.format} format, not for chat", file=sys.stderr)

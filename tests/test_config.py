@@ -89,6 +89,11 @@ def test_what_a_file_leaves_out_has_the_defaults_of_the_contract(write):
         ("lora.targets", "('q_proj','v_proj')", ("q_proj", "v_proj")),
         ("lora.targets", '["q_proj", "v_proj"]', ("q_proj", "v_proj")),
         ("lora.targets", "('q_proj',)", ("q_proj",)),
+        ("lora.targets", "all", TARGETS),
+        ("lora.targets", "attention", TARGETS[:4]),
+        ("lora.targets", "mlp,q_proj", (*TARGETS[4:], "q_proj")),
+        ("lora.init", "a_zero", "a_zero"),
+        ("optim.warmup_ratio", "0.03", 0.03),
         ("sample.prompts", "", ()),
         ("sample.prompts", "Hello (you)", ("Hello (you)",)),
         ("sample.prompts", "['One, two', 'three']", ("One, two", "three")),
@@ -230,11 +235,36 @@ def test_all_bad_values_are_named_at_once(write):
         ("train.learningrate", "config.optim.learning_rate"),
         ("data.maxlength", "config.data.max_length"),
         ("bse", "config.base"),
+        ("lr", "did you mean config.optim.learning_rate?"),
+        ("optim.lr", "config.optim.learning_rate"),
+        ("batch_size", "config.train.batch_size"),
+        ("per_device_train_batch_size", "config.train.batch_size"),
+        ("lora.r", "config.lora.rank"),
+        ("lora_alpha", "config.lora.alpha"),
+        ("lora.target_modules", "config.lora.targets"),
+        ("num_train_epochs", "config.train.epochs"),
+        ("model_name_or_path", "config.base"),
+        ("warmup_ratio", "config.optim.warmup_ratio"),
     ],
 )
 def test_an_unknown_key_says_what_was_meant(write, key, meant):
     assert f"config.{key.split('.')[0]}" in refusal(write(), f"--config.{key}=1")
     assert meant in refusal(write(), f"--config.{key}=1")
+
+
+def test_others_words_are_no_keys_of_ours_and_mean_ones_that_are():
+    keys = config_lib.all_keys()
+    words = [word for said in config_lib.OTHERS_WORDS.values() for word in said.split()]
+    assert set(config_lib.OTHERS_WORDS) <= set(keys) and len(set(words)) == len(words)
+    assert not set(words) & {key.split(".")[-1] for key in keys}
+
+
+def test_what_contradicts_another_key_is_refused(write):
+    flags = ("optim.warmup_ratio=0.1", "optim.warmup_steps=5", "lora.init=a_zero", "init_adapter=runs/a")
+    text = refusal(write(), *(f"--config.{flag}" for flag in flags))
+    assert "config.optim.warmup_steps and config.optim.warmup_ratio are both set; leave one out" in text
+    assert "config.lora.init=a_zero draws new factors, but config.init_adapter has them; leave one out" in text
+    assert "must be without repetition" in refusal(write(), "--config.lora.targets=attention,q_proj")
 
 
 def test_an_unknown_choice_says_what_was_meant(write):

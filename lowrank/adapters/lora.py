@@ -36,6 +36,7 @@ class LoraConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = TARGETS
     scaling: str = "standard"  # "standard": alpha / rank; "rslora": alpha / sqrt(rank) (Kalajdzievski, 2023)
+    init: str = "default"  # which factor begins at zero: "default": B; "a_zero": A (Hayou et al., 2024, Init[B])
     # Targets whose rank or alpha differs from the above: (target, a value for each layer, or one for all layers).
     # Rank 0 is a layer without an adapter. The factors of a target are as wide as its largest rank, and zero beyond a
     # layer's own rank.
@@ -93,7 +94,7 @@ def padding_size(lora: LoraConfig, config: ModelConfig) -> int:
     )
 
 
-def init_lora_a(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """[in, rank], uniform in ±1/sqrt(in), as PEFT initialises it (Kaiming uniform with a = sqrt(5))."""
-    bound = 1 / math.sqrt(shape[0])
+def init_factor(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, bound: jax.Array | float) -> jax.Array:
+    """Uniform in ±bound, which is 1/sqrt(fan-in) as in PEFT (Kaiming uniform with a = sqrt(5)): of lora_a [in, rank] the
+    fan-in is `in`; of lora_b [rank, out] it is the rank, as PEFT draws B where `init_lora_weights` is false."""
     return jax.random.uniform(key, shape, dtype, -bound, bound)

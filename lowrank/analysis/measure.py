@@ -11,11 +11,11 @@ import numpy as np
 from lowrank.adapters.lora import TARGETS
 from lowrank.analysis import subspaces
 from lowrank.errors import UserError
-from lowrank.files import hub, paths
+from lowrank.files import paths
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.runs import workdir
-from lowrank.runs.adapter import read_adapter
+from lowrank.runs.adapter import read_adapter, split_step
 from lowrank.weights.base import Base, read_base
 
 
@@ -51,18 +51,21 @@ class Analysis(NamedTuple):
     common_seed: int | None  # of both runs: where their ranks are equal, they began with the same lora_a
 
 
-def analyze(adapter, other=None, base=None) -> Analysis:
-    """Measure an adapter (a workdir, a PEFT folder, or a name on the hub), and compare its directions with those of `other` over the same base.
+def analyze(adapter, other=None, base=None, step: int | str | None = None) -> Analysis:
+    """Measure an adapter (a workdir, a PEFT folder, or a name on the hub), and compare its directions with those of `other`
+    over the same base.
 
-    `base`: None is the one that the adapter's run names. Raises UserError.
+    `base`: None is the one that the adapter's run names. `step`: which checkpoint of the workdir `adapter`: a number, "best"
+    or "last" (as None); `other` may say its own as DIR@STEP. Raises UserError.
     """
-    folders = [hub.adapter_folder(folder) for folder in (adapter, other) if folder]
-    if not base and read_adapter(folders[0]).step is not None:
-        base = workdir.read_config(folders[0]).base
+    asked = [split_step(adapter, step)] + ([split_step(other)] if other else [])
+    folders = [folder for folder, _ in asked]
+    if not base and not (folders[0] / "adapter_config.json").is_file():
+        base = workdir.read_config(read_adapter(*asked[0]).folder).base
     if not base:
         raise UserError(f"base is missing: {folders[0]} is not the workdir of a run, which would name its base")
     source = read_base(base)
-    modules, *others = [measure(folder, source) for folder in folders]
+    modules, *others = [measure(folder, source, own) for folder, own in asked]
     similarities = compare(modules, others[0]) if others else {}
     if others and not similarities:
         raise UserError(f"{adapter} and {other} have no projection of any layer in common: nothing to compare")
@@ -71,9 +74,9 @@ def analyze(adapter, other=None, base=None) -> Analysis:
     return Analysis(folders[0], folders[1] if others else None, modules, similarities, common)
 
 
-def measure(folder: paths.Path, base: Base) -> Modules:
+def measure(folder: paths.Path, base: Base, step: int | str | None = None) -> Modules:
     """Every projection of every layer that carries an adapter."""
-    adapter, layers = read_adapter(folder, layers=base.config.layers), base.config.layers
+    adapter, layers = read_adapter(folder, step, base), base.config.layers
     if adapter.lora is None:
         raise UserError(f"{folder} is a full fine-tuning: there are no factors to analyse; give an adapter")
     if adapter.base not in (None, base.fingerprint):

@@ -82,7 +82,7 @@ def evaluate(
     mesh = mesh_lib.make_mesh(config.mesh if config else mesh_lib.MeshConfig())
     source = read_base(base)
     names = (adapter, other) if other else (adapter,)
-    adapters = [read_adapter(name, layers=source.config.layers) if name else None for name in names]
+    adapters = [read_adapter(name, base=source) if name else None for name in names]
     given = {"format": format, "max_length": max_length, "train_on_prompt": train_on_prompt}
     settings = _choose_settings(config, adapters, {name: value for name, value in given.items() if value is not None})
     if settings.max_length > source.config.max_length:

@@ -6,6 +6,7 @@ is ignored silently is a model that computes something else. Left out: token ids
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ ABSENT = {
     "qwen3": _QWEN | {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
 }
 DTYPES = ("float32", "float16", "bfloat16")
+OLD_CLASSES = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # conversions of spring 2023
 LAYER_TYPES = ("full_attention", "sliding_attention")
 REQUIRED = object()  # the default of a field that must not be absent
 
@@ -61,6 +63,19 @@ HARMLESS = frozenset(
     _attn_implementation_autoset _flash_attn_2_enabled _commit_hash unsloth_fixed unsloth_version
     """.split()
 )
+# A field that nobody knows is a note (a text, or a switch that is off) unless its name has one of these words.
+MATHEMATICS = frozenset(
+    """
+    act activation alibi alpha attention attn auto bias block cap causal conv cross dim embed embedding embeddings epsilon
+    eps expert experts factor ffn func function gate group head heads hidden kind layer layers logit logits lora mask method
+    mlp mode moe mtp multiplier norm normalization num pos position positional positions prune quant
+    quantization quantized residual rms rope rotary router scale scaled scaling sequential shared skip sliding softcap
+    softmax sparse sparsity ssm state tie tied theta type vocab window yarn
+    """.split()
+)
+# Methods whose files hold no float weights. The settings are left over where a model was merged to 16 bits: where they are
+# not, reading the weights refuses their dtype by name.
+QUANTIZED = ("bitsandbytes", "gptq", "awq", "fp8")
 
 
 def read_config(folder: paths.PathLike) -> ModelConfig:
@@ -80,6 +95,8 @@ def read_config(folder: paths.PathLike) -> ModelConfig:
 def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     """As `read_config`, from the fields; `where` begins the one error, which lists every problem."""
     family, classes = fields.get("model_type"), fields.get("architectures")
+    if isinstance(classes, list):
+        classes = [OLD_CLASSES.get(name, name) if isinstance(name, str) else name for name in classes]
     if not isinstance(family, str) or family not in FAMILIES or (classes and classes != [FAMILIES[family]]):
         supported = ", ".join(f"{name} with {known}" for name, known in FAMILIES.items())
         said = f"model_type {json.dumps(family)} with architectures {json.dumps(classes)}"
@@ -223,13 +240,29 @@ class _Fields:
     def leftovers(self) -> list[str]:
         problems = []
         for name, value in self.rest.items():
-            if name in HARMLESS or value is None:  # null is transformers' word for "not used"
+            if name in HARMLESS or value is None or _is_note(name, value):  # null is transformers' word for "not used"
+                continue
+            if name == "quantization_config" and _is_left_over(value):
                 continue
             if name not in FIXED:
                 problems.append(f"{name} = {_brief(value)} is not supported")
             elif value != FIXED[name]:
                 problems.append(f"{name} = {_brief(value)} is not supported (only {json.dumps(FIXED[name])})")
         return problems
+
+
+def _is_note(name: str, value: Any) -> bool:
+    """Whether a field that nobody knows can be no more than a maker's note, or a training's switch that is off."""
+    words = re.findall("[a-z]+", re.sub("([A-Z])", r"_\1", name).lower())
+    text = isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    return name not in FIXED and (text or value is False or value == {}) and not MATHEMATICS.intersection(words)
+
+
+def _is_left_over(value: Any) -> bool:
+    """Whether settings of a quantisation say nothing, or nothing that float weights would not contradict."""
+    if not isinstance(value, dict):
+        return False
+    return value.get("quant_method") in QUANTIZED or not any(value.values())
 
 
 def _is_int(value: Any) -> bool:

@@ -6,6 +6,7 @@ is a model card.
 
 import dataclasses
 import json
+import math
 import pathlib
 import warnings
 from typing import NamedTuple
@@ -27,8 +28,9 @@ from lowrank.inference.model import Model, load
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.runs import workdir as workdir_lib
-from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.runs.adapter import Adapter, choose_step, read_adapter, split_step
 from lowrank.runs.card import model_card
+from lowrank.runs.metrics import read_evaluations
 from lowrank.training import partition
 from lowrank.weights import native
 from lowrank.weights.base import Base, read_base
@@ -45,6 +47,10 @@ class Export(NamedTuple):
     folder: pathlib.Path
     dtype: str  # of its tensors
     difference: float  # the largest of a logit from the trained model's, relative to the largest logit
+    step: int  # that was exported
+    better: (
+        tuple[int, float, float | None] | None
+    )  # a saved step of lower evaluation loss, its loss and the exported one's
     url: str | None  # of the commit, where it was uploaded
 
 
@@ -53,7 +59,7 @@ def export(
     to,
     format: str,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     base=None,
     base_name: str | None = None,
     dtype: str | None = None,
@@ -61,14 +67,15 @@ def export(
 ) -> Export:
     """Write what a run trained into the new folder `to`: the adapter ("peft") or the whole model ("merged").
 
-    `step`: which checkpoint (None: the latest). `base`: where the base lies now (None: where it lay in training).
+    `step`: which checkpoint: a number, "best" (by evaluation loss) or "last" (as None). `base`: where the base lies now
+    (None: where it lay in training).
     `base_name`: what the export calls its base (None: its path or its name on the hub). `dtype`: of merged tensors (None: as
     the base is stored). `push`: where to upload the folder and the run's record, org/name or org/name@branch. Raises
     UserError, also where the export computes other logits than the trained model.
     """
     if format not in ("peft", "merged"):
         raise UserError(f"format={format} is no format of an export; choose peft or merged")
-    run_folder, to = paths.path(workdir), paths.local(to)
+    (run_folder, step), to = split_step(workdir, step), paths.local(to)
     run, adapter = workdir_lib.read_config(run_folder), read_adapter(run_folder, step)
     lora = adapter.lora
     assert adapter.step is not None  # of a workdir
@@ -136,7 +143,8 @@ def export(
     files = [run_folder / name for name in ("config.json", "metrics.jsonl")]
     logs = {f"training/{file.name}": file for file in files if file.is_file()}
     try:
-        return Export(to, dtype, difference, hub.push(to, push, logs) if push else None)
+        url = hub.push(to, push, logs) if push else None
+        return Export(to, dtype, difference, adapter.step, better_step(run_folder, adapter.step), url)
     except UserError as error:
         raise UserError(
             f"{error}; the export itself is whole, in {to}, and `hf upload` can upload it"
@@ -153,6 +161,15 @@ def write_ends(folder: pathlib.Path, architecture: ModelConfig, tokenizer: Token
     settings["eos_token_id"] = [i for i in (*missing, *ends) if i is not None]
     if missing or not file.is_file():
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def better_step(workdir: paths.Path, step: int) -> tuple[int, float, float | None] | None:
+    """-> (a saved step of lower evaluation loss, its loss, that of `step`), or None where `step` is the best known."""
+    losses = read_evaluations(workdir)
+    if not losses:
+        return None
+    best = choose_step(workdir, "best")
+    return (best, losses[best], losses.get(step)) if losses[best] < losses.get(step, math.inf) else None
 
 
 def load_trained(run: Config, adapter: Adapter, base: Base | None) -> Model:

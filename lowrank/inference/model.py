@@ -79,17 +79,24 @@ class Model:
 
 
 def load(
-    base, adapter=None, *, dtype: str | None = None, param_dtype: str | None = None, mesh: Mesh | None = None
+    base,
+    adapter=None,
+    *,
+    step: int | str | None = None,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
-    """Load a base (a checkpoint's folder) and an adapter (a workdir: its latest step; or a PEFT folder), or names on the hub.
+    """Load a base (a checkpoint's folder) and an adapter (a workdir, or a folder of PEFT or mlx-lm), or names on the hub.
 
-    Either may be open already (`read_base`, and `read_adapter` with the base's number of layers). `dtype`: "float32" or
-    "bfloat16", held and computed in; None: as the checkpoint is stored (float16 becomes bfloat16, which has its range but
-    three bits less). `param_dtype`: held in, if that differs. `mesh`: the devices to lie on; None: one. UserError if it fails.
+    Either may be open already (`read_base`, and `read_adapter` with the base). `step`: which checkpoint of a workdir: a
+    number, "best" (by evaluation loss) or "last" (as None). `dtype`: "float32" or "bfloat16", held and computed in; None: as
+    the checkpoint is stored (float16 becomes bfloat16, which has its range but three bits less). `param_dtype`: held in, if
+    that differs. `mesh`: the devices to lie on; None: one. UserError if it fails.
     """
     source = base if isinstance(base, Base) else read_base(base)
     if adapter is not None and not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter, layers=source.config.layers)
+        adapter = read_adapter(adapter, step, source)
     compute = jnp.dtype(dtype or ("float32" if source.config.stored_dtype == "float32" else "bfloat16"))
     held = jnp.dtype(param_dtype or compute)
     tokenizer = load_tokenizer((adapter and adapter.tokenizer) or source.folder)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank.adapters.lora import LayerScalars, LoraConfig, init_lora_a
+from lowrank.adapters.lora import LayerScalars, LoraConfig, init_factor
 from lowrank.families.config import ModelConfig
 from lowrank.model.products import dot, save_for_backward
 
@@ -43,13 +43,20 @@ class Projection(nn.Module):
         """scale · (x A) B, float32 [..., features]. The factors are float32, cast to `dtype` for the products."""
         width = lora.width(str(self.name))
 
+        # Zero beyond this layer's rank, both factors: so neither has a gradient there, and both stay zero.
         def init_a(*args):
-            # Zero beyond this layer's rank. lora_b is zero there too, so neither has a gradient and both stay zero.
-            lora_a = init_lora_a(*args)
+            lora_a = init_factor(*args, 1 / math.sqrt(x.shape[-1]))
             return lora_a if scalars is None else jnp.where(jnp.arange(width) < scalars.rank, lora_a, 0)
 
-        lora_a = self.factor("lora_a", init_a, (x.shape[-1], width), (self.axes[0], "rank"))
-        lora_b = self.factor("lora_b", nn.initializers.zeros, (width, features), ("rank", self.axes[1]))
+        def init_b(*args):
+            lora_b = init_factor(
+                *args, jax.lax.rsqrt(jnp.float32(width if scalars is None else jnp.maximum(scalars.rank, 1)))
+            )
+            return lora_b if scalars is None else jnp.where(jnp.arange(width)[:, None] < scalars.rank, lora_b, 0)
+
+        zeros, a_zero = nn.initializers.zeros, lora.init == "a_zero"
+        lora_a = self.factor("lora_a", zeros if a_zero else init_a, (x.shape[-1], width), (self.axes[0], "rank"))
+        lora_b = self.factor("lora_b", init_b if a_zero else zeros, (width, features), ("rank", self.axes[1]))
         if lora.dropout > 0 and not deterministic:
             keep_prob = 1 - lora.dropout if scalars is None or scalars.keep_prob is None else scalars.keep_prob
             keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, x.shape)

@@ -12,6 +12,7 @@ from lowrank.files import hub, paths
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.runs import workdir
 from lowrank.runs.checkpoint import Checkpoints
+from lowrank.runs.metrics import read_evaluations
 from lowrank.training import partition
 from lowrank.weights.base import Base
 from lowrank.weights.peft import read_peft
@@ -30,14 +31,18 @@ class Adapter:
     restore: Callable[[dict], dict]  # the trained leaves, laid out as the given ones; UserError if they do not fit
 
 
-def read_adapter(folder, step: int | None = None, layers: int | None = None) -> Adapter:
-    """Open the adapter in a workdir (its latest step, or `step`), in a PEFT folder, or of a name on the hub.
+def read_adapter(folder, step: int | str | None = None, base: Base | None = None) -> Adapter:
+    """Open the adapter in a workdir, in a folder of PEFT or mlx-lm, or of a name on the hub.
 
-    `layers`: how many the base has, if that is known; PEFT's settings do not say.
+    `step`: which checkpoint of a workdir: its number, "best" (by evaluation loss) or "last" (as None). A `folder` that ends
+    in @best, @last or @NUMBER says the same. `base`: what it goes on, if that is known: PEFT's settings do not say how many
+    layers it has.
     """
-    folder = hub.adapter_folder(folder)
+    folder, step = split_step(folder, step)
     if (folder / "adapter_config.json").is_file():
-        tree, lora, made_for = read_peft(folder, layers)
+        if step not in (None, "last"):
+            raise UserError(f"step {step} is asked for, but {folder} is no workdir: it holds one adapter; leave it out")
+        tree, lora, made_for = read_peft(folder, base=base)
 
         def fit(wanted: dict) -> dict:
             if misfits := partition.misfits({"lora": tree}, wanted):
@@ -56,12 +61,7 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
             "name the --workdir of a training run, the folder of a PEFT adapter, or one on the hub"
         )
     run, trained_over = workdir.read_config(folder), workdir.read_record(folder)["identity"]["base"]
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-    if not steps or (step is not None and step not in steps):
-        has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
-        raise UserError(f"workdir {folder} has no checkpoint{'' if step is None else f' of step {step}'}; it has {has}")
-    saved = max(steps) if step is None else step
+    saved = choose_step(folder, step)
 
     def restore(wanted: dict) -> dict:
         with Checkpoints(folder, read_only=True) as checkpoints:
@@ -70,11 +70,42 @@ def read_adapter(folder, step: int | None = None, layers: int | None = None) -> 
     return Adapter(folder, run.adapter, run.data.format, run.tokenizer, trained_over, saved, restore)
 
 
+def split_step(folder, step: int | str | None = None) -> tuple[paths.Path, int | str | None]:
+    """DIR@best, DIR@last or DIR@NUMBER -> (DIR, which step); anything else, or a name on the hub -> (its folder, `step`)."""
+    name, _, wanted = str(folder).rpartition("@")
+    is_step = bool(name) and (wanted in ("best", "last") or wanted.isdecimal()) and paths.path(name).exists()
+    if not is_step or paths.path(folder).exists():
+        return hub.adapter_folder(folder), step
+    if step not in (None, wanted):
+        raise UserError(f"{folder} says step {wanted}, and --step={step} another; leave one out")
+    return paths.path(name), wanted
+
+
+def choose_step(workdir: paths.Path, step: int | str | None) -> int:
+    """The step of a checkpoint: `step` itself, the "best" by evaluation loss, the "last" (None); UserError without one."""
+    if not (step in (None, "best", "last") or str(step).isdecimal()):
+        raise UserError(f"step {step} is no step; give a number, best or last")
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        steps = sorted(checkpoints.steps())
+    if steps and step in (None, "last"):
+        return steps[-1]
+    if steps and step == "best":
+        losses = {at: loss for at, loss in read_evaluations(workdir).items() if at in steps}
+        if not losses:
+            raise UserError(f"workdir {workdir} has no evaluation, which would tell the best step; leave the step out")
+        return min(losses, key=lambda at: (losses[at], at))
+    if step in (None, "best", "last") or int(step) not in steps:
+        has = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+        of = f" of step {step}" if str(step).isdecimal() else ""
+        raise UserError(f"workdir {workdir} has no checkpoint{of}; it has {has}")
+    return int(step)
+
+
 def read_init_adapter(config: Config, base: Base | None) -> Adapter:
     """Open `config.init_adapter`; UserError if it holds no adapter, was trained over another base, or means something else
     under the config's settings."""
     assert base is not None and config.init_adapter  # a run from scratch has no adapter
-    adapter = read_adapter(config.init_adapter, layers=base.config.layers)
+    adapter = read_adapter(config.init_adapter, base=base)
     if adapter.lora is None:
         raise UserError(
             f"config.init_adapter={config.init_adapter} is a full fine-tuning: it holds no adapter; name another run"

@@ -66,6 +66,8 @@ def model_card(
 def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base: str) -> dict[str, str]:
     c, identity = record["config"], record["identity"]
     data, train, optim = c["data"], c["train"], c["optim"]
+    ratio = optim.get("warmup_ratio")  # None also in a run of an older release
+    warmup = optim["warmup_steps"] if ratio is None else f"{100 * ratio:g} % of the steps"
     facts = {}
     if not c["architecture"]:
         facts["base"] = f"`{base}`, fingerprint `{identity['base']}`"
@@ -84,7 +86,7 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
         else f"text, {data['max_length']} tokens at most",
         **({"tokenizer": "its own, in this folder"} if c["tokenizer"] else {}),
         "steps": f"{step:,} of {train['batch_size']} rows{' of packed examples' if data['packing'] else ''}",
-        "optimizer": f"AdamW, learning rate {optim['learning_rate']:g} ({optim['schedule']}, warm-up {optim['warmup_steps']}), "
+        "optimizer": f"AdamW, learning rate {optim['learning_rate']:g} ({optim['schedule']}, warm-up {warmup}), "
         f"weight decay {optim['weight_decay']:g}, clip norm {optim['clip_norm']:g}",
         "computed in": f"{c['dtype']}, seed {c['seed']}",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

@@ -204,7 +204,8 @@ def initial_variables(
         variables["lora"] = start.restore({"lora": shapes["lora"]})["lora"]
     elif "lora" in made:
         # Initial values depend on the ranks alone: a sweep's members of equal ranks share the program.
-        ranks = LoraConfig(rank=config.lora.rank, ranks=config.lora.ranks, targets=config.lora.targets)
+        lora = config.lora
+        ranks = LoraConfig(rank=lora.rank, ranks=lora.ranks, targets=lora.targets, init=lora.init)
         layout = jax.tree.map(lambda leaf: leaf.sharding, shapes["lora"])
         variables["lora"] = jax.tree.map(mesh_lib.put, _init_adapter(Decoder(model.config, ranks), key), layout)
     return variables

@@ -9,6 +9,7 @@ from lowrank.files import paths
 from lowrank.files.lines import read_lines
 from lowrank.formatting import format_bytes
 from lowrank.runs.inputs import RunInputs
+from lowrank.runs.metrics import best_evaluation, read_evaluations
 from lowrank.runs.setup import Step
 from lowrank.training import partition
 
@@ -67,9 +68,37 @@ def describe_data(config: Config, inputs: RunInputs) -> str:
         f"steps      {steps:,}, each {batch} rows in {config.train.microbatches} micro-batches = "
         f"{batch * config.data.max_length:,} tokens with padding; {rows / batch:.1f} steps an epoch",
     ]
-    if config.optim.warmup_steps >= steps:
-        lines.append(f"note       the warm-up of {config.optim.warmup_steps} steps does not end within these {steps}")
-    return "\n".join(lines)
+    warmup = config.optim.warmup(steps)
+    if warmup >= steps:
+        lines.append(f"note       the warm-up of {warmup} steps does not end within these {steps}")
+    return "\n".join(lines + [f"note       {note}" for note in costly(config, inputs)])
+
+
+def costly(config: Config, inputs: RunInputs) -> list[str]:
+    """What a run would waste or lose without an error: much cut or left out, an evaluation that never happens, one small step."""
+    notes, length = [], config.data.max_length
+    for name, found in (("training", inputs.train), ("held-out", inputs.held_out)):
+        if not found:
+            continue
+        kept, cut, dropped = len(found.examples), found.truncated, found.dropped
+        if cut > 0.1 * kept:
+            share = f"{100 * cut / kept:.0f} % of the {name} examples"
+            notes.append(f"{share} are cut to {length} tokens and lose their ends: raise config.data.max_length")
+        if dropped > 0.01 * (kept + dropped):
+            share = f"{100 * dropped / (kept + dropped):.0f} % of the {name} examples"
+            notes.append(
+                f"{share} are dropped: their responses are empty, or their prompts fill config.data.max_length"
+            )
+    if inputs.held_out and not config.eval.every:
+        notes.append(
+            f"{len(inputs.held_out.examples):,} examples are held out and never evaluated: set config.eval.every"
+        )
+    if config.train.steps is None and inputs.rows * (config.train.epochs or 0) < config.train.batch_size:
+        notes.append(
+            f"config.train.epochs={config.train.epochs:g} is less than one batch of {config.train.batch_size} rows, which "
+            "repeats examples: lower config.train.batch_size, or set config.train.steps"
+        )
+    return notes
 
 
 def describe_leaves(shapes: dict, mask: dict) -> str:
@@ -95,6 +124,7 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
         *before_and_after(workdir),
         "",
         f"done       {', '.join(shown)}",
+        *best_line(workdir),
         f"trained    {tokens:,} tokens in all; {steps:,} steps in {seconds:.0f} s here",
         f"{what:<10} {workdir} (as --adapter takes it; checkpoints of {size})",
         f"curves     {workdir / 'curves.png'}",
@@ -105,6 +135,16 @@ def closing(workdir: paths.Path, config: Config, tokens: int, steps: int, second
     to = workdir.name if paths.is_remote(workdir) else workdir  # a folder of this machine
     result.append(f"hand on    {_command('export', workdir=workdir, format=form, to=f'{to}-export')}")
     return "\n".join(result)
+
+
+def best_line(workdir: paths.Path) -> list[str]:
+    """Which step evaluated best, where it is not the last one."""
+    losses = read_evaluations(workdir)
+    loss, best = best_evaluation(workdir)
+    if not losses or best == (last := max(losses)):
+        return []
+    said = f"best       step {best}, eval/loss {loss:.4f} (the last, step {last}: {losses[last]:.4f}); "
+    return [said + ("--step=best takes it" if best else "step 0 is before training: nothing learnt beats it")]
 
 
 def _command(name: str, **flags) -> str:

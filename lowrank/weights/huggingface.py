@@ -99,13 +99,16 @@ def open_file(path: paths.Path, problems: list[str]) -> dict[str, Tensor]:
     length = int.from_bytes(file.held(0, 8), "little")
     header = json.loads(bytes(file.held(8, 8 + length)))
     header.pop("__metadata__", None)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, list[str]] = {}
     for name, entry in header.items():
         if entry["dtype"] in DTYPE_OF_CODE:
             offset = 8 + length + entry["data_offsets"][0]
             tensors[name] = file.tensor(offset, tuple(entry["shape"]), DTYPE_OF_CODE[entry["dtype"]])
         elif not is_ignored(name):
-            problems.append(f"{name} is held in {entry['dtype']}, supported are {', '.join(DTYPE_OF_CODE)}")
+            others.setdefault(entry["dtype"], []).append(name)
+    for dtype, names in others.items():
+        problems.append(f"{group_layers(names)} is held in {dtype}, supported are {', '.join(DTYPE_OF_CODE)}")
     return tensors
 
 

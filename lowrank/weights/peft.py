@@ -1,12 +1,12 @@
-"""Read and write adapters in PEFT's format.
+"""Read and write adapters in PEFT's format, and read those of mlx-lm.
 
 PEFT stores an adapter module by module: `lora_A` [rank, in] and `lora_B` [out, rank] are the transposes of our lora_a and
 lora_b. Its settings choose modules, ranks and alphas by lists, regexes and patterns over module names. Here they are
 evaluated for every module of the base, which gives one table of ranks and alphas; factors of a smaller rank than their
-target's largest are padded with zeros.
+target's largest are padded with zeros. mlx-lm's settings become PEFT's; its factors lie as ours do.
 
-Left out, and refused by name: DoRA, biases, adapters on embeddings and the head, modules saved whole, and initial
-weights that were taken out of the base.
+Left out, and refused by name: DoRA, trained biases, adapters on embeddings and the head, modules saved whole (unless they
+are the base's own), and initial weights that were taken out of the base.
 """
 
 import json
@@ -23,24 +23,33 @@ from lowrank.errors import UserError
 from lowrank.families.tensor_names import group_layers
 from lowrank.files import paths
 from lowrank.files.new_folder import new_folder
+from lowrank.weights.base import Base, StoredLeaf
 from lowrank.weights.huggingface import open_file
-from lowrank.weights.tensor_file import Tensor
+from lowrank.weights.tensor_file import Tensor, cut
 
 CONFIG, TENSORS, TENSORS_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+TENSORS_MLX = "adapters.safetensors"
 KEY = "base_model.model.{module}.lora_{factor}.weight"
-KEY_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d{1,3})\.")  # a longer number means a damaged key
+KEY_MLX = "{module}.lora_{factor}"  # lora_a [in, rank], lora_b [rank, out]
+KEY_PATTERN = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d{1,3})\.")  # a longer number means a damaged key
+# What PEFT saves along where the vocabulary was resized, or as modules_to_save, often unchanged.
+SAVED_ALONG = {
+    "embed_tokens": "base_model.model.model.embed_tokens.weight",
+    "lm_head": "base_model.model.lm_head.weight",
+}
 BLOCKS = {target: "self_attn" if target in TARGETS[:4] else "mlp" for target in TARGETS}
 
 # Other fields and their supported values; every field that is not named here must be off (null, false, empty).
 SUPPORTED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),  # a bias that was trained is a tensor, and refused as one
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # other ways may have changed the base
 }
 HARMLESS = (
     *("inference_mode", "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"),
     "runtime_config",  # PEFT ignores it in files too
+    "fan_in_fan_out",  # of GPT-2's layers: PEFT turns it off where a layer is linear, as all of ours are
 )
 
 
@@ -79,6 +88,10 @@ UNDERSTOOD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (_is_alpha, "a positive number"),
     "lora_dropout": (lambda v: type(v) in (int, float) and 0 <= v < 1, "from 0 up to, not including, 1"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "modules_to_save": (
+        lambda v: _is_list_of(str, v) and {*v} <= {*SAVED_ALONG},
+        "supported: embed_tokens and lm_head can be saved whole, where they are the base's own",
+    ),
     "base_model_name_or_path": (lambda v: isinstance(v, str), "a name or a path"),
     "target_modules": (lambda v: bool(v) and _is_choice(v), "a list of names or a regex"),
     "exclude_modules": (_is_choice, "a list of names or a regex"),
@@ -99,28 +112,123 @@ def module_name(target: str, layer: int | str) -> str:
     return f"model.layers.{layer}.{BLOCKS[target]}.{target}"
 
 
-def read_peft(where: paths.PathLike, layers: int | None = None) -> tuple[dict, LoraConfig, str | None]:
-    """A PEFT folder -> (the `lora` tree in float32 NumPy arrays, its LoraConfig, the base's name).
+def read_peft(
+    where: paths.PathLike, layers: int | None = None, base: Base | None = None
+) -> tuple[dict, LoraConfig, str | None]:
+    """A PEFT folder, or one of mlx-lm -> (the `lora` tree in float32 NumPy arrays, its LoraConfig, the base's name).
 
-    `layers` is the base's number of layers; None: the largest layer that the tensors name.
+    `layers` is the base's number of layers; None: that of `base`, else the largest layer that the tensors name. Embeddings
+    and a head that are saved along are compared with those of `base`, and refused where they differ or there is none.
     """
     folder = paths.path(where)
-    fields = _read_fields(folder / CONFIG)
-    file = next((folder / name for name in (TENSORS, TENSORS_BIN) if (folder / name).is_file()), None)
+    settings = _read_json(folder / CONFIG)
+    mlx = "fine_tune_type" in settings or "lora_parameters" in settings
+    names = (TENSORS_MLX,) if mlx else (TENSORS, TENSORS_BIN)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    fields = _mlx_fields(settings, folder / CONFIG) if mlx else _check_fields(settings, folder / CONFIG)
     if file is None:
-        raise UserError(f"{folder}: has neither {TENSORS} nor {TENSORS_BIN}; fetch or export the adapter again")
+        lacks = f"has no {TENSORS_MLX}" if mlx else f"has neither {TENSORS} nor {TENSORS_BIN}"
+        raise UserError(f"{folder}: {lacks}; fetch or export the adapter again")
     problems: list[str] = []
     tensors = open_file(file, problems)
+    for name in [name for name in tensors if re.search(r"\.lora_[AB]\.default\.weight$", name)]:
+        plain = name.replace(".default.", ".")  # trainers that save a state dict leave the adapter's name in it
+        problems += [f"{plain} is there twice, also as {name}"] if plain in tensors else []
+        tensors[plain] = tensors.pop(name)
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}; fetch the adapter again")
-    layers = layers or 1 + max((int(match[1]) for match in map(KEY_PATTERN.match, tensors) if match), default=0)
+    layers = layers or (base.config.layers if base else _count_layers(tensors))
+    if mlx:
+        fields["target_modules"] = _mlx_modules(settings, tensors, layers)
+    else:
+        problems += _saved_along(fields, tensors, base)
     modules = _modules(fields, layers, problems)
-    factors = _factors(tensors, modules, problems)
+    factors = _factors(tensors, modules, problems, mlx)
     if problems:
         of = f" (an adapter of {fields['base_model_name_or_path']})" if fields.get("base_model_name_or_path") else ""
         raise UserError(f"{file}{of}: {'; '.join(problems)}; give the base it belongs to, or fetch the adapter again")
     config = _config(fields, modules, layers)
     return _stacked(factors, config, layers), config, fields.get("base_model_name_or_path")
+
+
+def _count_layers(tensors: dict[str, Tensor]) -> int:
+    return 1 + max((int(match[1]) for match in map(KEY_PATTERN.match, tensors) if match), default=0)
+
+
+def _saved_along(fields: dict[str, Any], tensors: dict[str, Tensor], base: Base | None) -> list[str]:
+    """Take embeddings and head out of the tensors -> what is wrong with those that are not the base's own."""
+    problems = []
+    for name, key in SAVED_ALONG.items():
+        if key not in tensors:
+            promised = name in (fields.get("modules_to_save") or ())
+            problems += [f"missing: {key}, which modules_to_save promises"] if promised else []
+            continue
+        saved = tensors.pop(key)
+        if base is None:
+            problems.append(f"{key} is saved whole, and only the base tells whether it is its own")
+            continue
+        is_kernel = name == "lm_head" and "lm_head" in base.params  # a tied head is the embedding
+        leaf = base.params["lm_head"]["kernel"] if is_kernel else base.params["embed_tokens"]["embedding"]
+        own = leaf.shape[::-1] if is_kernel else leaf.shape
+        if saved.shape != own:
+            problems.append(f"{key} is {list(saved.shape)} and the base's own {list(own)}: another vocabulary")
+        elif not _is_same(saved, leaf, is_kernel):
+            problems.append(f"{key} is saved whole and is not the base's own: it was trained, which is not supported")
+    return problems
+
+
+def _is_same(tensor: Tensor, leaf: StoredLeaf, is_kernel: bool) -> bool:
+    """Whether a matrix is a leaf of the base, as far as the coarser of their dtypes tells; read in bands of rows."""
+    rows, columns = tensor.shape
+    for band in cut(slice(0, rows), 4096):
+        saved = tensor.read((band, slice(0, columns)))
+        index = (slice(0, columns), band) if is_kernel else (band, slice(0, columns))
+        own = leaf.read(index, leaf.dtype).T if is_kernel else leaf.read(index, leaf.dtype)
+        if not (np.array_equal(saved, own.astype(saved.dtype)) or np.array_equal(saved.astype(own.dtype), own)):
+            return False
+    return True
+
+
+# ---- mlx-lm: a free scale instead of an alpha, and the last layers instead of patterns
+
+UNDERSTOOD_MLX: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (_is_rank, "a positive integer"),
+    "scale": (_is_alpha, "a positive number"),
+    "dropout": (lambda v: type(v) in (int, float) and 0 <= v < 1, "from 0 up to, not including, 1"),
+    "keys": (lambda v: _is_list_of(str, v), "a list of names"),
+}
+
+
+def _mlx_fields(settings: dict[str, Any], path: paths.Path) -> dict[str, Any]:
+    """mlx-lm's settings in PEFT's words, without the modules; the others are of its training. UserError lists all offenders."""
+    found, kind = settings.get("lora_parameters"), settings.get("fine_tune_type", "lora")
+    problems = [] if kind == "lora" else [f"fine_tune_type = {json.dumps(kind)} is not supported"]
+    if not isinstance(found, dict):
+        found, problems = {}, [*problems, f"lora_parameters = {json.dumps(found)} is not an object"]
+    elif "alpha" in found:  # of 2024: some releases multiply by alpha / rank, later ones ignore it
+        problems.append("lora_parameters.alpha belongs to releases whose scale means something else")
+    for name in ("rank", "scale"):
+        problems += [f"lora_parameters.{name} is missing"] if found and found.get(name) is None else []
+    for name, (valid, wanted) in UNDERSTOOD_MLX.items():
+        if found.get(name) is not None and not valid(found[name]):
+            problems.append(f"lora_parameters.{name} = {json.dumps(found[name])} is not {wanted}")
+    if type(settings.get("num_layers")) is not int:
+        problems.append("num_layers is missing" if settings.get("num_layers") is None else "num_layers is no integer")
+    if problems:
+        raise UserError(f"{path}, of mlx-lm: {'; '.join(problems)}; give an adapter that does without")
+    made_for = settings.get("model")
+    fields = {"r": found["rank"], "lora_alpha": found["scale"] * found["rank"], "lora_dropout": found.get("dropout")}
+    return fields | {"base_model_name_or_path": made_for if isinstance(made_for, str) else None}
+
+
+def _mlx_modules(settings: dict[str, Any], tensors: dict[str, Tensor], layers: int) -> list[str]:
+    """The modules that mlx-lm adapts: those of `keys` in the last layers. Without `keys` its releases differ: all that the
+    file has."""
+    count, keys = settings["num_layers"], settings["lora_parameters"].get("keys")
+    here = [target for target in TARGETS if any(f".{target}.lora_" in name for name in tensors)]
+    targets = here if keys is None else [target for target in TARGETS if f"{BLOCKS[target]}.{target}" in keys]
+    first = max(layers - count, 0) if count > 0 else 0
+    return [module_name(target, layer) for target in targets for layer in range(first, layers)]
 
 
 def _modules(fields: dict[str, Any], layers: int, problems: list[str]) -> Modules:
@@ -176,15 +284,18 @@ def _of_pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> A
     return next(hits, otherwise)
 
 
-def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) -> dict[tuple[str, int], list]:
+def _factors(
+    tensors: dict[str, Tensor], modules: Modules, problems: list[str], mlx: bool
+) -> dict[tuple[str, int], list]:
     """(target, layer) -> [lora_a [in, rank], lora_b [rank, out]]; missing, misshapen or infinite ones join `problems`."""
-    wanted = {(at, letter): KEY.format(module=module_name(*at), factor=letter) for at in modules for letter in "AB"}
+    form, letters = (KEY_MLX, "ab") if mlx else (KEY, "AB")
+    wanted = {(at, letter): form.format(module=module_name(*at), factor=letter) for at in modules for letter in letters}
     unknown = sorted(tensors.keys() - set(wanted.values()))
     missing = [key for key in wanted.values() if key not in tensors]
     if unknown and len(missing) == len(wanted):
         target, _ = next(iter(modules), (TARGETS[0], 0))
-        form = KEY.format(module=module_name(target, "*"), factor="A")
-        problems.append(f"no tensor has a name that target_modules stands for (such as {form})")
+        such = form.format(module=module_name(target, "*"), factor=letters[0])
+        problems.append(f"no tensor has a name that target_modules stands for (such as {such})")
     elif missing:
         problems.append(f"missing: {group_layers(missing)}")
     if unknown:
@@ -195,10 +306,11 @@ def _factors(tensors: dict[str, Tensor], modules: Modules, problems: list[str]) 
     for (place, factor), key in wanted.items():
         if key in tensors:
             shape, rank = tensors[key].shape, modules[place][0]
-            if len(shape) != 2 or shape[0 if factor == "A" else 1] != rank:
+            if len(shape) != 2 or shape[factor in "Ba"] != rank:
                 odd.setdefault(f"{list(shape)}, which does not fit a rank of {rank}", []).append(key)
                 continue
-            array = np.ascontiguousarray(tensors[key].whole().T, np.float32)
+            array = tensors[key].whole()
+            array = np.ascontiguousarray(array if mlx else array.T, np.float32)
             if not np.isfinite(array).all():
                 infinite.append(key)
             factors.setdefault(place, []).append(array)
@@ -248,13 +360,17 @@ def _stacked(factors: dict[tuple[str, int], list], config: LoraConfig, layers: i
     return lora
 
 
-def _read_fields(path: paths.Path) -> dict[str, Any]:
-    """The settings, each understood, harmless or off. UserError lists all that are not."""
+def _read_json(path: paths.Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields.items()
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as PEFT's settings ({error}); give a PEFT folder") from None
+    return fields
+
+
+def _check_fields(fields: dict[str, Any], path: paths.Path) -> dict[str, Any]:
+    """PEFT's settings, each understood, harmless or off. UserError lists all that are not."""
     problems = [
         f"{name} = {json.dumps(value)} is not supported"
         for name, value in fields.items()

@@ -55,7 +55,7 @@ def test_a_row_for_every_layer_and_projection_with_the_numbers_of_the_whole_matr
     rows = table(analysed / "analysis.csv")
     targets = ("q_proj", "v_proj", "down_proj")
     assert [(row["projection"], row["layer"]) for row in rows] == [(t, str(i)) for t in targets for i in range(4)]
-    base, adapter = read_base(demo_base), read_adapter(larger, layers=4)
+    base, adapter = read_base(demo_base), read_adapter(larger)
     shapes, _ = decoder.abstract(Decoder(base.config, adapter.lora))
     factors = adapter.restore({"lora": shapes["lora"]})["lora"]["layers"]["mlp"]["down_proj"]
     kernel = np.asarray(base.params["layers"]["mlp"]["down_proj"]["kernel"][2])

@@ -273,7 +273,8 @@ def test_every_offender_is_named_in_one_line():
         "hidden_act": "gelu",
         "sliding_window": 4096,
         "no_rope_layers": [1, 1, 1, 0],
-        "quantization_config": {"quant_method": "bitsandbytes", "llm_int8_threshold": 6.0, "load_in_4bit": True},
+        "quantization_config": {"quant_method": "bitnet"},  # quantises float weights as they are loaded
+        "training_steps": 5,
         "vocab_size": -1,
         "num_hidden_layers": "32",
         "torch_dtype": "float8_e4m3fn",
@@ -291,7 +292,7 @@ def test_every_offender_is_named_in_one_line():
         "dtype float8_e4m3fn is not one of float32, float16, bfloat16; "
         'hidden_act = "gelu" is not supported (only "silu"); partial_rotary_factor = 0.5 is not supported (only 1); '
         "sliding_window = 4096 is not supported; no_rope_layers = [1, 1, 1, 0] is not supported; "
-        'quantization_config = {"quant_method": "bitsandbytes", "llm_int8_threshold": 6.... is not supported; '
+        'quantization_config = {"quant_method": "bitnet"} is not supported; training_steps = 5 is not supported; '
         "fix config.json or give another base"
     )
 
@@ -323,6 +324,12 @@ def test_every_offender_is_named_in_one_line():
         ({"num_experts": 64}, "num_experts = 64 is not supported"),
         ({"attention_bias": "qkv"}, 'attention_bias is "qkv", not true or false'),
         ({"layer_types": ["full_attention"] * 32}, "layer_types = "),
+        ({"use_rope": False}, "use_rope = false is not supported"),  # not every switch that is off changes nothing
+        ({"isCausal": False}, "isCausal = false is not supported"),
+        ({"position_embedding": "alibi"}, 'position_embedding = "alibi" is not supported'),
+        ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map = "),
+        ({"attention_dropout": ""}, 'attention_dropout = "" is not supported (only 0)'),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = "),
     ],
 )
 def test_refused(change, said):
@@ -360,6 +367,23 @@ def test_refused_in_other_families(fields, said):
     with pytest.raises(UserError) as error:
         parse_config(fields, "config.json")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"internal_version": "7b-alpha-v2"},  # ALLaM
+        {"sequence_parallel_enabled": False, "selective_checkpoint_enabled": False},
+        {"_comment": "", "languages": ["en", "ar"], "model_name": "x", "trainer": {}, "zero3": False},
+        {"quantization_config": {}},
+        {"quantization_config": {"load_in_4bit": False, "load_in_8bit": False}},
+        # Left over from a merge to 16 bits; weights that are quantised are refused by their dtype.
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"architectures": ["LLaMAForCausalLM"]},  # conversions of spring 2023
+    ],
+)
+def test_notes_and_what_is_left_over_change_nothing(note):
+    assert parse_config(LLAMA_31 | note, "config.json") == parse_config(LLAMA_31, "config.json")
 
 
 def test_biases_of_llama_and_qwen3():

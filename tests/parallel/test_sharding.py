@@ -33,6 +33,7 @@ STEPS = 10
 # Every axis differs from every other in size, and so do their halves and eighths: none can be taken for another.
 MODEL = ModelConfig(vocab=96, embed=64, mlp=160, layers=2, heads=16, kv_heads=8, head_dim=8)
 RANK = 4
+PERMUTED = (3, 0, 7, 4, 1, 6, 5, 2)  # the devices in the meshes of this file: their order changes nothing
 FAST = [(8, 1, 1), (2, 2, 2)]
 MESHES = [
     sizes if sizes in FAST else pytest.param(sizes, marks=pytest.mark.slow)
@@ -84,8 +85,9 @@ def run_of(*arguments) -> "Run":
 class Run:
     """The model of this file on a mesh: its step, and what it starts from."""
 
-    def __init__(self, sizes: tuple[int, int, int], mode: str = "lora"):
-        self.mesh = mesh_lib.make_mesh(MeshConfig(*sizes), devices=jax.devices()[: math.prod(sizes)])
+    def __init__(self, sizes: tuple[int, int, int], mode: str = "lora", order=None):
+        devices = [jax.devices()[place] for place in order or PERMUTED]
+        self.mesh = mesh_lib.make_mesh(MeshConfig(*sizes), devices=devices[: math.prod(sizes)])
         with_adapter = Decoder(MODEL, LoraConfig(rank=RANK, alpha=8.0))
         model = with_adapter if mode == "lora" else Decoder(MODEL)
         shapes, axes = decoder.abstract(model)
@@ -161,6 +163,16 @@ def test_every_mesh_computes_what_one_device_does(sizes, alone):
         assert leaf.addressable_shards[0].data.shape == shard_shape(leaf.shape, LAYOUT[own], run.mesh), name
         assert leaf.sharding.is_equivalent_to(NamedSharding(run.mesh, PartitionSpec(*LAYOUT[own])), leaf.ndim), name
     assert sorted(seen) == sorted([*LAYOUT, *2 * [name for name in LAYOUT if name.startswith("lora/")]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_the_given_order_of_devices_computes_what_a_permuted_one_does(sizes):
+    (losses, state), (expected_losses, expected) = (Run(sizes, order=order).steps() for order in (range(8), PERMUTED))
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)  # sums over devices, in another order
+    found, expected = (partition.named_leaves(jax.device_get(each.trainable)) for each in (state, expected))
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(found[name], leaf, atol=1e-5, rtol=0, err_msg=name)
 
 
 def reductions(run: Run):

@@ -117,6 +117,7 @@ def test_a_seed_matters_where_a_model_is_trained_from_scratch(read):
         ("lora.alpha", (8.0, 16.0)),
         ("lora.dropout", (0.0, 0.1)),
         ("lora.scaling", ("standard", "rslora")),
+        ("lora.init", ("default", "a_zero")),
         ("lora.ranks", ({"q_proj": 3}, {})),
         ("optim.learning_rate", (1e-3, 1e-4)),
         ("optim.schedule", ("linear", "cosine")),

@@ -118,3 +118,10 @@ def test_schedules(schedule, warmup, expected):
     config = OptimConfig(learning_rate=1.0, schedule=schedule, warmup_steps=warmup)
     schedule = learning_rate_schedule(config, steps=6)
     np.testing.assert_allclose([schedule(step) for step in range(6)], expected, rtol=1e-6)  # float32
+
+
+def test_a_warm_up_of_a_share_of_the_steps_is_that_many_rounded_up():
+    ratio, steps = (OptimConfig(schedule="cosine", **own) for own in ({"warmup_ratio": 0.26}, {"warmup_steps": 3}))
+    assert [ratio.warmup(10), ratio.warmup(100), OptimConfig(warmup_ratio=0.0).warmup(10)] == [3, 26, 0]
+    found, expected = (learning_rate_schedule(config, 10) for config in (ratio, steps))
+    assert [float(found(step)) for step in range(10)] == [float(expected(step)) for step in range(10)]

@@ -141,7 +141,7 @@ def test_settings_that_are_not_understood_are_refused_by_name(written):
     change = {
         "use_dora": True,
         "rank_pattern": {"q_proj": -8},
-        "bias": "all",
+        "bias": "some",
         "init_lora_weights": "pissa",
         "layers_to_transform": [0, "1"],
         "target_modules": ["q_proj", 7],
@@ -152,7 +152,7 @@ def test_settings_that_are_not_understood_are_refused_by_name(written):
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert refusal(written[0]) == (
-        f'{path}: use_dora = true is not supported; bias = "all" is not supported; init_lora_weights = "pissa" is not '
+        f'{path}: use_dora = true is not supported; bias = "some" is not supported; init_lora_weights = "pissa" is not '
         "supported; something_new = 7 is not supported; r = 0 is not a positive integer; "
         'target_modules = ["q_proj", 7] is not a list of names or a regex; layers_to_transform = [0, "1"] is not a layer '
         'or a list of them; rank_pattern = {"q_proj": -8} is not a table from patterns to ranks; '
@@ -180,8 +180,8 @@ def test_missing_layers_and_wrong_shapes_are_one_error(written):
     tensors["base_model.model.lm_head.weight"] = np.zeros((40, 24), np.float32)
     save_file(tensors, path)
     assert refusal(written[0]) == (
-        f"{path} (an adapter of someone/base): missing: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight; "
-        "unknown: base_model.model.lm_head.weight; base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight is "
+        f"{path} (an adapter of someone/base): base_model.model.lm_head.weight is saved whole, and only the base tells whether "
+        "it is its own; missing: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight; base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight is "
         "[16, 4], which does not fit a rank of 3; give the base it belongs to, or fetch the adapter again"
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
@@ -15,6 +16,7 @@ from torch_llama import torch
 import lowrank
 from lowrank.adapters.lora import TARGETS, LoraConfig
 from lowrank.errors import UserError
+from lowrank.weights.base import read_base
 from lowrank.weights.peft import HARMLESS, SUPPORTED, UNDERSTOOD, read_peft, write_peft
 
 peft = pytest.importorskip("peft")
@@ -196,8 +198,11 @@ def test_every_field_of_peft_is_understood_harmless_or_refused_when_it_is_set(tm
     ("settings", "said"),
     [
         ({"use_dora": True}, "use_dora = true"),
-        ({"modules_to_save": ["lm_head"]}, 'modules_to_save = ["lm_head"]'),
-        ({"bias": "lora_only"}, 'bias = "lora_only"'),
+        ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight is saved whole, and only the base tells"),
+        (
+            {"modules_to_save": ["input_layernorm"]},
+            'modules_to_save = ["input_layernorm"] is not supported: embed_tokens',
+        ),
         ({"lora_bias": True}, "lora_bias = true"),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights = "pissa"'),
         (
@@ -212,6 +217,110 @@ def test_what_peft_can_do_beyond_is_refused_by_name(tmp_path, settings, said):
     adapted({"target_modules": ["q_proj"]} | settings).save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
         read_peft(tmp_path, LAYERS)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def change_json(path, **change):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_a_folder_a_little_off_is_what_peft_makes_of_it(base, tmp_path):
+    """Tables saved along and equal to the base's, keys of a state dict, settings that mean nothing for linear layers."""
+    model = adapted(ADAPTERS["everything"] | {"bias": "all"})
+    expected = torch_llama.logits(model, IDS)
+    opened = read_base(base)
+    model.save_pretrained(tmp_path / "plain")
+    plain, config, _ = read_peft(tmp_path / "plain", base=opened)
+    model.save_pretrained(tmp_path / "tables", save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "tables" / "adapter_model.safetensors")
+    change_json(tmp_path / "tables" / "adapter_config.json", modules_to_save=["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path / "keys")
+    change_json(tmp_path / "keys" / "adapter_config.json", fan_in_fan_out=True)
+    file = tmp_path / "keys" / "adapter_model.safetensors"
+    save_file({name.replace(".weight", ".default.weight"): leaf for name, leaf in load_file(file).items()}, file)
+    for name in ("tables", "keys"):
+        found, same, _ = read_peft(tmp_path / name, base=opened)
+        assert same == config
+        jax.tree.map(np.testing.assert_array_equal, found, plain)
+        reloaded = peft.PeftModel.from_pretrained(torch_llama.make(), tmp_path / name).eval()
+        np.testing.assert_allclose(torch_llama.logits(reloaded, IDS), expected, atol=1e-5, rtol=0, err_msg=name)
+    save_file(load_file(file) | load_file(tmp_path / "plain" / "adapter_model.safetensors"), file)
+    with pytest.raises(UserError, match=r"up_proj\.lora_A\.weight is there twice, also as .*default\.weight"):
+        read_peft(tmp_path / "keys", base=opened)
+
+
+def test_tables_and_biases_that_were_trained_are_refused_by_name(base, tmp_path):
+    adapted({"target_modules": ["q_proj"]}).save_pretrained(tmp_path, save_embedding_layers=True)
+    file, head = tmp_path / "adapter_model.safetensors", "base_model.model.lm_head.weight"
+    tensors = load_file(file)
+    opened = read_base(base)
+    rounded = {head: tensors[head].astype(jnp.bfloat16)}
+    save_file(tensors | rounded, file)  # saved in fewer bits: still the base's own
+    read_peft(tmp_path, base=opened)
+    tensors[head][-1, -1] += 1
+    embedding = {"base_model.model.model.embed_tokens.weight": np.zeros((41, 24), np.float32)}
+    bias = {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": np.zeros(32, np.float32)}
+    save_file(tensors | embedding | bias, file)
+    with pytest.raises(UserError) as error:
+        read_peft(tmp_path, base=opened)
+    assert (
+        "base_model.model.model.embed_tokens.weight is [41, 24] and the base's own [40, 24]: another vocabulary; "
+        "base_model.model.lm_head.weight is saved whole and is not the base's own: it was trained, which is not supported; "
+        "unknown: base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias; give"
+    ) in str(error.value)
+
+
+@pytest.fixture
+def mlx(tmp_path):
+    """An adapter as mlx-lm saves it, on the last two of three layers: y = x W + scale · (x lora_a) lora_b."""
+    random = np.random.default_rng(0)
+    tensors = {}
+    for target, inputs, outputs in (("self_attn.q_proj", 24, 32), ("mlp.down_proj", 20, 24)):
+        for layer in (1, 2):
+            for name, shape in (("a", (inputs, 4)), ("b", (4, outputs))):
+                tensors[f"model.layers.{layer}.{target}.lora_{name}"] = random.normal(0, 0.3, shape).astype(np.float32)
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    parameters = {"rank": 4, "dropout": 0.1, "scale": 2.5, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    fields = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "a/b", "iters": 50}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    return tmp_path, tensors, parameters
+
+
+def test_an_adapter_of_mlx_lm_computes_what_it_says(mlx, base):
+    folder, tensors, parameters = mlx
+    model = torch_llama.make()
+    with torch.no_grad():
+        for name in [name[:-1] for name in tensors if name.endswith("lora_a")]:
+            weight = model.get_parameter(name.replace("lora_", "weight"))
+            weight += torch.tensor(2.5 * (tensors[f"{name}a"] @ tensors[f"{name}b"]).T)
+    expected = torch_llama.logits(model, IDS)
+    found = np.asarray(lowrank.load(base, folder, dtype="float32").logits(IDS))
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()  # float32 sums in another order
+    lora, config, name = read_peft(folder, LAYERS)
+    assert (config.layer_ranks("q_proj", LAYERS), config.layer_scales("q_proj", LAYERS)[1:]) == ((0, 4, 4), (2.5, 2.5))
+    assert (config.alpha, config.dropout, config.targets, name) == (10.0, 0.1, ("q_proj", "down_proj"), "a/b")
+    # Without keys they are those in the file; more layers than there are, or -1, are all of them.
+    del parameters["keys"]
+    change_json(folder / "adapter_config.json", lora_parameters=parameters)
+    jax.tree.map(np.testing.assert_array_equal, read_peft(folder, LAYERS)[0], lora)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fine_tune_type": "dora"}, 'fine_tune_type = "dora" is not supported'),
+        ({"fine_tune_type": "full", "lora_parameters": None}, "lora_parameters = null is not an object"),
+        ({"lora_parameters": {"rank": 4, "scale": 1, "alpha": 16}}, "lora_parameters.alpha belongs to releases"),
+        ({"lora_parameters": {"rank": 0}}, "scale is missing; lora_parameters.rank = 0 is not a positive integer"),
+        ({"num_layers": None}, "num_layers is missing"),
+        ({"num_layers": -1}, "missing: model.layers.0.self_attn.q_proj.lora_a, model.layers.0.self_attn.q_proj.lora_b"),
+        ({"num_layers": 1}, "unknown: model.layers.1.mlp.down_proj.lora_a"),
+    ],
+)
+def test_what_an_adapter_of_mlx_lm_has_wrong_is_named(mlx, change, said):
+    change_json(mlx[0] / "adapter_config.json", **change)
+    with pytest.raises(UserError) as error:
+        read_peft(mlx[0], LAYERS)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
