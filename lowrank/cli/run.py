@@ -1,5 +1,6 @@
 """Run a command: parse absl's flags, turn a UserError into one line and an exit code, keep compiled programs."""
 
+import contextlib
 import os
 import pathlib
 import shlex
@@ -50,8 +51,9 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return _fail(str(error))
         except KeyboardInterrupt:
             distributed.fail("interrupted")
-            print("interrupted", file=sys.stderr)
-            return cli.INTERRUPTED
+            with contextlib.suppress(OSError, UserError):
+                sys.stdout.flush()
+            cli.interrupted()  # not through Python's exit, where XLA's threads or another Ctrl-C end it otherwise
         except BrokenPipeError:  # `... | head`: no mistake, but the command did not finish
             distributed.fail("its output was closed (a broken pipe)")
             return 141  # as shells count it: 128 + SIGPIPE
