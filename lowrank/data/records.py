@@ -61,6 +61,10 @@ NAMES = tuple(
         [*(field for names in FIELDS.values() for field in names[0] + names[1]), *FIELDS_OF_MESSAGES, *ROLES.values()]
     )
 )
+# Alpaca has its whole prompt in `text`, too, and chats often have theirs in `prompt`: those two are ignored.
+MEANING = {
+    name for names in FIELDS.values() for field in names[0] + names[1] for name in (field, *ALIASES.get(field, ()))
+} - {"text", "prompt"}
 Columns = Mapping[str, str]
 
 
@@ -125,9 +129,10 @@ def _read_rows(path, rows, format: str, columns: Columns | None, system: str | N
     if files.is_text(path) and format != "text":
         raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
     records, problems, ignored = [], [], dict[str, None]()
+    names = {field: _names(field, columns) for field in sum(FIELDS[format], ())}
     for row in rows:
         found: list[str] = []
-        fields = _checked(row.fields, format, columns, system, found, ignored)
+        fields = _checked(row.fields, format, names, columns, system, found, ignored)
         problems += [(row.where, problem) for problem in found]
         records.append(Record(fields, row.where, format))
     if (
@@ -148,33 +153,30 @@ def _read_rows(path, rows, format: str, columns: Columns | None, system: str | N
 # ---- One record --------------------------------------------------------------------------------------------------------
 
 
-def _checked(row: Any, format: str, columns, system, problems: list[str], ignored: dict) -> dict:
-    """The fields of a row under their own names. What is wrong joins `problems`, columns without a meaning `ignored`."""
+def _checked(row: Any, format: str, names, columns, system, problems: list[str], ignored: dict) -> dict:
+    """The fields of a row under their own names (`names`: what each may be called). What is wrong joins `problems`, columns
+    without a meaning `ignored`."""
     if not isinstance(row, dict):
         problems.append(f"a record is a JSON object, this is {_kind(row)}")
         return {}
     if format == "chat" and isinstance(row.get("prompt"), list):
         row = _joined(row, problems)
-    required, optional = FIELDS[format]
     fields, used = {}, set()
-    for field in required + optional:
-        present = [name for name in _names(field, columns) if row.get(name) not in (None, "", [])]
+    for field, own in names.items():
+        known = [name for name in own if name in row]
+        present = [name for name in known if row[name] not in (None, "", [])] if len(known) > 1 else known
         if len(present) > 1:
             problems.append(f"fields {' and '.join(map(repr, present))} both mean {field}; remove one")
-        known = [name for name in _names(field, columns) if name in row]
         used.update(known)
         if known:
             fields[field] = row[(present or known)[0]]
-        elif field in required:
-            problems.append(f"field '{_names(field, columns)[0]}' is missing (found: {', '.join(row)})")
+        elif field in FIELDS[format][0]:
+            problems.append(f"field '{own[0]}' is missing (found: {', '.join(row)})")
     rest = {name: value for name, value in row.items() if name not in used and value not in (None, "", [], {})}
-    meaning = {
-        name for names in FIELDS.values() for field in names[0] + names[1] for name in (field, *ALIASES.get(field, ()))
-    }
     for name in rest:
         if name in NOT_SUPPORTED:
             problems.append(f"field '{name}' is not supported: {NOT_SUPPORTED[name]}; remove it")
-        elif name in meaning - {"text", "prompt"}:  # Alpaca has its prompt in `text`, chats often have it in `prompt`
+        elif name in MEANING:
             problems.append(
                 f"field '{name}' has no meaning in the {format} format; remove it, or choose another data.format"
             )

@@ -58,7 +58,7 @@ def describe_data(config: Config, inputs: RunInputs) -> str:
     rows, steps, batch = inputs.rows, inputs.steps, config.train.batch_size
     packed = "packed" if config.data.packing else "one example each"
     lines = [
-        f"{name:<10} {len(found.examples):,} examples, {found.tokens:,} tokens, {found.trained_tokens:,} trained on; "
+        f"{name:<10} {len(found.examples):,} examples ({inputs.format}), {found.tokens:,} tokens, {found.trained_tokens:,} trained on; "
         f"{found.truncated:,} truncated to {config.data.max_length}, {found.dropped:,} dropped with nothing to train on"
         for name, found in (("data", inputs.train), ("held out", inputs.held_out))
         if found

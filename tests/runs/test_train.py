@@ -311,7 +311,7 @@ def test_dry_run_prints_what_would_be_trained_and_writes_nothing(tiny, tmp_path)
         r"optimizer +77,82\d state +311\.3 KB",
         r"trainable +38,912 of 957,568 parameters = 4\.064 %",
         r"mesh +data 1 x fsdp 1 x tensor 1",
-        r"data +50 examples, [\d,]+ tokens, [\d,]+ trained on; \d+ truncated to 64, \d+ dropped",
+        r"data +50 examples \(completion\), [\d,]+ tokens, [\d,]+ trained on; \d+ truncated to 64, \d+ dropped",
         r"held out +10 examples",
         r"rows +\d+ an epoch, packed, \d\d\.\d % filled",
         r"steps +6, each 4 rows in 1 micro-batches = 256 tokens with padding; \d+\.\d steps an epoch",
