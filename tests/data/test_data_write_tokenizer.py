@@ -48,6 +48,7 @@ def assert_same(ours, folder):
     return theirs
 
 
+@pytest.mark.slow
 def test_a_tiktoken_vocabulary_becomes_a_tokenizer_json(llama3, tmp_path):
     ours = llama3
     folder = written(ours, tmp_path / "out")

@@ -45,6 +45,7 @@ def test_the_loss_is_that_of_the_training_run(base, trained, held_out):
     assert loss_of(without, "base") == pytest.approx(logged[0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_packing_and_devices_do_not_change_the_losses(base, trained, held_out, tmp_path):
     ways = [("--batch_size=16",), ("--batch_size=3",), ("--packing=False", "--batch_size=2"), ("--batch_size=4",)]
     found = []

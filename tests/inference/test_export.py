@@ -185,6 +185,7 @@ def test_tokenizer_chat_template_and_generation_config_come_along(base, trained,
     assert lowrank.load(tmp_path / "out").tokenizer.chat_template == "{{ messages[0].content }}"
 
 
+@pytest.mark.slow
 def test_a_run_with_a_tokenizer_of_its_own_hands_that_on(tiny, demo_base, tmp_path):
     """Its EOS and BOS, too: a model that is told the base's would never stop."""
     import sentencepiece

@@ -56,6 +56,7 @@ def for_v5e(plan):
     return finished.out, numbers
 
 
+@pytest.mark.slow
 def test_the_bytes_on_a_chip_are_those_of_its_shards(for_v5e):
     _, numbers = for_v5e
     norms = 9 * 128  # cut by fsdp alone; everything else by fsdp and tensor

@@ -91,7 +91,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(run, trained, tmp_path, finished
     record, expected = (json.loads(text) for text in (files["config.json"], (trained / "config.json").read_text()))
     expected["config"]["base"], expected["config"]["data"]["train"] = "gs://bucket/base", "gs://bucket/data.json"
     assert (record["config"], record["identity"]) == (expected["config"], expected["identity"])
-    assert re.search(rf"adapter +{WORKDIR}/checkpoints \(\d+\.\d [KM]B\)", finished_run.said)
+    assert re.search(rf"adapter +{WORKDIR} \(as --adapter takes it; checkpoints of \d+\.\d [KM]B\)", finished_run.said)
 
 
 def test_resumed_equals_uninterrupted(run, tiny, trained, tmp_path):

@@ -174,6 +174,7 @@ def test_members_equal_the_same_runs_alone(tiny, tmp_path):
         assert_near_adapter(arrays(together, 50, "adapter"), arrays(alone, 50, "adapter"))
 
 
+@pytest.mark.slow
 def test_the_base_is_read_once_compiled_once_and_held_once(tiny, tmp_path, caplog, spied):
     loads, alive = [], []
     shapes = {(1024, 128): 1, (4, 128, 384): 2, (4, 384, 128): 1}  # embedding; gate and up; down

@@ -215,6 +215,7 @@ def test_evaluation_sums_do_not_depend_on_the_batches(variables, evaluate):
     assert float(whole[0]) == pytest.approx(float(halves[0][0] + halves[1][0]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_step_stays_near_float32(variables, plain):
     model = dataclasses.replace(MODEL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     low = {**variables, "params": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])}
