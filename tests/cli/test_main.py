@@ -68,6 +68,7 @@ def test_runs_the_module_with_the_arguments(monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", ["--help", pytest.param("--base", marks=pytest.mark.slow)])
 def test_is_the_same_as_python_m(argument):
     """Exit code and both outputs, in processes of their own: absl finds the flags of the module that runs as __main__."""

@@ -327,6 +327,7 @@ def test_an_adapter_that_says_its_even_ranks_layer_by_layer_is_the_even_one(adap
     jax.tree.map(np.testing.assert_array_equal, running.init(spelled), running.init(model))
 
 
+@pytest.mark.slow
 def test_the_padding_of_an_uneven_adapter_has_no_gradient_and_stays_zero(uneven):
     model, variables = uneven
     mask = partition.trainable_mask(variables, "lora")

@@ -124,6 +124,7 @@ def test_attention_is_splash_on_a_tpu_forward_and_backward(tmp_path, name):
     assert abstract_step(short, architecture, mesh, 10).model.attention == "xla"
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_the_compiler_says_fits(plan):
     pytest.importorskip("libtpu", reason="compiling for a TPU needs the plan extra")
     finished, numbers = plan("--topology=v5e:2x2", "--search", "--search_fits=1")
@@ -169,6 +170,7 @@ def test_a_program_that_does_not_fit_says_by_how_much(plan, monkeypatch):
     assert "collectives  unknown: there is no program" in finished.out
 
 
+@pytest.mark.slow
 def test_here_the_estimate_is_held_against_the_clock(plan):
     flags = ("--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.remat=none", "--config.train.microbatches=1")
     finished, numbers = plan("--topology=local", *flags)
