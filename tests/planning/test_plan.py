@@ -170,7 +170,6 @@ def test_a_program_that_does_not_fit_says_by_how_much(plan, monkeypatch):
     assert "collectives  unknown: there is no program" in finished.out
 
 
-@pytest.mark.slow
 def test_here_the_estimate_is_held_against_the_clock(plan):
     flags = ("--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.remat=none", "--config.train.microbatches=1")
     finished, numbers = plan("--topology=local", *flags)
