@@ -88,19 +88,25 @@ def _check_columns(columns: tuple[tuple[str, str], ...]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data: files, folders or patterns. `max_length` counts inputs; `eval_examples` are taken off the end of `train`.
+    """The data: a file, folder, pattern or data set of the hub, or several. `max_length` counts inputs; `eval_examples` are taken
+    off the end of `train`.
 
+    `mixture`: how often the sources of `train` are drawn from. `cache`: the folder where tokens are kept.
     `columns`: what fields are called in the data. `system`: the system message of records without one. `overflow`: what
     becomes of a text beyond `max_length`.
     """
 
-    train: str | None = None
-    eval: str | None = None
+    train: str | tuple[str, ...] | None = None
+    eval: str | tuple[str, ...] | None = None
     eval_examples: Annotated[int, NOT_NEGATIVE] = 0
     format: Annotated[str, one_of(("auto", *FORMATS))] = "auto"
     columns: Annotated[tuple[tuple[str, str], ...], _check_columns] = ()
     system: str | None = None
     overflow: Annotated[str, one_of(("truncate", "chunk"))] = "truncate"
+    mixture: Annotated[
+        tuple[float, ...], must_be("made of weights above 0", lambda weights: min(weights, default=1) > 0)
+    ] = ()
+    cache: str | None = None  # None: beside the workdir, for data of 1 MB or more
     max_length: Annotated[int, at_least(2, " (a BOS and a token)")] = 512
     packing: bool = True
     shuffle: bool = True
@@ -274,6 +280,12 @@ def _contradictions(c: Config) -> list[str]:
         errors.append("config.optim.warmup_steps and config.optim.warmup_ratio are both set; leave one out")
     if c.sample.every and not c.sample.prompts:
         errors.append("config.sample.prompts=() must be at least one where sample.every is set")
+    sources = () if isinstance(c.data.train, str) else c.data.train or ()
+    if c.data.mixture and len(c.data.mixture) != len(sources):
+        errors.append(
+            f"config.data.mixture={c.data.mixture} must have a weight for each of several data.train, which names "
+            f"{len(sources) or 'one'}: give --config.data.train=\"('a.json','b.json')\""
+        )
     if c.data.eval and c.data.eval_examples:
         errors.append(f"config.data.eval_examples={c.data.eval_examples} must be 0 where config.data.eval names a file")
     return errors
@@ -313,6 +325,9 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if types.NoneType in options and (value is None or (isinstance(value, Unparsed) and value in ("None", "none", ""))):
         return None
+    if str in options and tuple[str, ...] in options:
+        value = literal(value) if isinstance(value, Unparsed) and value.strip().startswith(("(", "[")) else value
+        options = (str if isinstance(value, str) else tuple[str, ...],)
     (kind,) = [option for option in options if option is not types.NoneType]
     if kind is str:
         if isinstance(value, str):
@@ -327,6 +342,11 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
         raise ValueError("names of columns such as {'instruction': 'question'}")
     if kind in PER_TARGET:
         return _per_target(literal(value) if isinstance(value, Unparsed) else value, *PER_TARGET[kind])
+    if kind == tuple[float, ...]:
+        weights = literal(value) if isinstance(value, Unparsed) else value
+        if isinstance(weights, (tuple, list)):
+            return tuple(_convert(weight, float, commas=False) for weight in weights)
+        raise ValueError("a list of numbers such as (0.7,0.3)")
     if typing.get_origin(kind) is tuple:
         if isinstance(value, Unparsed):
             value = literal(value) if value.strip().startswith(("(", "[")) else value
@@ -406,6 +426,8 @@ OTHERS_WORDS = {
     "data.eval_examples": "val_set_size",
     "data.max_length": "max_seq_length max_seq_len sequence_len seq_len seq_length cutoff_len",
     "data.packing": "sample_packing",
+    "data.mixture": "interleave_probs probabilities mix_weights",
+    "data.cache": "dataset_prepared_path cache_dir",
     "data.train_on_prompt": "train_on_inputs train_on_input",
     "lora.rank": "r lora_r lora_rank",
     "lora.alpha": "lora_alpha",

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int | None:
         raise UserError("--workdir is missing; say where the sweep is to live, --workdir=runs/NAME")
     paths.local(FLAGS.workdir or "")
     if FLAGS.dry_run:
-        print(sweeping.describe(grid, sweeping.plan_groups(grid)))
+        print(sweeping.describe(grid, sweeping.plan_groups(grid, paths.path(FLAGS.workdir) if FLAGS.workdir else None)))
         return None
     streams.outlive_stdout("the sweep goes on; its workdir has everything")
     command = cli.command_line("sweep")

@@ -7,12 +7,15 @@ name decides between texts. Parquet, Arrow and .zst need `pyarrow`, the extra `d
 import csv
 import glob
 import gzip
+import hashlib
 import importlib
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 from lowrank.data.hub_data import data_files
 from lowrank.errors import UserError
@@ -20,6 +23,11 @@ from lowrank.files import paths
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
 PACKED = (".gz", ".zst")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+CHUNK = 1 << 20  # characters of a JSON list that are read at once
+ROWS = 1000  # of a Parquet file
+DECODER, END = json.JSONDecoder(), object()
+WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Row(NamedTuple):
@@ -48,31 +56,67 @@ def find_files(where: str) -> Sequence[paths.Path]:
     return [path]
 
 
+def sources_of(where: str | Sequence[str] | None) -> tuple[str, ...]:
+    """What `data.train` names: one path, or several."""
+    return () if where is None else (where,) if isinstance(where, str) else tuple(where)
+
+
+def content_hash(where: str | Sequence[str] | None) -> str | None:
+    """Of the content of all files that are named; of one file it is its own. None for none."""
+    hashes = [paths.file_hash(file) for source in sources_of(where) for file in find_files(source)]
+    if len(hashes) < 2:
+        return hashes[0] if hashes else None
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:32]
+
+
 def is_text(path: paths.Path) -> bool:
     return _suffix(path) == ".txt"
 
 
-def read_rows(path: paths.Path, lines: bool = False) -> list[Row]:
-    """Every row of a file; UserError for a file that cannot be read, with all broken lines of one of JSON lines.
+def read_rows(path: paths.Path, lines: bool = False) -> Iterator[Row]:
+    """The rows of a file, one at a time; UserError for a file that cannot be read, with all broken lines of one of JSON lines.
 
     Plain text is documents between blank lines, or `lines`.
     """
-    content = _unpacked(path)
-    if content[:4] == b"PAR1":
-        return _table_rows(path, content, "parquet")
-    if content[:6] == b"ARROW1" or content[:4] == b"\xff\xff\xff\xff":
-        return _table_rows(path, content, "arrow")
     try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from None
-    if is_text(path):
-        numbered = [Row({"text": line}, f"line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return numbered if lines else list(_documents(text))
-    if _suffix(path) in (".csv", ".tsv"):
-        return list(_separated_rows(path, text, "\t" if _suffix(path) == ".tsv" else ","))
-    return _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
+        with path.open("rb") as stored:
+            yield from _rows(path, _unpacked(path, stored), lines)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, line {_not_utf8(path)}: not UTF-8 text: save the file as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}): it is truncated or damaged; fetch it again") from None
+    except OSError as error:
+        if error.strerror is None:  # of zstd
+            raise UserError(
+                f"{path} cannot be unpacked ({error}): it is truncated or damaged; fetch it again"
+            ) from None
+        raise UserError(
+            f"data file {path} cannot be read ({error.strerror}): name a file of data, or a folder"
+        ) from None
+
+
+def _rows(path: paths.Path, file: io.BufferedReader, lines: bool) -> Iterator[Row]:
+    begin = file.peek(6)[:6]
+    if begin[:4] == b"PAR1":
+        yield from _table_rows(path, file, "parquet")
+        return
+    if begin == b"ARROW1" or begin[:4] == b"\xff\xff\xff\xff":
+        yield from _table_rows(path, file, "arrow")
+        return
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
+        numbered = enumerate((line[:-2] + "\n" if line.endswith("\r\n") else line for line in text), 1)
+        if is_text(path) and lines:
+            yield from (Row({"text": line.rstrip("\n")}, f"line {i}") for i, line in numbered if line.strip())
+        elif is_text(path):
+            yield from _documents(numbered)
+        elif _suffix(path) in SEPARATORS:
+            yield from _separated_rows(path, (line for _, line in numbered), SEPARATORS[_suffix(path)])
+        else:
+            first = next((pair for pair in numbered if pair[1].strip()), (1, ""))
+            is_list = first[1].lstrip().startswith("[")
+            yield from (
+                _json_list(path, text, *first) if is_list else _json_lines(path, itertools.chain([first], numbered))
+            )
 
 
 def refuse(path: paths.PathLike, problems: list[tuple[str, str]]) -> None:
@@ -91,22 +135,25 @@ def _suffix(path: paths.Path) -> str:
     return "." + name.rpartition(".")[2] if "." in name else ""
 
 
-def _unpacked(path: paths.Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"data file {path} cannot be read ({error.strerror}): name a file of data, or a folder"
-        ) from None
-    try:
-        if content[:2] == b"\x1f\x8b":
-            return gzip.decompress(content)
-        if content[:4] == b"\x28\xb5\x2f\xfd":
-            pyarrow = _pyarrow(path)
-            return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd").read()
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}): it is truncated or damaged; fetch it again") from None
-    return content
+def _unpacked(path: paths.Path, stored: BinaryIO) -> io.BufferedReader:
+    begin = stored.read(4)
+    stored.seek(0)
+    if begin[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.GzipFile(fileobj=stored))  # type: ignore[arg-type]
+    if begin == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(_pyarrow(path).CompressedInputStream(stored, "zstd"))
+    return stored if isinstance(stored, io.BufferedReader) else io.BufferedReader(stored)  # type: ignore[arg-type]
+
+
+def _not_utf8(path: paths.Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open("rb") as stored:
+        for number, line in enumerate(_unpacked(path, stored), 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _pyarrow(path: paths.Path) -> Any:
@@ -117,25 +164,29 @@ def _pyarrow(path: paths.Path) -> Any:
     return pyarrow
 
 
-def _table_rows(path: paths.Path, content: bytes, kind: str) -> list[Row]:
+def _table_rows(path: paths.Path, file: io.BufferedReader, kind: str) -> Iterator[Row]:
     pyarrow = _pyarrow(path)
-    source = pyarrow.BufferReader(content)
+    source = file if file.seekable() else pyarrow.BufferReader(file.read())
     try:
         if kind == "parquet":
-            table = importlib.import_module("pyarrow.parquet").read_table(source)
-        elif content[:6] == b"ARROW1":
-            table = pyarrow.ipc.open_file(source).read_all()
+            batches = importlib.import_module("pyarrow.parquet").ParquetFile(source).iter_batches(ROWS)
+        elif file.peek(6)[:6] == b"ARROW1":
+            table = pyarrow.ipc.open_file(source)
+            batches = map(table.get_batch, range(table.num_record_batches))
         else:
-            table = pyarrow.ipc.open_stream(source).read_all()  # as the cache of `datasets` has it
+            batches = pyarrow.ipc.open_stream(source)  # as the cache of `datasets` has it
+        number = itertools.count(1)
+        for batch in batches:
+            for fields in batch.to_pylist():
+                yield Row(fields, f"row {next(number)}")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read as {kind} ({error}): it is truncated or damaged; fetch it again"
         ) from None
-    return [Row(fields, f"row {i}") for i, fields in enumerate(table.to_pylist(), 1)]
 
 
-def _separated_rows(path: paths.Path, text: str, separator: str) -> Iterator[Row]:
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def _separated_rows(path: paths.Path, text: Iterator[str], separator: str) -> Iterator[Row]:
+    lines = csv.reader(text, delimiter=separator, strict=True)
     try:
         names = next(lines, [])
         for values in lines:
@@ -148,36 +199,67 @@ def _separated_rows(path: paths.Path, text: str, separator: str) -> Iterator[Row
         raise UserError(f"{path}, line {lines.line_num}: not valid CSV ({error}): check its quotes") from None
 
 
-def _documents(text: str) -> Iterator[Row]:
-    line = 1
-    for block in re.split(r"(\n(?:[^\S\n]*\n)+)", text):  # keeps the blank lines, to count lines
-        if block.strip():
-            first = line + len(block) - len(block.lstrip("\n"))
-            yield Row({"text": block.strip("\n")}, f"line {first}")
-        line += block.count("\n")
+def _documents(lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    for is_blank, group in itertools.groupby(lines, lambda numbered: not numbered[1].strip()):
+        if not is_blank:
+            numbers, block = zip(*group, strict=True)
+            yield Row({"text": "".join(block).removesuffix("\n")}, f"line {numbers[0]}")
 
 
-def _json_list(path: paths.Path, text: str) -> list[Row]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}): correct it, or write one record per line") from None
-    return [Row(item, f"item {i}") for i, item in enumerate(items, 1)]
+def _json_list(path: paths.Path, file: io.TextIOWrapper, line: int, first: str) -> Iterator[Row]:
+    """The items of a list, one at a time. `first` is the line that its bracket is on, `line` the number of that line."""
+    text, at, number = first, first.index("[") + 1, 1
+    while True:
+        error = None
+        try:
+            item, end = _next_item(text, at, number == 1)
+        except (json.JSONDecodeError, RecursionError) as wrong:
+            error, end = wrong, len(text)
+        # What ends with the text may go on in what is not read yet.
+        if end == len(text) and (more := file.read(max(CHUNK, len(text)))):
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + more, 0
+        elif error:
+            place = f"line {line + error.lineno - 1}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            what = f"item {number}: {getattr(error, 'msg', error)}: {place}"
+            raise UserError(f"{path}: not valid JSON ({what}): correct it, or write one record per line")
+        elif item is END:
+            if text[end:].strip() or file.read(CHUNK).strip():
+                raise UserError(f"{path}: not valid JSON (something follows the list): correct it")
+            return
+        else:
+            yield Row(item, f"item {number}")
+            at, number = end, number + 1
 
 
-def _json_lines(path: paths.Path, text: str) -> list[Row]:
-    rows, broken = [], []
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON string may hold U+2028
+def _next_item(text: str, at: int, first: bool) -> tuple[Any, int]:
+    """The item of a JSON list after position `at` and the position after it; END for the closing bracket."""
+    at = WHITESPACE.match(text, at).end()  # type: ignore[union-attr]
+    if text.startswith("]", at):
+        return END, at + 1
+    if not first:
+        if not text.startswith(",", at):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        at = WHITESPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    return DECODER.raw_decode(text, at)
+
+
+def _json_lines(path: paths.Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    broken, begins, found = [], "", False
+    for i, line in lines:  # a JSON string may hold U+2028, which is no end of a line here
         if line.strip():
+            begins = begins or line.strip()[:40]
             try:
-                rows.append(Row(json.loads(line), f"line {i}"))
+                row = Row(json.loads(line), f"line {i}")
             except (ValueError, RecursionError) as error:
                 broken.append((f"line {i}", f"not valid JSON ({error})"))
-    if broken and not rows:
-        found = f"it begins {text.strip()[:40]!r}"
+                continue
+            found = True
+            if not broken:
+                yield row
+    if broken and not found:
         raise UserError(
-            f"{path} is neither a JSON list nor JSON lines ({': '.join(broken[0])}; {found}): write one record per line, or "
-            f"give it the ending of what it is ({', '.join(SUFFIXES)})"
+            f"{path} is neither a JSON list nor JSON lines ({': '.join(broken[0])}; it begins {begins!r}): write one record per "
+            f"line, or give it the ending of what it is ({', '.join(SUFFIXES)})"
         )
     refuse(path, broken)
-    return rows

@@ -3,19 +3,19 @@
 Each epoch is a finite Grain pipeline of its own (the examples in that epoch's order, packed into rows), so every epoch holds
 every example exactly once, packed or not. A position is the epoch and Grain's state within it, some hundred bytes of JSON.
 Every process makes the same batches of all rows and gives its devices their rows, so the order of the data does not depend on
-the number of processes. Left out: data that does not fit into memory.
+the number of processes.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from lowrank.data.batch import Batch
-from lowrank.data.examples import Examples
+from lowrank.data.examples import Columns, Examples
 from lowrank.data.packing import PADDING, arrays, pack
 from lowrank.errors import UserError
 
@@ -32,12 +32,24 @@ class TrainLoader:
     the seed."""
 
     def __init__(
-        self, examples: Examples, *, batch_size: int, max_length: int, packing: bool, shuffle: bool, seed: int
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        max_length: int,
+        packing: bool,
+        shuffle: bool,
+        seed: int,
+        mixture: Sequence[float] = (),
     ):
         self._made_from: dict = {"data": fingerprint(examples), "batch_size": batch_size, "max_length": max_length}
         self._made_from |= {"packing": packing, "shuffle": shuffle, "seed": seed}
-        source = grain.MapDataset.source(examples.examples).seed(seed)
-        self._elements = (source.shuffle() if shuffle else source).repeat().map(arrays)  # endless: epoch after epoch
+        sources = _sources(examples) if mixture else [examples.examples]
+        endless = []  # epoch after epoch
+        for number, source in enumerate(sources):
+            elements = grain.MapDataset.source(source).seed(seed + number)
+            endless.append((elements.shuffle() if shuffle else elements).repeat())
+        self._elements = (grain.MapDataset.mix(endless, mixture) if mixture else endless[0]).map(arrays)
         self._epoch_length = len(examples.examples)
         self._start(0)
 
@@ -79,6 +91,22 @@ def evaluation_batches(examples: Examples, *, batch_size: int, max_length: int, 
     while batch := list(itertools.islice(rows, batch_size)):
         empty = {name: np.full_like(array, PADDING.get(name, 0)) for name, array in batch[0].items()}
         yield _stack(batch + [empty] * (batch_size - len(batch)))
+
+
+def epoch_lengths(examples: Examples, mixture: Sequence[float] = ()) -> np.ndarray:
+    """int64 [examples]: the inputs of each example of an epoch. With `mixture`, weights of the sources, an epoch has
+    as many examples as the data, of each source its share: some are read more often than once, others less."""
+    lengths = examples.examples.lengths
+    if not mixture:
+        return lengths
+    shares = np.rint(np.array(mixture) / sum(mixture) * len(lengths)).astype(int)
+    drawn = [np.resize(source.lengths, share) for source, share in zip(_sources(examples), shares, strict=True)]
+    return np.random.default_rng(0).permutation(np.concatenate(drawn))
+
+
+def _sources(examples: Examples) -> list[Columns]:
+    ends = np.cumsum(examples.sources).tolist()
+    return [examples.examples[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def fingerprint(examples: Examples) -> str:

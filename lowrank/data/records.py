@@ -13,10 +13,11 @@ format knows is named once.
 `ALIASES` are other people's names for these fields; `columns` gives more of them ({"instruction": "question"}).
 """
 
+import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lowrank.data import files
@@ -83,22 +84,26 @@ def read_records(
 
     `columns`: the names that fields (and roles) have in the file. `system`: the system message of a record without one.
     """
-    records = []
+    return list(iterate_records(where, format, columns, system))
+
+
+def iterate_records(
+    where: paths.PathLike, format: str = "auto", columns: Columns | None = None, system: str | None = None
+) -> Iterator[Record]:
+    """`read_records`, one at a time. UserError for a file's broken records comes at that file's end."""
     for path in files.find_files(str(where)):
         rows = files.read_rows(path)
-        if not rows:
+        if (first := next(rows, None)) is None:
             raise UserError(f"{path} holds no records: give it at least one")
-        records += _read_rows(
-            path, rows, find_format(path, rows, columns) if format == "auto" else format, columns, system
-        )
-    return records
+        own = find_format(path, first, columns) if format == "auto" else format
+        yield from _checked_rows(path, itertools.chain([first], rows), first, own, columns, system)
 
 
-def find_format(path: paths.Path, rows: Sequence[files.Row], columns: Columns | None = None) -> str:
-    """The format whose fields the first row has."""
-    fields = rows[0].fields
+def find_format(path: paths.Path, row: files.Row, columns: Columns | None = None) -> str:
+    """The format whose fields a row has."""
+    fields = row.fields
     if not isinstance(fields, dict):
-        raise UserError(f"{path}, {rows[0].where}: a record is a JSON object, this is {_kind(fields)}")
+        raise UserError(f"{path}, {row.where}: a record is a JSON object, this is {_kind(fields)}")
     found = _recognized(fields, columns)
     if found is None:
         having = "; ".join(f"{name}: {', '.join(FIELDS[name][0])}" for name in FORMATS)
@@ -125,29 +130,24 @@ def _names(field: str, columns: Columns | None) -> tuple[str, ...]:
     return (columns[field],) if columns and field in columns else (field, *ALIASES.get(field, ()))
 
 
-def _read_rows(path, rows, format: str, columns: Columns | None, system: str | None) -> list[Record]:
+def _checked_rows(path, rows, first, format: str, columns: Columns | None, system: str | None) -> Iterator[Record]:
     if files.is_text(path) and format != "text":
         raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
-    records, problems, ignored = [], [], dict[str, None]()
+    problems, ignored = [], dict[str, None]()
     names = {field: _names(field, columns) for field in sum(FIELDS[format], ())}
     for row in rows:
         found: list[str] = []
         fields = _checked(row.fields, format, names, columns, system, found, ignored)
         problems += [(row.where, problem) for problem in found]
-        records.append(Record(fields, row.where, format))
-    if (
-        problems
-        and isinstance(rows[0].fields, dict)
-        and (other := _recognized(rows[0].fields, columns)) not in (None, format)
-    ):
-        problems[0] = (
-            problems[0][0],
-            f"{problems[0][1]} (the fields are those of data.format={other!r}: say that, or 'auto')",
-        )
+        if not problems:
+            yield Record(fields, row.where, format)
+    other = _recognized(first.fields, columns) if problems and isinstance(first.fields, dict) else None
+    if other not in (None, format):
+        where, problem = problems[0]
+        problems[0] = (where, f"{problem} (the fields are those of data.format={other!r}: say that, or 'auto')")
     refuse(path, problems)
     if ignored:
         warnings.warn(f"{path}: ignored: {', '.join(ignored)}", stacklevel=2)
-    return records
 
 
 # ---- One record --------------------------------------------------------------------------------------------------------

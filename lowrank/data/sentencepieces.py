@@ -40,13 +40,13 @@ def tokenizer_json(model: sentencepiece.SentencePieceProcessor, markers: dict[st
     tokenizer.decoder = decoders.Sequence(to_text)
     tokenizer.add_special_tokens(sorted(markers, key=markers.__getitem__))
     tokenizer.encode_special_tokens = True
-    texts = _texts(list(spelt))
+    texts = telling_texts(list(spelt))
     found = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     return json.loads(tokenizer.to_str()) if found == model.encode(texts) else None
 
 
-def _texts(pieces: list[str]) -> list[str]:
-    """Texts that show a wrong conversion: all pieces in combination, runs of spaces, characters without a piece."""
+def telling_texts(pieces: list[str]) -> list[str]:
+    """Texts that show another reading of a model: all pieces in combination, runs of spaces, characters without a piece."""
     words = [piece.replace(SPACE, " ") for piece in pieces]
     joined = ["".join(words[i : i + 9]) for i in range(0, len(words), 9)]
     runs = [f"a{' ' * i}b{' ' * i}" for i in range(40)]

@@ -9,6 +9,7 @@ before it (Llama 1 and 2 put one before the first word). `encode_markup` reads t
 Left out: training a tokenizer.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -26,6 +27,10 @@ Offsets = list[tuple[int, int]]  # for each token: its first character, and the 
 # Appended to a SentencePiece model this turns `add_dummy_prefix` off: concatenated protocol buffers are merged, and these
 # four bytes are {normalizer_spec: {add_dummy_prefix: false}}. Some releases of the library have no flag for it.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+MANY = 1000  # texts at once, from which on a SentencePiece model encodes by words
+MOST_WORDS = 500_000  # whose ids are kept: some 200 MB
+WORD = re.compile(" *[^ ]+| +")
 
 # The files that a tokenizer may consist of.
 COMPANIONS = (
@@ -89,6 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: paths.Path):
         model = path.read_bytes()
+        self.words: dict[str, list[int]] = {}  # the ids of those that were met
         try:
             self.fresh = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.continuing = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
@@ -106,7 +112,33 @@ class SentencePieceTokenizer(Tokenizer):
         self.marker = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
     def encode_batch(self, texts, continues=False):
+        if len(texts) >= MANY and self.has_words:
+            return self._encode_words(texts if continues else [f" {text}" if text else "" for text in texts])
         return (self.continuing if continues else self.fresh).encode(list(texts))
+
+    @functools.cached_property
+    def has_words(self) -> bool:
+        """Whether this model encodes each word, with the spaces before it, without regard to the others."""
+        pieces = [self.fresh.id_to_piece(i) for i in range(self.fresh.vocab_size())]
+        if any(sentencepieces.SPACE in piece.lstrip(sentencepieces.SPACE) for piece in pieces):
+            return False
+        texts = sentencepieces.telling_texts(pieces)
+        return self._encode_words([f" {text}" if text else "" for text in texts]) == self.fresh.encode(texts)
+
+    def _encode_words(self, texts):
+        # Most words come again and again: 27 MB of Alpaca take 3.6 CPU seconds by words and 9.2 by texts.
+        if len(self.words) > MOST_WORDS:
+            self.words.clear()
+        known, encoded = self.words, []
+        for text in texts:
+            ids: list[int] = []
+            for word in WORD.findall(text):
+                found = known.get(word)
+                if found is None:
+                    found = known[word] = self.continuing.encode_as_ids(word)
+                ids += found
+            encoded.append(ids)
+        return encoded
 
     def encode_markup(self, texts):
         return [self._encode_markup(text) for text in texts]

@@ -42,8 +42,9 @@ class Evaluation(NamedTuple):
 
     settings: DataConfig  # how the examples were made
     examples: Examples
-    tokens: np.ndarray  # float64 [examples], predicted tokens
-    losses: np.ndarray  # float64 [models, examples], in nats, summed over the example's predicted tokens
+    records: np.ndarray  # int32 [records], which of the data's; a long text or a chat may be several examples
+    tokens: np.ndarray  # float64 [records], predicted tokens
+    losses: np.ndarray  # float64 [models, records], in nats, summed over the record's predicted tokens
 
     @property
     def loss(self) -> Estimate:
@@ -104,11 +105,13 @@ def evaluate(
         losses.append(_example_losses(model, examples, mesh, **shape))
         del model  # one at a time
     sums = np.stack(losses)
-    wrong = [examples.examples[i].index for i in np.flatnonzero(~np.isfinite(sums).all(axis=0))]
+    columns = examples.examples
+    records = np.unique(columns.record)
+    wrong = records[~np.isfinite(sums).all(axis=0)].tolist()
     if wrong:
-        raise UserError(f"the loss of examples {', '.join(map(str, wrong))} of {data} is not finite; look at them")
-    tokens = np.array([example.loss_mask.sum() for example in examples.examples], np.float64)
-    return Evaluation(settings, examples, tokens, sums)
+        raise UserError(f"the loss of records {', '.join(map(str, wrong))} of {data} is not finite; look at them")
+    tokens = np.bincount(np.searchsorted(records, columns.record), columns.targets)
+    return Evaluation(settings, examples, records, tokens, sums)
 
 
 def _choose_settings(config: Config | None, adapters: list[Adapter | None], given: dict) -> DataConfig:
@@ -125,15 +128,15 @@ def _choose_settings(config: Config | None, adapters: list[Adapter | None], give
 
 
 def _example_losses(model: Model, examples: Examples, mesh: Mesh, *, batch_size: int, **shape) -> np.ndarray:
-    """float64 [examples]: the summed loss of each example's predicted tokens."""
+    """float64 [records]: the summed loss of each record's predicted tokens."""
     shards = mesh_lib.batch_shards(mesh)
     step, rows = make_losses_step(model.model), -(-batch_size // shards) * shards  # every device gets as many
-    place = {example.index: i for i, example in enumerate(examples.examples)}
-    sums = np.zeros(len(place))
+    records = np.unique(examples.examples.record)
+    sums = np.zeros(len(records))
     for batch, indices in loader.evaluation_batches(examples, batch_size=rows, **shape):
         with jax.set_mesh(mesh):
             losses = np.asarray(step(model.variables, to_devices(batch, mesh)), np.float64)
-        np.add.at(sums, [place[index] for index in indices[batch.loss_mask]], losses[batch.loss_mask])
+        np.add.at(sums, np.searchsorted(records, indices[batch.loss_mask]), losses[batch.loss_mask])
     return sums
 
 
@@ -151,10 +154,10 @@ def estimate_mean(sums: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 
 def write_losses(file: paths.Path, evaluation: Evaluation) -> None:
-    """Write a JSON line for each example: its index in the data, its predicted tokens, its mean loss under each model."""
+    """Write a JSON line for each record: its index in the data, its predicted tokens, its mean loss under each model."""
     written = ""
-    columns = (evaluation.examples.examples, evaluation.tokens, evaluation.losses.T)
-    for example, tokens, losses in zip(*columns, strict=True):
+    columns = (evaluation.records.tolist(), evaluation.tokens, evaluation.losses.T)
+    for record, tokens, losses in zip(*columns, strict=True):
         means = dict(zip(("loss", "other_loss"), (losses / tokens).tolist(), strict=False))
-        written += json.dumps({"example": example.index, "tokens": int(tokens)} | means) + "\n"
+        written += json.dumps({"example": record, "tokens": int(tokens)} | means) + "\n"
     lines.replace(file, written)

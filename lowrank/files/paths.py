@@ -6,6 +6,8 @@ data file or a workdir is the same for both. `pathlib.Path("gs://b/x")` would si
 anything but a file.
 """
 
+import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -55,3 +57,16 @@ def sizes(folder: Path) -> dict[str, int]:
     with bucket_errors(folder):
         found = bucket_files().find(folder.where, detail=True)
     return {SCHEME + name: int(info["size"]) for name, info in found.items()}
+
+
+def file_hash(file: PathLike) -> str:
+    """Of the file's content."""
+    found = path(file).stat()
+    return _hash_of(str(file), found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(file: str, modified: int, size: int) -> str:
+    """Cached for the members of a sweep; `modified` and `size` tell when it is another file."""
+    with path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]

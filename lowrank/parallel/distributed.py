@@ -219,6 +219,11 @@ def finish():
     jax.distributed.shutdown()
 
 
+def place() -> tuple[int, int]:
+    """The number of this process and how many there are."""
+    return (_processes.index, _processes.count) if _processes else (0, 1)
+
+
 def is_first() -> bool:
     """Whether this is the process that writes logs, samples and pictures."""
     return _processes is None or _processes.index == 0

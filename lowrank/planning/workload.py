@@ -9,11 +9,11 @@ import math
 from typing import NamedTuple
 
 from lowrank.config import Config
-from lowrank.data import packing
+from lowrank.data.files import sources_of
 from lowrank.data.tokenizer import load_tokenizer
 from lowrank.families.config import ModelConfig
 from lowrank.files import paths
-from lowrank.runs.inputs import read_data, row_shape, steps_over
+from lowrank.runs.inputs import epoch_rows, read_data, steps_over
 
 ALPACA_EXAMPLES = 52_002
 LARGE_VOCABULARY = 100_000  # Llama 2 has 32,000, Llama 3 128,256
@@ -53,11 +53,12 @@ def list_workloads(config: Config, architecture: ModelConfig, tokens: float | No
 def configured_run(config: Config, fill: float) -> Workload | None:
     """The run over its data, else its steps over rows filled to `fill`; None where neither data nor steps are known."""
     steps, tokenizer = config.train.steps, config.tokenizer or config.base
-    if config.data.train and tokenizer and all(paths.path(each).exists() for each in (config.data.train, tokenizer)):
+    named = sources_of(config.data.train)
+    if named and tokenizer and all(paths.path(each).exists() for each in (*named, tokenizer)):
         _, train, _ = read_data(config, load_tokenizer(tokenizer))
-        rows, fill = packing.packed_rows(train, **row_shape(config))
+        rows, fill = epoch_rows(config, train)
         steps = steps_over(rows, config)
-        name = f"the configured run over {config.data.train}"
+        name = f"the configured run over {', '.join(named)}"
     elif steps:
         name = "the configured steps, rows filled as Alpaca's"
     else:

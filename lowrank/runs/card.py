@@ -4,8 +4,10 @@ Only what was recorded or measured is said. Of the data's path only the file's n
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from lowrank.adapters.lora import LoraConfig
+from lowrank.data.files import sources_of
 from lowrank.data.hub_data import NAME
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
 from lowrank.files import hub, paths
@@ -94,9 +96,10 @@ def _facts(record: dict, step: int, lora: LoraConfig | None, trained: int, base:
     return facts
 
 
-def _name(where: str) -> str:
+def _name(where: str | Sequence[str]) -> str:
     """Of a path, the last part alone."""
-    return where if hub.match(where, NAME) else pathlib.Path(where).name
+    names = [name if hub.match(name, NAME) else pathlib.Path(name).name for name in sources_of(where)]
+    return ", ".join(names)
 
 
 def _losses(lines: list[dict], step: int) -> str:

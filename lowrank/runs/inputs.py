@@ -5,8 +5,8 @@ Whatever a user can get wrong with these is refused here, before anything heavy 
 
 import dataclasses
 import functools
-import hashlib
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -15,15 +15,15 @@ from lowrank import config as config_lib
 from lowrank.adapters.lora import LoraConfig
 from lowrank.config import Config
 from lowrank.data import examples as examples_lib
-from lowrank.data import loader, packing
+from lowrank.data import files, loader, packing
 from lowrank.data.batch import Batch
+from lowrank.data.cache import Data, read_examples
 from lowrank.data.examples import Examples
-from lowrank.data.files import find_files
-from lowrank.data.records import read_records
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.sizes import SIZES
+from lowrank.files import paths
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
@@ -31,6 +31,8 @@ from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.adapter import Adapter, refuse_other_layers
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.load import load_params
+
+CACHED = 1_000_000  # bytes of data from which on the tokens are kept: some two seconds of encoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +50,18 @@ class RunInputs:
     steps: int  # of the whole run
 
 
-def prepare(config: Config) -> RunInputs:
+def prepare(config: Config, workdir: paths.Path | None = None) -> RunInputs:
+    """`workdir`: the tokens of large data are written beside it."""
     base, architecture, tokenizer = find_model(config)
-    format, train, held_out = read_data(config, tokenizer)
-    rows, fill = packing.packed_rows(train, **row_shape(config))
+    format, train, held_out = read_data(config, tokenizer, workdir)
+    rows, fill = epoch_rows(config, train)
     refuse_other_layers(config.lora, architecture.layers)
     return RunInputs(base, architecture, tokenizer, format, train, held_out, rows, fill, steps_over(rows, config))
+
+
+def epoch_rows(config: Config, examples: Examples) -> tuple[int, float]:
+    """Rows of an epoch in file order, and the share of their inputs that is not padding."""
+    return packing.packed_rows(loader.epoch_lengths(examples, config.data.mixture), **row_shape(config))
 
 
 def steps_over(rows: int, config: Config) -> int:
@@ -71,25 +79,19 @@ def identity(config: Config, inputs: RunInputs) -> dict:
     return {
         "base": inputs.base.fingerprint if inputs.base else f"from scratch, seed {config.seed}",
         "architecture": dataclasses.asdict(inputs.architecture),
-        "tokenizer": workdir_lib.file_hash(inputs.tokenizer.path),
-        "data.train": data_hash(config.data.train),
-        "data.eval": data_hash(config.data.eval),
+        "tokenizer": paths.file_hash(inputs.tokenizer.path),
+        "data.train": files.content_hash(config.data.train),
+        "data.eval": files.content_hash(config.data.eval),
     }
-
-
-def data_hash(where: str | None) -> str | None:
-    """Of the content of data's files; of one file it is its own."""
-    hashes = [workdir_lib.file_hash(file) for file in find_files(where)] if where else [None]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(repr(hashes).encode()).hexdigest()[:32]
 
 
 def facts(config: Config, run_identity: dict) -> dict[str, str]:
     """What must be the same in all processes of a run, as short texts: files by content, not by path."""
     values = config_lib.flat(config_lib.to_dict(config))
     settings = {f"config.{key}": repr(value) for key, value in values if key not in workdir_lib.PATHS}
-    files = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
+    contents = {name: str(value) for name, value in run_identity.items() if name != "architecture"}
     settings["config.init_adapter"] = "set" if config.init_adapter else "not set"
-    return settings | files | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
+    return settings | contents | workdir_lib.versions() | {"the code of lowrank": workdir_lib.code_hash()}
 
 
 def find_model(config: Config) -> tuple[Base | None, ModelConfig, Tokenizer]:
@@ -131,25 +133,26 @@ def architecture_of(config: Config, base: ModelConfig | None) -> ModelConfig | N
     return found
 
 
-def read_data(config: Config, tokenizer: Tokenizer) -> tuple[str, Examples, Examples | None]:
+def read_data(
+    config: Config, tokenizer: Tokenizer, workdir: paths.Path | None = None
+) -> tuple[str, Examples, Examples | None]:
     """-> the records' format; the training examples; the held-out ones or None."""
     data = config.data
     if not data.train:
         raise UserError("config.data.train is missing; say --config.data.train=FILE")
-    records = read_records(data.train, data.format, dict(data.columns), data.system)
-    format = examples_lib.one_format(records, data.train)
+
+    def read(where, format):
+        sources = files.sources_of(where)
+        making = (dict(data.columns), data.system, data.max_length, data.train_on_prompt, data.overflow)
+        return read_examples(Data(sources, format, *making), tokenizer, _cache_folder(config, sources, workdir))
+
+    format, train = read(data.train, data.format)
     if config.eval.answers and (format == "text" or data.train_on_prompt):
         raise UserError(
             "config.eval.answers needs examples with a prompt and a response: not text, not train_on_prompt"
         )
-
-    def encode(records, file):
-        options = (data.max_length, data.train_on_prompt, file, data.overflow)
-        return examples_lib.encode_examples(records, format, tokenizer, *options)
-
-    train = encode(records, data.train)
     if data.eval:
-        return format, train, encode(read_records(data.eval, format, dict(data.columns), data.system), data.eval)
+        return format, train, read(data.eval, format)[1]
     if data.eval_examples:
         return format, *examples_lib.split(train, data.eval_examples)
     if config.eval.every or config.eval.answers:
@@ -157,6 +160,15 @@ def read_data(config: Config, tokenizer: Tokenizer) -> tuple[str, Examples, Exam
             "config.eval is set but there is nothing to evaluate on; set config.data.eval or data.eval_examples"
         )
     return format, train, None
+
+
+def _cache_folder(config: Config, sources: Sequence[str], workdir: paths.Path | None) -> paths.Path | None:
+    """Where the tokens of these sources are kept; None for data that is encoded in a second."""
+    if config.data.cache:
+        return paths.path(config.data.cache)
+    if workdir is None or sum(file.stat().st_size for each in sources for file in files.find_files(each)) < CACHED:
+        return None
+    return workdir.parent / ".tokens"
 
 
 def with_format(config: Config, format: str) -> Config:
@@ -174,6 +186,7 @@ def training_batches(config: Config, examples: Examples) -> loader.TrainLoader:
         batch_size=config.train.batch_size,
         shuffle=config.data.shuffle,
         seed=config.seed if config.data.seed is None else config.data.seed,
+        mixture=config.data.mixture,
         **row_shape(config),
     )
 

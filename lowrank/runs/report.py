@@ -4,6 +4,7 @@ import shlex
 
 from lowrank.adapters.lora import LoraConfig, padding_size
 from lowrank.config import Config
+from lowrank.data.examples import count_contained
 from lowrank.families.config import ModelConfig
 from lowrank.files import paths
 from lowrank.files.lines import read_lines
@@ -89,6 +90,13 @@ def costly(config: Config, inputs: RunInputs) -> list[str]:
             notes.append(
                 f"{share} are dropped: their responses are empty, or their prompts fill config.data.max_length"
             )
+    if inputs.held_out and (seen := count_contained(inputs.held_out, inputs.train)) > 0.01 * len(
+        inputs.held_out.examples
+    ):
+        notes.append(
+            f"{seen:,} of the {len(inputs.held_out.examples):,} held-out examples are training examples, too: eval/loss says "
+            "little about new ones"
+        )
     if inputs.held_out and not config.eval.every:
         notes.append(
             f"{len(inputs.held_out.examples):,} examples are held out and never evaluated: set config.eval.every"

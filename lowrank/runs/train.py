@@ -138,7 +138,7 @@ def prepare_run(
         raise UserError(
             "config.log.tensorboard appends to its files, which a bucket cannot; leave it out, or name a local --workdir"
         )
-    inputs = inputs_lib.prepare(config)
+    inputs = inputs_lib.prepare(config, folder if workdir else None)
     config = inputs_lib.with_format(config, inputs.format)
     identity = inputs_lib.identity(config, inputs)
     facts = inputs_lib.facts(config, identity)

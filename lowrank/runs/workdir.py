@@ -25,11 +25,11 @@ from lowrank.parallel import distributed
 
 HELD = ".lock.held"  # a file that exists while a workdir is in use, where the file system has no flock
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
-PATHS = ("base", "tokenizer", "data.train", "data.eval", "init_adapter")
+PATHS = ("base", "tokenizer", "data.train", "data.eval", "data.cache", "init_adapter")
 # What a resumed run may change: where files lie (their content is compared, but of evaluation data), how long it is, what and how
 # often it reports, and how a step is computed, so that a run that ran out of memory can go on.
 FREE_ON_RESUME = (
-    *("base", "tokenizer", "data.train", "data.eval"),
+    *("base", "tokenizer", "data.train", "data.eval", "data.cache"),
     *("train.steps", "train.epochs", "eval.every", "eval.answers", "checkpoint.every", "checkpoint.keep"),
     *("sample.every", "sample.prompts", "sample.max_new_tokens", "log.every", "log.tensorboard", "log.wandb"),
     *(NOT_BITWISE := ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.microbatches", "remat", "attention")),
@@ -172,21 +172,6 @@ def changed_keys(before: dict, config: Config) -> dict[str, tuple]:
     configs = (config_lib.from_values(before), config)
     was, now = (dict(config_lib.flat(as_json(config_lib.to_dict(own)))) for own in configs)
     return {key: (was[key], now[key]) for key in sorted(now) if was[key] != now[key]}
-
-
-def file_hash(file) -> str | None:
-    """Of its content."""
-    if file is None:
-        return None
-    found = paths.path(file).stat()
-    return _hash_of(str(file), found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=16)
-def _hash_of(file: str, modified: int, size: int) -> str:
-    """Cached for the members of a sweep; `modified` and `size` tell when it is another file."""
-    with paths.path(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lowrank.config import Config
 from lowrank.data.batch import Batch
+from lowrank.files import paths
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import memory
 from lowrank.parallel import mesh as mesh_lib
@@ -58,12 +59,13 @@ class Group:
         return [self.members[i : i + self.size] for i in range(0, len(self.members), self.size)]
 
 
-def plan(members: list[Member], sweep: SweepConfig, known: dict) -> Group:
-    """Read what the members name and choose how many train at once. `known` caches what earlier groups have read."""
+def plan(members: list[Member], sweep: SweepConfig, known: dict, workdir: paths.Path | None = None) -> Group:
+    """Read what the members name and choose how many train at once. `known` caches what earlier groups have read; the tokens of
+    large data are written beside `workdir`."""
     config = members[0].config
     mode = config.train.mode if config.architecture else None  # only from scratch does `prepare` depend on the mode
     key = (config.base, config.architecture, config.tokenizer, config.data, config.eval, mode)
-    inputs = known.get(key) or prepare(config)
+    inputs = known.get(key) or prepare(config, workdir)
     known[key] = inputs = dataclasses.replace(inputs, steps=steps_over(inputs.rows, config))
     members = [dataclasses.replace(m, config=with_format(m.config, inputs.format)) for m in members]
     start = None

@@ -53,7 +53,7 @@ def sweep(
     """
     workdir = paths.local(workdir)
     grid = grid if isinstance(grid, Grid) else grid_lib.make_grid(grid)
-    groups = plan_groups(grid)
+    groups = plan_groups(grid, workdir)
     profiled = Profile(profile, workdir, min(group.inputs.steps for group in groups))
     with workdir_lib.lock_workdir(workdir, workdir / "sweep.json", "sweep"), stop_signals() as stop:
         groups = _begin(workdir, grid, groups, overrides, command)
@@ -96,7 +96,7 @@ def sweep(
     return SweepResult(workdir, ranking.rank_members(results), stopped_by)
 
 
-def plan_groups(grid: Grid) -> list[Group]:
+def plan_groups(grid: Grid, workdir: paths.Path | None = None) -> list[Group]:
     """The groups of a grid's members; everything that can be wrong is refused here, before anything is computed."""
     wandb = next((member.config.log.wandb for member in grid.members if member.config.log.wandb), None)
     if wandb:
@@ -104,7 +104,7 @@ def plan_groups(grid: Grid) -> list[Group]:
             f"config.log.wandb={wandb}: a sweep's members train at once, W&B knows one run at a time; leave it out"
         )
     known: dict = {}
-    groups = [group_lib.plan(members, grid.sweep, known) for members in grid_lib.group_members(grid.members)]
+    groups = [group_lib.plan(members, grid.sweep, known, workdir) for members in grid_lib.group_members(grid.members)]
     refuse_unusable_ranks(groups)
     if any(group.inputs.held_out and not group.config.eval.every for group in groups):  # one batch's loss ranks nothing
         raise UserError(

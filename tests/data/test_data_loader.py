@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lowrank.data.packing
-from lowrank.data.examples import Example, Examples
+from lowrank.data.examples import Columns, Examples
 from lowrank.data.loader import TrainLoader, evaluation_batches
 from lowrank.data.packing import packed_rows
 from lowrank.errors import UserError
@@ -18,12 +18,9 @@ LENGTH = 16
 def make(count=30, seed=0):
     """Examples of 1 to 16 inputs whose ids tell them apart."""
     lengths = np.random.default_rng(seed).integers(2, LENGTH + 2, count)
-    return Examples(
-        [
-            Example(np.arange(n, dtype=np.int32) + 100 * i, np.arange(n - 1) >= (n - 1) // 2, i)
-            for i, n in enumerate(lengths)
-        ]
-    )
+    ids = [[100 * i + k for k in range(n)] for i, n in enumerate(lengths)]
+    trained = [[k > (n - 1) // 2 for k in range(n)] for n in lengths]
+    return Examples(Columns.of([(*pair, i, False) for i, pair in enumerate(zip(ids, trained, strict=True))]))
 
 
 def named(loaded) -> dict:
@@ -110,11 +107,12 @@ def test_without_shuffle_the_order_is_the_files():
 
 def test_first_fit_fills_the_first_row_with_room():
     lengths = [10, 8, 6, 8, 16]  # rows of 16: 10 + 6, 8 + 8, 16
-    examples = Examples([Example(np.arange(n + 1, dtype=np.int32), np.ones(n, bool), i) for i, n in enumerate(lengths)])
+    columns = Columns.of([([*range(n + 1)], [False, *[True] * n], i, False) for i, n in enumerate(lengths)])
+    examples = Examples(columns)
     (loaded,) = evaluation_batches(examples, batch_size=3, max_length=LENGTH, packing=True)
     assert [sorted(set(row)) for row in loaded.examples.tolist()] == [[0, 2], [1, 3], [4]]
-    assert packed_rows(examples, max_length=LENGTH, packing=True) == (3, 1.0)
-    assert packed_rows(examples, max_length=LENGTH, packing=False) == (5, 0.6)
+    assert packed_rows(columns.lengths, max_length=LENGTH, packing=True) == (3, 1.0)
+    assert packed_rows(columns.lengths, max_length=LENGTH, packing=False) == (5, 0.6)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -152,7 +150,7 @@ def test_evaluation_covers_every_example_once_whatever_the_batch_size(packing, b
     batches = [named(loaded) for loaded in batches]
     assert {batch["inputs"].shape for batch in batches} == {(batch_size, LENGTH)}
     assert sum(int(batch["loss_mask"].sum()) for batch in batches) == make().trained_tokens
-    rows, fill = packed_rows(make(), max_length=LENGTH, packing=packing)
+    rows, fill = packed_rows(make().examples.lengths, max_length=LENGTH, packing=packing)
     assert len(batches) == -(-rows // batch_size)
     assert (
         sum(int((batch["segment_ids"] > 0).sum()) for batch in batches) == round(fill * rows * LENGTH) == make().tokens

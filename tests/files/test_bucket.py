@@ -11,7 +11,6 @@ from lowrank.data.records import read_records
 from lowrank.errors import UserError
 from lowrank.files import bucket as bucket_lib
 from lowrank.files import paths
-from lowrank.runs.workdir import file_hash
 
 ALPACA = '[{"instruction": "Say it.", "output": "It."}, {"instruction": "Again.", "output": "It.\\u00e9"}]'
 
@@ -92,10 +91,10 @@ def test_data_in_a_bucket_gives_the_same_records_and_the_same_hash(bucket, tmp_p
     bucket.put_folder("bucket/data", tmp_path)
     for name, form in (("a.json", "alpaca"), ("b.txt", "text")):
         assert read_records(f"gs://bucket/data/{name}", form) == read_records(tmp_path / name, form)
-        assert file_hash(f"gs://bucket/data/{name}") == file_hash(str(tmp_path / name))
-    before = file_hash("gs://bucket/data/b.txt")
+        assert paths.file_hash(f"gs://bucket/data/{name}") == paths.file_hash(str(tmp_path / name))
+    before = paths.file_hash("gs://bucket/data/b.txt")
     bucket.put("bucket/data/b.txt", b"Three")
-    assert file_hash("gs://bucket/data/b.txt") != before
+    assert paths.file_hash("gs://bucket/data/b.txt") != before
 
 
 def test_broken_records_are_named_by_their_path_in_the_bucket(bucket):
