@@ -367,3 +367,19 @@ def test_a_missing_file_and_a_missing_flag_are_refused(tmp_path):
     assert "--config is missing" in refusal(None)
     (tmp_path / "c.txt").write_text("")
     assert "is no Python file" in refusal(str(tmp_path / "c.txt"))
+
+
+def test_data_is_one_place_or_several_with_weights(write):
+    file = write()
+    assert read(file, ["--config.data.train=a,b.json"]).data.train == "a,b.json"
+    flags = ["--config.data.train=('a.json','b.json')", "--config.data.mixture=(3,1)", "--config.data.cache=~/tokens"]
+    data = read(file, flags).data
+    assert (data.train, data.mixture, data.cache) == (("a.json", "b.json"), (3.0, 1.0), "~/tokens")
+    assert from_values(json.loads(json.dumps(to_dict(read(file, flags))))).data == data
+    assert "must have a weight for each" in refusal(file, "--config.data.mixture=(1,)", "--config.data.train=a.json")
+    assert "must have a weight for each" in refusal(file, flags[0], "--config.data.mixture=(1,2,3)")
+    assert "must be made of weights above 0" in refusal(file, flags[0], "--config.data.mixture=(1,0)")
+    assert "is not a number" in refusal(file, flags[0], "--config.data.mixture=(1,'x')")
+    assert "is not a list of numbers" in refusal(file, flags[0], "--config.data.mixture=3")
+    assert "is not a list of strings" in refusal(file, "--config.data.train=(1,2)")
+    assert "did you mean config.data.mixture?" in refusal(file, "--config.data.interleave_probs=(1,2)")

@@ -106,7 +106,7 @@ def _encode(data: Data, records: _Records, tokenizer: Tokenizer, share: tuple[in
 def _write(entry: paths.Path, data: Data, tokenizer: Tokenizer) -> None:
     process, processes = distributed.place()
     entry.parent.mkdir(parents=True, exist_ok=True)
-    size = format_bytes(sum(file.stat().st_size for source in data.sources for file in files.find_files(source)))
+    size = format_bytes(files.total_size(data.sources))
     print(f"encoding   {data.name} ({size}), once: the tokens go to {entry}", flush=True)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
@@ -188,7 +188,8 @@ def _open(entry: pathlib.Path, data: Data) -> tuple[str, Examples]:
             raise UserError(f"the tokens in {entry} are incomplete: remove that folder, they are encoded anew")
         mapped.append(np.asarray(np.memmap(entry / name, dtype, "r")) if bounds[-1] else np.zeros(0, dtype))
     record, truncated = np.fromfile(entry / "record", np.int32), np.fromfile(entry / "truncated", bool)
-    columns = Columns(*mapped, bounds, record, truncated)
+    ids, trained = mapped
+    columns = Columns(ids, trained, bounds, record, truncated)
     return meta["format"], of_records(columns, meta["counts"], data.name, data.max_length)
 
 

@@ -53,7 +53,16 @@ def find_files(where: str) -> Sequence[paths.Path]:
         if not found:
             raise UserError(f"no data file matches {where}; name a file, a folder or another pattern")
         return found
+    if not path.exists():
+        raise UserError(
+            f"data file {path} cannot be read (No such file or directory): name a file of data, or a folder"
+        )
     return [path]
+
+
+def total_size(sources: Iterable[str]) -> int:
+    """Bytes of the files that are named."""
+    return sum(file.stat().st_size for source in sources for file in find_files(source))
 
 
 def sources_of(where: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def _cache_folder(config: Config, sources: Sequence[str], workdir: paths.Path | 
     """Where the tokens of these sources are kept; None for data that is encoded in a second."""
     if config.data.cache:
         return paths.path(config.data.cache)
-    if workdir is None or sum(file.stat().st_size for each in sources for file in files.find_files(each)) < CACHED:
+    if workdir is None or files.total_size(sources) < CACHED:
         return None
     return workdir.parent / ".tokens"
 

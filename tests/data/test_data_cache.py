@@ -57,7 +57,8 @@ def test_tokens_are_encoded_once(tmp_path, char_tokenizer, monkeypatch, blocks_o
     with pytest.raises(UserError, match="remove that folder"):
         (entry,) = (tmp_path / "tokens").iterdir()
         (entry / "ids").write_bytes(b"")
-        read_examples(both, tokenizer, tmp_path / "tokens")
+        with pytest.warns(UserWarning, match="ignored: id"):
+            read_examples(both, tokenizer, tmp_path / "tokens")
 
 
 def test_an_entry_is_for_this_data_this_tokenizer_and_these_settings(tmp_path, char_tokenizer):
@@ -93,7 +94,9 @@ def test_several_processes_encode_a_share_each(place, tmp_path, char_tokenizer, 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, char_tokenizer):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"tokens .*file/tokens cannot be written .*Not a directory.*--config.data.cache"):
+    with pytest.raises(
+        UserError, match=r"tokens .*file/tokens cannot be written .*Not a directory.*--config.data.cache"
+    ):
         read_examples(data(write(tmp_path, "a.jsonl", "abc")), char_tokenizer(), tmp_path / "file" / "tokens")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from lowrank.data.tokenizer import check_vocab, load_tokenizer
@@ -31,6 +32,30 @@ def test_a_continuation_gets_no_space_before_it(shared_data):
     assert tokenizer.encode("Hello world", continues=True) == [10994, 3186]  # "Hello", "▁world"
     assert tokenizer.decode([3186]) == "world"
     assert tokenizer.decode([3186], continues=True) == " world"
+
+
+def test_many_texts_are_encoded_by_words_with_the_same_ids(demo_base, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(demo_base)
+    texts = [
+        "",
+        " ",
+        "a",
+        "  two  spaces ",
+        "\n\n x\t y ",
+        "é ﬁ \u3000 𒀀 e\u0301",
+        "</s> <s>",
+        "The words are fox, hen, goat.",
+    ]
+    expected = [[tokenizer.encode(text, continues) for text in texts * 2] for continues in (False, True)]
+    monkeypatch.setattr("lowrank.data.tokenizer.MANY", 1)
+    assert tokenizer.has_words
+    assert [tokenizer.encode_batch(texts * 2, continues) for continues in (False, True)] == expected
+    # A model with pieces of several words is left to itself.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["new york is new york"] * 50), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40,
+        model_type="bpe", split_by_whitespace=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    assert not load_tokenizer(tmp_path).has_words
 
 
 def test_markers_typed_by_a_user_are_only_text(demo_base, char_tokenizer):

@@ -76,12 +76,13 @@ def stopped(tiny, tmp_path_factory) -> tuple[pathlib.Path, int, str]:
     """A run of two processes on two devices each, stopped by SIGTERM to one of them -> its workdir, its last step, what
     process 0 said."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    processes = start(tiny, workdir, *STOPPED)
+    processes = start(tiny, workdir, *STOPPED, f"--config.data.cache={workdir.parent / 'tokens'}")
     wait_for_step(workdir, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
     first, second = finish(processes)
     assert (first.code, second.code) == (75, 75), first.err + second.err
     assert second.out == ""  # process 0 speaks for all
+    assert len(list((workdir.parent / "tokens").iterdir())) == 1  # written together, once
     return workdir, steps(workdir)[-1], first.out
 
 
