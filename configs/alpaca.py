@@ -36,6 +36,11 @@ def get_config():
     config.data.shuffle = True
     config.data.seed = None  # None: as `seed`
     config.data.train_on_prompt = False
+    config.data.columns = {}  # what fields are called in the file: {"instruction": "question"}
+    config.data.system = None
+    config.data.overflow = "truncate"
+    config.data.mixture = ()  # weights of several files
+    config.data.cache = None  # None: beside the workdir
 
     config.lora = ml_collections.ConfigDict()
     config.lora.rank = 8
@@ -43,6 +48,7 @@ def get_config():
     config.lora.dropout = 0.05
     config.lora.targets = ("q_proj", "v_proj")
     config.lora.scaling = "standard"
+    config.lora.init = "default"
     config.lora.ranks = {}  # where they differ: {"down_proj": 32, "q_proj": a rank for each layer}
     config.lora.alphas = {}
 
@@ -57,6 +63,7 @@ def get_config():
     config.optim.learning_rate = 3e-4
     config.optim.schedule = "linear"
     config.optim.warmup_steps = 100
+    config.optim.warmup_ratio = None  # instead of warmup_steps
     config.optim.weight_decay = 0.0
     config.optim.clip_norm = 1.0
     config.optim.b1 = 0.9
@@ -70,6 +77,7 @@ def get_config():
 
     config.dtype = "bfloat16"
     config.param_dtype = "bfloat16"
+    config.attention = "auto"
     config.remat = "full"
     config.seed = 0
 

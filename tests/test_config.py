@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import runpy
 
 import ml_collections
 import pytest
@@ -383,3 +384,8 @@ def test_data_is_one_place_or_several_with_weights(write):
     assert "is not a list of numbers" in refusal(file, flags[0], "--config.data.mixture=3")
     assert "is not a list of strings" in refusal(file, "--config.data.train=(1,2)")
     assert "did you mean config.data.mixture?" in refusal(file, "--config.data.interleave_probs=(1,2)")
+
+
+def test_the_alpaca_config_spells_out_every_key():
+    values = runpy.run_path(str(ROOT / "configs" / "alpaca.py"))["get_config"]()
+    assert {key for key, _ in config_lib.flat(config_lib.plain(values))} == set(config_lib.all_keys())
