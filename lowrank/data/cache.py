@@ -37,7 +37,8 @@ from lowrank.parallel import distributed
 
 META = "meta.json"  # written last
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
-ARRAYS = ("ids", "trained", "lengths", "record", "truncated")
+EACH = {"record": np.int32, "truncated": bool, "targets": np.int32}  # one for each example, as `Columns` has them
+ARRAYS = ("ids", "trained", "lengths", *EACH)
 
 
 class Data(NamedTuple):
@@ -147,7 +148,7 @@ def _write_arrays(entry: pathlib.Path, blocks: Iterable[Columns], meta: Callable
             for block in blocks:
                 block.ids.astype(_id_type(meta())).tofile(out["ids"])
                 np.diff(block.bounds).astype(np.int32).tofile(out["lengths"])
-                for name in ("trained", "record", "truncated"):
+                for name in ("trained", *EACH):
                     getattr(block, name).tofile(out[name])
         (part / META).write_text(json.dumps(meta()), encoding="utf-8")
         with contextlib.suppress(OSError):  # another run was faster
@@ -162,7 +163,7 @@ def _id_type(meta: dict) -> type:
 
 def _packed(block: Columns) -> bytes:
     stream = io.BytesIO()
-    np.savez(stream, **{name: getattr(block, name) for name in ("ids", "trained", "bounds", "record", "truncated")})
+    np.savez(stream, **{name: getattr(block, name) for name in ("ids", "trained", "bounds", *EACH)})
     return stream.getvalue()
 
 
@@ -187,9 +188,8 @@ def _open(entry: pathlib.Path, data: Data) -> tuple[str, Examples]:
         if (entry / name).stat().st_size != bounds[-1] * dtype.itemsize:
             raise UserError(f"the tokens in {entry} are incomplete: remove that folder, they are encoded anew")
         mapped.append(np.asarray(np.memmap(entry / name, dtype, "r")) if bounds[-1] else np.zeros(0, dtype))
-    record, truncated = np.fromfile(entry / "record", np.int32), np.fromfile(entry / "truncated", bool)
     ids, trained = mapped
-    columns = Columns(ids, trained, bounds, record, truncated)
+    columns = Columns(ids, trained, bounds, **{name: np.fromfile(entry / name, dtype) for name, dtype in EACH.items()})
     return meta["format"], of_records(columns, meta["counts"], data.name, data.max_length)
 
 

@@ -39,6 +39,7 @@ class Columns(Sequence[Example]):
     bounds: np.ndarray  # int64 [examples + 1]
     record: np.ndarray  # int32 [examples]: which of its file, from 0
     truncated: np.ndarray  # bool [examples]
+    targets: np.ndarray  # int32 [examples]: how many of each are trained
 
     @classmethod
     def of(cls, examples: Sequence[tuple[list[int], list[bool], int, bool]]) -> "Columns":
@@ -51,17 +52,18 @@ class Columns(Sequence[Example]):
             bounds,
             np.array([record for *_, record, _ in examples], np.int32),
             np.array([truncated for *_, truncated in examples], bool),
+            np.array([sum(trained) for _, trained, *_ in examples], np.int32),
         )
 
     @classmethod
     def joined(cls, blocks: Iterable["Columns"]) -> "Columns":
         blocks = [cls.of([]), *blocks]
         lengths = np.concatenate([np.diff(block.bounds) for block in blocks])
-        ids, trained, record, truncated = (
+        ids, trained, *each = (
             np.concatenate([getattr(block, name) for block in blocks])
-            for name in ("ids", "trained", "record", "truncated")
+            for name in ("ids", "trained", "record", "truncated", "targets")
         )
-        return cls(ids, trained, np.append(0, np.cumsum(lengths)), record, truncated)
+        return cls(ids, trained, np.append(0, np.cumsum(lengths)), *each)
 
     def __len__(self) -> int:
         return len(self.record)
@@ -70,7 +72,7 @@ class Columns(Sequence[Example]):
         if isinstance(i, slice):
             start, stop, _ = i.indices(len(self))
             return Columns(
-                self.ids, self.trained, self.bounds[start : stop + 1], self.record[i], self.truncated[i]
+                self.ids, self.trained, self.bounds[start : stop + 1], self.record[i], self.truncated[i], self.targets[i]
             )  # fmt: skip
         i = range(len(self))[i]
         start, stop = self.bounds[i : i + 2]
@@ -81,11 +83,6 @@ class Columns(Sequence[Example]):
     def lengths(self) -> np.ndarray:
         """int64 [examples]: the inputs (and so targets) of each."""
         return np.diff(self.bounds) - 1
-
-    @property
-    def targets(self) -> np.ndarray:
-        """int64 [examples]: the trained targets of each."""
-        return np.add.reduceat(self.trained[: self.bounds[-1]], self.bounds[:-1], dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lowrank.errors import UserError
 from lowrank.files import paths
 from lowrank.parallel import distributed
 
-ARRAYS = ("ids", "trained", "bounds", "record", "truncated")
+ARRAYS = ("ids", "trained", "bounds", "record", "truncated", "targets")
 
 
 def write(folder, name, texts, **more):
