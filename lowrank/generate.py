@@ -9,18 +9,16 @@ without an adapter, or with --format=text, the model gets them as they are.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from lowrank.cli import run as cli
 from lowrank.config import DTYPES, FORMATS
-from lowrank.data.chat import format_chat
-from lowrank.data.examples import encode_prompt
-from lowrank.data.prompts import read_prompts
 from lowrank.errors import UserError
-from lowrank.generation.decode import Sampling
-from lowrank.generation.text import check_options
-from lowrank.inference import Model, load
+
+if TYPE_CHECKING:
+    from lowrank.inference import Model
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
 flags.DEFINE_string(
@@ -49,6 +47,11 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]):
+    from lowrank.data.prompts import read_prompts  # here, so that --help does not wait for JAX
+    from lowrank.generation.decode import Sampling
+    from lowrank.generation.text import check_options
+    from lowrank.inference import load
+
     cli.refuse_unknown(arguments)
     if not FLAGS.base:
         raise UserError("--base is missing; say --base=DIR, the folder of a checkpoint")
@@ -85,10 +88,9 @@ def main(arguments: list[str]):
     return None
 
 
-def chat(model: Model, options: dict) -> None:
+def chat(model: "Model", options: dict) -> None:
     """A conversation in the terminal; each turn sees all turns before it."""
-    system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
-    messages = [*system]
+    messages: list[dict] = []
     print("/reset begins anew, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -99,14 +101,13 @@ def chat(model: Model, options: dict) -> None:
         if text == "/exit":
             return
         if text == "/reset":
-            messages = [*system]
+            messages = []
         if text in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            prompt = encode_prompt(format_chat(messages, model.tokenizer), "chat", model.tokenizer)
-            for _, piece in model.stream([prompt], **options):
+            for _, piece in model.stream([model.encode(messages, system=FLAGS.system)], **options):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.files import hub, paths

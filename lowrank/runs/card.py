@@ -5,7 +5,7 @@ Only what was recorded or measured is said. Of the data's path only the file's n
 
 import pathlib
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.data.hub_data import NAME
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT
 from lowrank.files import hub, paths
