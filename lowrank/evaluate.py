@@ -55,10 +55,9 @@ def main(arguments: list[str]):
         raise UserError(f"{' '.join(unused)} would change nothing: of --config only {', '.join(USED)} are used")
     options = {name: FLAGS[name].value for name in PASSED}
     options["config"] = config_file.read(FLAGS.config, arguments) if FLAGS.config else None
-    if FLAGS.step and not FLAGS.adapter:
-        raise UserError(f"--step={FLAGS.step} names a checkpoint, but there is no --adapter; leave one out")
+    options |= {"step": FLAGS.step, "progress": True}
+    result = evaluation.evaluate(FLAGS.base, FLAGS.data, FLAGS.adapter, FLAGS.other, **options)
     adapter = f"{FLAGS.adapter}@{FLAGS.step}" if FLAGS.step else FLAGS.adapter
-    result = evaluation.evaluate(FLAGS.base, FLAGS.data, adapter, FLAGS.other, **options)
     print(evaluation.describe_examples(result, FLAGS.data))
     print(evaluation.describe_losses(result, adapter or "base", FLAGS.other))
     if to:

@@ -51,6 +51,7 @@ def main(arguments: list[str]):
     from lowrank.generation.decode import Sampling
     from lowrank.generation.text import check_options
     from lowrank.inference import load
+    from lowrank.runs.console import counting
 
     cli.refuse_unknown(arguments)
     if not FLAGS.base:
@@ -81,10 +82,16 @@ def main(arguments: list[str]):
             print(piece, end="", flush=True)
         print()
         return None
-    for start in range(0, len(rows), FLAGS.batch_size):
-        texts = model.generate(rows[start : start + FLAGS.batch_size], first=start, **options)
-        for number, text in enumerate(texts, start=start + 1):
-            print(f"=== {number}\n{text}", flush=True)
+    with counting("prompts", len(rows)) as show:
+        for start in range(0, len(rows), FLAGS.batch_size):
+            batch = rows[start : start + FLAGS.batch_size]
+            texts = [""] * len(batch)
+            for pieces, (row, piece) in enumerate(model.stream(batch, first=start, **options), start=1):
+                texts[row] += piece
+                show(start + min(pieces / FLAGS.max_new_tokens, len(batch)))  # a piece has a token, or a few
+            for number, text in enumerate(texts, start=start + 1):
+                print(f"=== {number}\n{text}", flush=True)
+            show(start + len(batch))
     return None
 
 

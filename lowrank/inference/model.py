@@ -20,7 +20,7 @@ from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import lazy_jit
-from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.runs.adapter import Adapter, read_adapter, refuse_step_of_none
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.load import load_params
 
@@ -94,6 +94,7 @@ def load(
     the checkpoint is stored (float16 becomes bfloat16, which has its range but three bits less). `param_dtype`: held in, if
     that differs. `mesh`: the devices to lie on; None: one. UserError if it fails.
     """
+    refuse_step_of_none(step, adapter)
     source = base if isinstance(base, Base) else read_base(base)
     if adapter is not None and not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter, step, source)
