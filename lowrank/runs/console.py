@@ -60,7 +60,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[float], None]]:
     stdout, which may be a file, gets nothing of it."""
     count = "{task.completed:,.0f}/{task.total:,.0f}"
     columns = (TextColumn(f"{what} {count}"), BarColumn(BAR), TimeRemainingColumn())
-    on_stderr = rich.console.Console(stderr=True, force_jupyter=False)
+    on_stderr = rich.console.Console(stderr=True, force_jupyter=False, soft_wrap=True)
     options = {"transient": True, "redirect_stdout": sys.stdout.isatty(), "speed_estimate_period": 600}
     with Progress(*columns, console=on_stderr, disable=not is_live(sys.stderr), **options) as bar:
         task, began = bar.add_task("", total=total), time.monotonic()
