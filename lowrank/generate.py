@@ -63,7 +63,10 @@ def main(arguments: list[str]):
     if FLAGS.prompts is not None:
         prompts = read_prompts(FLAGS.prompts, FLAGS.input)
     else:
-        prompts = [(sys.stdin.read() if prompt == "-" else prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
+        try:
+            prompts = [(sys.stdin.read() if prompt == "-" else prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt=-: what stdin holds is not {error.encoding} text ({error.reason})") from None
     names = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")
     options = {name: FLAGS[name].value for name in names}
     check_options(FLAGS.max_new_tokens, FLAGS.stop)
@@ -105,6 +108,9 @@ def chat(model: "Model", options: dict) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"error: this is not {error.encoding} text ({error.reason}); write it again", file=sys.stderr)
+            continue
         if text == "/exit":
             return
         if text == "/reset":

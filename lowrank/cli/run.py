@@ -17,7 +17,7 @@ from absl import app, flags, logging
 
 from lowrank import cli
 from lowrank.cli import streams
-from lowrank.errors import UserError
+from lowrank.errors import HALF_CHARACTER, UserError
 from lowrank.parallel import distributed, launchers
 
 STOPPED = 75  # exit code after SIGTERM, SIGHUP or Ctrl-C: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
@@ -32,6 +32,9 @@ def run(main: typing.Callable[[list[str]], int | None], more_help: str = ""):
     def parse_flags(argv):
         if {"-h", "--help"} & {*argv[1:]}:
             app.usage(shorthelp=True, writeto_stdout=True, detailed_error=more_help or None, exitcode=0)
+        if broken := [argument for argument in argv[1:] if HALF_CHARACTER.search(argument)]:
+            shown = " ".join(os.fsencode(argument).decode(errors="backslashreplace") for argument in broken)
+            return _fail(f"{shown}: not UTF-8 text; type it in a terminal of UTF-8, or rename the file")
         try:
             rest = flags.FLAGS(argv, known_only=True)
             if flags.FLAGS["verbosity"].using_default_value:

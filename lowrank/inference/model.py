@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,7 @@ from lowrank.data import examples
 from lowrank.data.chat import format_chat
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.generation.decode import Sampling
-from lowrank.generation.text import encode_prompt, stream_text
+from lowrank.generation.text import encode_prompt, refuse_half_characters, stream_text
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot
@@ -49,13 +50,15 @@ class Model:
         """
         if isinstance(prompt, str):
             return encode_prompt(prompt, input, format, self.tokenizer, system)
-        messages = [{"role": "system", "content": system}] if system else []
-        return examples.encode_prompt(format_chat([*messages, *prompt], self.tokenizer), "chat", self.tokenizer)
+        return self._encode_chat([*([{"role": "system", "content": system}] if system else []), *prompt])
+
+    def _encode_chat(self, messages: Sequence[dict], tools: list | None = None) -> list[int]:
+        refuse_half_characters(json.dumps([messages, tools], ensure_ascii=False, default=str))
+        return examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
 
     def chat(self, messages: Sequence[dict], tools: list | None = None, **options) -> str:
         """The assistant's next turn after `messages` ({"role", "content"}); `options`: those of `stream`."""
-        prompt = examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
-        return self.generate([prompt], **options)[0]
+        return self.generate([self._encode_chat(messages, tools)], **options)[0]
 
     def generate(self, prompts: str | Sequence[Prompt], **options) -> list[str]:
         """The continuation of each prompt; `options`: those of `stream`."""

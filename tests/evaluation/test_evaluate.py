@@ -85,7 +85,7 @@ def test_the_function_gives_the_numbers_that_the_command_prints(base, trained, h
     assert result.loss == result.other_loss and result.difference == (0.0, 0.0)
     opened = evaluation.evaluate(base, held_out, f"{trained}@4", read_adapter(trained, "last"))
     assert opened.other_loss == result.loss != opened.loss == evaluation.evaluate(base, held_out, trained, step=4).loss
-    with pytest.raises(UserError, match="step best is asked for, .* there is no adapter"):
+    with pytest.raises(UserError, match=r"step best is asked for, .* there is no adapter"):
         evaluation.evaluate(base, held_out, step="best")
     printed = run_evaluate(base, held_out, f"--adapter={trained}")
     assert loss_of(printed, trained) == pytest.approx(result.loss.mean, rel=2e-6)  # eight devices here, one there
