@@ -411,7 +411,8 @@ def describe_keys(beginnings: tuple[str, ...] = ("",)) -> str:
             lines.extend(["", *textwrap.wrap(f"{prefix[:-1]}: {about}" if prefix else about, 80)])
         for name in shown:
             default, check = getattr(section, name), notes[name]
-            wrong = {str: "", tuple: ()}.get(type(default), -math.inf)  # no check lets it pass
+            # What no check lets pass, so that it says what a value must be.
+            wrong: Any = "" if isinstance(default, str) else () if isinstance(default, tuple) else -math.inf
             must = (check and check(wrong)) or ""
             value = ",".join(default) if isinstance(default, tuple) else default
             entry = f"{f'{prefix}{name}={value}':<32}  {must}"
