@@ -31,7 +31,12 @@ def run(main: typing.Callable[[list[str]], int | None], more_help: str = ""):
 
     def parse_flags(argv):
         if {"-h", "--help"} & {*argv[1:]}:
-            app.usage(shorthelp=True, writeto_stdout=True, detailed_error=more_help or None, exitcode=0)
+            try:
+                app.usage(shorthelp=True, writeto_stdout=True, detailed_error=more_help or None)
+                sys.stdout.flush()
+            except UserError as error:  # a stdout that is full
+                return _fail(str(error))
+            sys.exit(0)
         if broken := [argument for argument in argv[1:] if HALF_CHARACTER.search(argument)]:
             shown = " ".join(os.fsencode(argument).decode(errors="backslashreplace") for argument in broken)
             return _fail(f"{shown}: not UTF-8 text; type it in a terminal of UTF-8, or rename the file")
