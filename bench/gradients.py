@@ -20,7 +20,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.config import TARGETS
 from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import hf_config

@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from lowrank import convert
 from lowrank.families.config_json import hf_config
 from lowrank.families.sizes import SIZES
 from lowrank.families.tensor_names import hf_tensors
+from lowrank.weights import convert
 from lowrank.weights.base import read_base
 from lowrank.weights.load import load_params
 

@@ -15,7 +15,7 @@ import measure
 import numpy as np
 from worker import Work, batch
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import Config, DataConfig, TrainConfig
 from lowrank.data.batch import Batch, to_devices
 from lowrank.generation.decode import Sampling, generate_ids

@@ -33,7 +33,7 @@ import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import DTYPES, Config, DataConfig, TrainConfig
 from lowrank.data.batch import Batch, to_devices
 from lowrank.model.decoder import REMAT

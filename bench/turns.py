@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from worker import Work
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.families.config import ModelConfig
 from lowrank.model.flops import step_flops
 

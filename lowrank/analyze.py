@@ -9,7 +9,6 @@ seed), also: which directions do the two share? Writes analysis.md, tables as CS
 
 from absl import flags
 
-from lowrank import analysis
 from lowrank.cli import run as cli
 
 flags.DEFINE_string(
@@ -23,6 +22,8 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]):
+    from lowrank import analysis  # here, so that --help does not wait for JAX
+
     cli.refuse_unknown(arguments)
     cli.require("adapter", "to")
     result = analysis.analyze(FLAGS.adapter, FLAGS.other, FLAGS.base, FLAGS.step)

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,17 +17,16 @@ from typing import Annotated, Any
 
 import ml_collections
 
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.data.records import FORMATS, NAMES
 from lowrank.errors import UserError
 from lowrank.families.config import ATTENTION, MLP
 from lowrank.files.nested import set_path
-from lowrank.model.decoder import REMAT
-from lowrank.model.kernels import AUTO, BACKENDS
-from lowrank.parallel.mesh import MeshConfig
-from lowrank.training.optimizer import SCHEDULES, OptimConfig
+from lowrank.parallel.config import MeshConfig
+from lowrank.training.config import SCHEDULES, OptimConfig
 
 DTYPES = ("bfloat16", "float32")  # that the base can be held and computed in
+REMAT = ("none", "dots", "full")  # what the backward pass may recompute: nothing, all but products, each block
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ TARGET_SETS = {"all": TARGETS, "attention": ATTENTION, "mlp": MLP}  # names that
 
 def _check_targets(targets: tuple[str, ...]) -> str | None:
     if not targets:
-        return "at least one target"
+        return f"at least one of {', '.join(TARGETS)}, or all, attention, mlp"
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
         return f"a choice of {', '.join(TARGETS)}, or all, attention, mlp ({', '.join(unknown)} matches nothing)"
@@ -202,7 +202,7 @@ class Config:
     dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"
     param_dtype: Annotated[str, one_of(DTYPES)] = "bfloat16"
     remat: Annotated[str, one_of(REMAT)] = "none"
-    attention: Annotated[str, one_of((AUTO, *BACKENDS))] = "auto"
+    attention: Annotated[str, one_of(("auto", "xla", "cudnn", "splash"))] = "auto"
     seed: Annotated[int, SEED] = 0
 
     @property
@@ -415,6 +415,33 @@ def flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def all_keys() -> list[str]:
     """Every key, in the order of the fields."""
     return [key for key, _ in flat(to_dict(Config()))]
+
+
+def describe_keys(beginnings: tuple[str, ...] = ("",)) -> str:
+    """For --help: the keys that begin so, with their defaults and what a value must be, below what their section says."""
+    lines = ["config keys (--config.KEY=VALUE) and their defaults; docs/config.md says more:"]
+
+    def add(section: Any, prefix: str, checks: Mapping[str, Any]) -> None:
+        hints = typing.get_type_hints(type(section), include_extras=True)
+        notes = {name: getattr(hint, "__metadata__", (checks.get(name),))[0] for name, hint in hints.items()}
+        nested = {name: getattr(section, name) for name in hints if dataclasses.is_dataclass(getattr(section, name))}
+        shown = [name for name in hints if name not in nested and f"{prefix}{name}".startswith(beginnings)]
+        if shown:
+            about = " ".join(section.__doc__.split())
+            lines.extend(["", *textwrap.wrap(f"{prefix[:-1]}: {about}" if prefix else about, 80)])
+        for name in shown:
+            default, check = getattr(section, name), notes[name]
+            # What no check lets pass, so that it says what a value must be.
+            wrong: Any = "" if isinstance(default, str) else () if isinstance(default, tuple) else -math.inf
+            must = (check and check(wrong)) or ""
+            value = ",".join(default) if isinstance(default, tuple) else default
+            entry = f"{f'{prefix}{name}={value}':<32}  {must}"
+            lines.extend(textwrap.wrap(entry, 80, initial_indent="  ", subsequent_indent=" " * 36))
+        for name, below in nested.items():
+            add(below, f"{prefix}{name}.", notes[name] or {})
+
+    add(Config(), "", {})
+    return "\n".join(lines)
 
 
 # What PEFT, transformers, TRL, axolotl and mlx-lm call our keys.

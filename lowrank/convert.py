@@ -11,7 +11,6 @@ import sys
 from absl import flags
 
 from lowrank.cli import run as cli
-from lowrank.weights.convert import convert
 
 flags.DEFINE_string("from", None, "The base to convert: a folder of any supported format, or a name on the hub.")
 flags.DEFINE_string("to", None, "The folder to make.")
@@ -20,6 +19,8 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]):
+    from lowrank.weights.convert import convert  # here, so that --help does not wait for JAX
+
     cli.refuse_unknown(arguments)
     cli.require("from", "to")
     source, to = FLAGS["from"].value, FLAGS.to

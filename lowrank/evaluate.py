@@ -8,16 +8,12 @@ Examples are made (format, length, what is predicted) as the flags say, else as 
 did. Two adapters are compared example by example.
 """
 
-import math
-
 from absl import flags
 
-from lowrank import evaluation
 from lowrank.cli import config_file
 from lowrank.cli import run as cli
-from lowrank.config import DTYPES, FORMATS
+from lowrank.config import DTYPES, FORMATS, describe_keys
 from lowrank.errors import UserError
-from lowrank.evaluation.loss import Evaluation, write_losses
 from lowrank.files import paths
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
@@ -41,10 +37,11 @@ FLAGS = flags.FLAGS
 
 USED = ("config.data.format", "config.data.max_length", "config.data.train_on_prompt", "config.mesh")
 PASSED = ("format", "max_length", "train_on_prompt", "packing", "batch_size", "dtype")  # flags, as `evaluate` has them
-FEW = 30  # examples, below which the normal distribution makes an interval too narrow
 
 
 def main(arguments: list[str]):
+    from lowrank import evaluation  # here, so that --help does not wait for JAX
+
     if not FLAGS.config:
         cli.refuse_unknown(arguments)
     cli.require("base", "data")
@@ -58,57 +55,15 @@ def main(arguments: list[str]):
         raise UserError(f"{' '.join(unused)} would change nothing: of --config only {', '.join(USED)} are used")
     options = {name: FLAGS[name].value for name in PASSED}
     options["config"] = config_file.read(FLAGS.config, arguments) if FLAGS.config else None
-    if FLAGS.step and not FLAGS.adapter:
-        raise UserError(f"--step={FLAGS.step} names a checkpoint, but there is no --adapter; leave one out")
+    options |= {"step": FLAGS.step, "progress": True}
+    result = evaluation.evaluate(FLAGS.base, FLAGS.data, FLAGS.adapter, FLAGS.other, **options)
     adapter = f"{FLAGS.adapter}@{FLAGS.step}" if FLAGS.step else FLAGS.adapter
-    result = evaluation.evaluate(FLAGS.base, FLAGS.data, adapter, FLAGS.other, **options)
-    print(describe_examples(result, FLAGS.data))
-    print(describe_losses(result, adapter or "base", FLAGS.other))
+    print(evaluation.describe_examples(result, FLAGS.data))
+    print(evaluation.describe_losses(result, adapter or "base", FLAGS.other))
     if to:
-        write_losses(to, result)
+        evaluation.write_losses(to, result)
         print(f"losses of {len(result.tokens):,} examples in {to}")
 
 
-def describe_examples(result: Evaluation, data: str) -> str:
-    settings, examples = result.settings, result.examples
-    predicted = "all tokens" if settings.format == "text" or settings.train_on_prompt else "responses"
-    return (
-        f"format {settings.format}, {settings.max_length} tokens at most, {predicted} predicted (--format, --max_length "
-        f"and --train_on_prompt change that)\n"
-        f"{data}: {len(examples.examples):,} examples, {examples.trained_tokens:,} tokens to predict; "
-        f"{examples.truncated:,} truncated, {examples.dropped:,} dropped with nothing to predict"
-    )
-
-
-def describe_losses(result: Evaluation, name: str, other: str | None) -> str:
-    """A line for each model, and how they differ."""
-    width = max(len(name), len(other or ""))
-    lines = [f"{name:<{width}}  {_loss_and_perplexity(*result.loss)}"]
-    if other:
-        lines.append(f"{other:<{width}}  {_loss_and_perplexity(*result.other_loss)}")
-        mean, margin = result.difference
-        better = f"{name if mean < 0 else other} is better"
-        verdict = better if margin is not None and abs(mean) > margin else "no difference can be told"
-        interval = "" if margin is None else f" ± {margin:.6f}, example by example: {verdict}"
-        lines.append(f"{name} minus {other}: loss {mean:+.6f}{interval}")
-    count = len(result.tokens)
-    if count == 1:
-        lines.append("note: there is no interval from one example")
-    elif count < FEW:
-        lines.append(f"note: intervals from {count} examples are too narrow; {FEW} or more make them trustworthy")
-    return "\n".join(lines)
-
-
-def _loss_and_perplexity(mean: float, margin: float | None) -> str:
-    if margin is None:
-        return f"loss {mean:.6f}  perplexity {_perplexity(mean)}"
-    interval = f"{_perplexity(mean - margin)} to {_perplexity(mean + margin)}"
-    return f"loss {mean:.6f} ± {margin:.6f}  perplexity {_perplexity(mean)} ({interval})"
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.4f}" if loss < 30 else f"{math.exp(min(loss, 700)):.3g}"
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, describe_keys(tuple(name.removeprefix("config.") for name in USED)))

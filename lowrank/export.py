@@ -9,7 +9,6 @@ of the trained model. Its README.md is a model card, written from the run.
 
 from absl import flags
 
-from lowrank import inference
 from lowrank.cli import run as cli
 from lowrank.formatting import format_number
 
@@ -31,6 +30,8 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]):
+    from lowrank import inference  # here, so that --help does not wait for JAX
+
     cli.refuse_unknown(arguments)
     cli.require("workdir", "format", "to")
     options = {name: FLAGS[name].value for name in ("step", "base", "base_name", "dtype", "push")}

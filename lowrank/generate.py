@@ -9,18 +9,16 @@ without an adapter, or with --format=text, the model gets them as they are.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from lowrank.cli import run as cli
 from lowrank.config import DTYPES, FORMATS
-from lowrank.data.chat import format_chat
-from lowrank.data.examples import encode_prompt
-from lowrank.data.prompts import read_prompts
 from lowrank.errors import UserError
-from lowrank.generation.decode import Sampling
-from lowrank.generation.text import check_options
-from lowrank.inference import Model, load
+
+if TYPE_CHECKING:
+    from lowrank.inference import Model
 
 flags.DEFINE_string("base", None, "The base: a folder with a checkpoint, or a name on the hub.")
 flags.DEFINE_string(
@@ -49,6 +47,12 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]):
+    from lowrank.data.prompts import read_prompts  # here, so that --help does not wait for JAX
+    from lowrank.generation.decode import Sampling
+    from lowrank.generation.text import check_options
+    from lowrank.inference import load
+    from lowrank.runs.console import counting
+
     cli.refuse_unknown(arguments)
     if not FLAGS.base:
         raise UserError("--base is missing; say --base=DIR, the folder of a checkpoint")
@@ -59,7 +63,10 @@ def main(arguments: list[str]):
     if FLAGS.prompts is not None:
         prompts = read_prompts(FLAGS.prompts, FLAGS.input)
     else:
-        prompts = [(sys.stdin.read() if prompt == "-" else prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
+        try:
+            prompts = [(sys.stdin.read() if prompt == "-" else prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt=-: what stdin holds is not {error.encoding} text ({error.reason})") from None
     names = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")
     options = {name: FLAGS[name].value for name in names}
     check_options(FLAGS.max_new_tokens, FLAGS.stop)
@@ -78,17 +85,22 @@ def main(arguments: list[str]):
             print(piece, end="", flush=True)
         print()
         return None
-    for start in range(0, len(rows), FLAGS.batch_size):
-        texts = model.generate(rows[start : start + FLAGS.batch_size], first=start, **options)
-        for number, text in enumerate(texts, start=start + 1):
-            print(f"=== {number}\n{text}", flush=True)
+    with counting("prompts", len(rows)) as show:
+        for start in range(0, len(rows), FLAGS.batch_size):
+            batch = rows[start : start + FLAGS.batch_size]
+            texts = [""] * len(batch)
+            for pieces, (row, piece) in enumerate(model.stream(batch, first=start, **options), start=1):
+                texts[row] += piece
+                show(start + min(pieces / FLAGS.max_new_tokens, len(batch)))  # a piece has a token, or a few
+            for number, text in enumerate(texts, start=start + 1):
+                print(f"=== {number}\n{text}", flush=True)
+            show(start + len(batch))
     return None
 
 
-def chat(model: Model, options: dict) -> None:
+def chat(model: "Model", options: dict) -> None:
     """A conversation in the terminal; each turn sees all turns before it."""
-    system = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
-    messages = [*system]
+    messages: list[dict] = []
     print("/reset begins anew, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -96,17 +108,19 @@ def chat(model: Model, options: dict) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"error: this is not {error.encoding} text ({error.reason}); write it again", file=sys.stderr)
+            continue
         if text == "/exit":
             return
         if text == "/reset":
-            messages = [*system]
+            messages = []
         if text in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            prompt = encode_prompt(format_chat(messages, model.tokenizer), "chat", model.tokenizer)
-            for _, piece in model.stream([prompt], **options):
+            for _, piece in model.stream([model.encode(messages, system=FLAGS.system)], **options):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation

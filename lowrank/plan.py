@@ -11,17 +11,14 @@ weights, and the estimate is compared with the measured time.
 
 import json
 
-import jax
 from absl import flags
 
-from lowrank import planning
 from lowrank.cli import config_file
 from lowrank.cli import run as cli
+from lowrank.config import describe_keys
 from lowrank.errors import UserError
 from lowrank.files import paths
 from lowrank.files.lines import replace
-from lowrank.planning.chips import CHIPS
-from lowrank.planning.roofline import EFFICIENCY
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string(
@@ -33,11 +30,16 @@ flags.DEFINE_integer("search_most", 12, "With --search: compile no more than so 
 flags.DEFINE_float("tokens", None, "Also say what training on so many tokens takes.", lower_bound=1)
 flags.DEFINE_float("price_per_chip_hour", None, "Dollars, in place of the list price.", lower_bound=0)
 flags.DEFINE_string("json", None, "Also write the plan's numbers into this file.")
-flags.DEFINE_float("efficiency", EFFICIENCY, "The share of the roofline that is taken to be reached.", 0.01, 1)
+flags.DEFINE_float("efficiency", None, "The share of the roofline that is taken to be reached; default: 0.5.", 0.01, 1)
 FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> int:
+    import jax  # here, so that --help does not wait for it
+
+    from lowrank import planning
+    from lowrank.planning.chips import CHIPS
+
     config = config_file.read(FLAGS.config, arguments)
     if not FLAGS.topology:
         raise UserError(f"--topology is missing; say local, or CHIP:TOPOLOGY with one of {', '.join(CHIPS)}")
@@ -47,7 +49,8 @@ def main(arguments: list[str]) -> int:
     if FLAGS.topology != "local":
         jax.config.update("jax_platforms", "cpu")  # this process computes nothing: accelerators stay free for others
     names = ("search", "search_fits", "search_most", "tokens", "price_per_chip_hour", "efficiency")
-    result = planning.plan(config, FLAGS.topology, progress=True, **{name: FLAGS[name].value for name in names})
+    options = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    result = planning.plan(config, FLAGS.topology, progress=True, **options)
     print(planning.describe(result))
     if file:
         replace(file, json.dumps(planning.record(result), indent=1) + "\n")
@@ -61,4 +64,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, describe_keys())

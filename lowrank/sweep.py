@@ -11,12 +11,11 @@ The same command again goes on where it was stopped, to the bit; what is finishe
 
 from absl import flags
 
-from lowrank import sweeping
 from lowrank.cli import run as cli
 from lowrank.cli import streams
+from lowrank.config import describe_keys
 from lowrank.errors import UserError
 from lowrank.files import paths
-from lowrank.sweeping import grid as grid_lib
 
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, an ml_collections config; --config.KEY=VALUE overrides.")
 flags.DEFINE_string("workdir", None, "The folder of this sweep: made if absent, resumed if it holds the same sweep.")
@@ -26,7 +25,9 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> int | None:
-    grid = grid_lib.read(FLAGS.config, arguments)
+    from lowrank import sweeping  # here, so that --help does not wait for JAX
+
+    grid = sweeping.read(FLAGS.config, arguments)
     if not FLAGS.workdir and not FLAGS.dry_run:
         raise UserError("--workdir is missing; say where the sweep is to live, --workdir=runs/NAME")
     paths.local(FLAGS.workdir or "")
@@ -40,4 +41,4 @@ def main(arguments: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, describe_keys())

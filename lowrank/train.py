@@ -9,9 +9,9 @@ SIGTERM, SIGHUP and Ctrl-C finish the step, save, and end with exit code 75; a s
 
 from absl import flags
 
-from lowrank import runs
 from lowrank.cli import config_file, streams
 from lowrank.cli import run as cli
+from lowrank.config import describe_keys
 from lowrank.errors import UserError
 from lowrank.parallel import distributed
 
@@ -29,6 +29,8 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> int | None:
+    from lowrank import runs  # here, so that --help does not wait for JAX
+
     joined = distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.coordinator_timeout)
     if joined:
         print(f"processes  {joined}")
@@ -46,4 +48,4 @@ def main(arguments: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, describe_keys())

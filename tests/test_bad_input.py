@@ -72,6 +72,24 @@ def adapter_is_the_folder_of_checkpoints(given):
     return words_of(given, f"--adapter={given.trained / 'checkpoints' / '6'}", "--prompt=a")
 
 
+@case("--prompt=caf\\xe9: not UTF-8 text", command="generate")
+def argument_that_is_no_utf8(given):
+    return words_of(given, "--prompt=caf\udce9")
+
+
+@case("the prompt holds half a character ('\\ud83d')", command="generate")
+def prompt_with_half_a_character(given):
+    (given.folder / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "cut \\ud83d"}]}\n')
+    return words_of(given, f"--prompts={given.folder / 'prompts.jsonl'}")
+
+
+@case("metrics.jsonl, line 2: not a line of JSON ('utf-8' codec can't decode", command="generate")
+def metrics_that_are_no_utf8(given):
+    run = shutil.copytree(given.trained, given.folder / "run")
+    (run / "metrics.jsonl").write_bytes(b'{"step": 0, "eval/loss": 1.0}\n{"caf\xe9": 1}\n')
+    return words_of(given, f"--adapter={run}", "--step=best", "--prompt=a")
+
+
 @case("--config is missing")
 def no_config(given):
     return []

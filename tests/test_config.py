@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from lowrank import config as config_lib
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.cli.config_file import read
 from lowrank.config import Config, DataConfig, TrainConfig, check, from_values, to_dict
 from lowrank.errors import UserError
@@ -312,7 +312,7 @@ def test_a_file_of_the_wrong_type_is_refused(write, line):
         (["--config.train.steps=0"], "config.train.steps=0 must be at least 1"),
         (["--config.train.steps=None"], "config.train.steps or config.train.epochs must be set"),
         (["--config.data.max_length=1"], "config.data.max_length=1 must be at least 2"),
-        (["--config.lora.targets="], "config.lora.targets=() must be at least one target"),
+        (["--config.lora.targets="], "config.lora.targets=() must be at least one of q_proj"),
         (["--config.lora.targets=q_proj,q_proj"], "must be without repetition"),
         (["--config.mesh.fsdp=-1"], "only one of config.mesh.data"),
         (["--config.mesh.tensor=0"], "config.mesh.tensor=0 must be"),
@@ -389,3 +389,16 @@ def test_data_is_one_place_or_several_with_weights(write):
 def test_the_alpaca_config_spells_out_every_key():
     values = runpy.run_path(str(ROOT / "configs" / "alpaca.py"))["get_config"]()
     assert {key for key, _ in config_lib.flat(config_lib.plain(values))} == set(config_lib.all_keys())
+
+
+def test_help_lists_every_key_with_its_default_and_what_a_value_must_be():
+    lines = config_lib.describe_keys().splitlines()
+    shown = [line.strip().partition("=")[0] for line in lines if line.startswith("  ") and line[2] != " "]
+    assert sorted(shown) == sorted(config_lib.all_keys())
+    assert max(map(len, lines)) <= 80
+    assert f"  {'lora.rank=16':<30}    at least 1" in lines
+    assert f"  {'lora.scaling=standard':<30}    one of standard, rslora" in lines
+    few = config_lib.describe_keys(("data.max_length", "mesh")).splitlines()
+    assert [line.split("=")[0] for line in few if "=" in line[3:] and line.startswith("  ")] == [
+        f"  {key}" for key in ("data.max_length", "mesh.data", "mesh.fsdp", "mesh.tensor")
+    ]

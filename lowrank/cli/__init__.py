@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 
+in_command = False  # whether this process is a command's, which may be ended
 INTERRUPTED = 130  # exit code after a Ctrl-C that saves nothing, as shells count it: 128 + SIGINT
 
 

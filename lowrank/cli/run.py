@@ -1,4 +1,7 @@
-"""Run a command: parse absl's flags, turn a UserError into one line and an exit code, keep compiled programs."""
+"""Run a command: parse absl's flags, turn a UserError into one line and an exit code, keep compiled programs.
+
+JAX and the rooms that import it take seconds: they are imported in `main` functions, so that --help does not wait for them.
+"""
 
 import contextlib
 import os
@@ -10,21 +13,33 @@ import traceback
 import typing
 import warnings
 
-import jax
 from absl import app, flags, logging
 
 from lowrank import cli
-from lowrank.cli import signals, streams
-from lowrank.errors import UserError
+from lowrank.cli import streams
+from lowrank.errors import HALF_CHARACTER, UserError
 from lowrank.parallel import distributed, launchers
 
 STOPPED = 75  # exit code after SIGTERM, SIGHUP or Ctrl-C: saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
-def run(main: typing.Callable[[list[str]], int | None]):
-    """Run `main(arguments that are no absl flag)`, whose result is the exit code (None: 0). A UserError exits with 1."""
+def run(main: typing.Callable[[list[str]], int | None], more_help: str = ""):
+    """Run `main(arguments that are no absl flag)`, whose result is the exit code (None: 0). A UserError exits with 1.
+
+    --help prints the command's docstring, its flags and `more_help`.
+    """
 
     def parse_flags(argv):
+        if {"-h", "--help"} & {*argv[1:]}:
+            try:
+                app.usage(shorthelp=True, writeto_stdout=True, detailed_error=more_help or None)
+                sys.stdout.flush()
+            except UserError as error:  # a stdout that is full
+                return _fail(str(error))
+            sys.exit(0)
+        if broken := [argument for argument in argv[1:] if HALF_CHARACTER.search(argument)]:
+            shown = " ".join(os.fsencode(argument).decode(errors="backslashreplace") for argument in broken)
+            return _fail(f"{shown}: not UTF-8 text; type it in a terminal of UTF-8, or rename the file")
         try:
             rest = flags.FLAGS(argv, known_only=True)
             if flags.FLAGS["verbosity"].using_default_value:
@@ -34,11 +49,13 @@ def run(main: typing.Callable[[list[str]], int | None]):
             return _fail(f"{str(error).splitlines()[0]}; see --help")
 
     def guarded(argv):
+        import jax
+
         if signal.getsignal(signal.SIGINT) is cli.interrupted:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _end_if_interrupted
-        signals.in_command = True
+        cli.in_command = True
         launchers.silence_libtpu()
         use_compile_cache()
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -98,6 +115,8 @@ def use_compile_cache():
 
     Nobody else may write there: whoever can replace a compiled program can run code as this user.
     """
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:
         try:
             home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -120,6 +139,8 @@ def _end_if_interrupted(unraisable) -> None:
 
 def _no_device() -> str | None:
     """Why JAX finds nothing to compute on; None where it does."""
+    import jax
+
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:

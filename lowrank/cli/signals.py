@@ -18,7 +18,6 @@ from lowrank import cli
 from lowrank.parallel import distributed
 
 PATIENCE = 2.0  # seconds that a second Ctrl-C waits for the main thread
-in_command = False  # whether this process is a command's, which may be ended
 
 
 @contextlib.contextmanager
@@ -50,7 +49,7 @@ def stop_signals(first: int | None = None, last: float = float("inf")) -> Iterat
             again = "; again: stop without the step" * (number == signal.SIGINT)
             with contextlib.suppress(OSError):
                 print(f"{name}: finishing {step}, then saving{again}", flush=True)
-        elif number == signal.SIGINT and in_command and not several and not heard.wait(PATIENCE):
+        elif number == signal.SIGINT and cli.in_command and not several and not heard.wait(PATIENCE):
             cli.interrupted()
 
     def stop(step: int | None = None) -> str | None:

@@ -45,7 +45,11 @@ def open_streams() -> None:
             sys.__dict__[name] = stream = open(file, closefd=False)  # noqa: SIM115 (for as long as the process lives)
         elif not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
             continue
-        if name != "stdin":
+        if name == "stdin":
+            stream.reconfigure(
+                errors="strict"
+            )  # in the C locale Python would make half characters of what is not UTF-8
+        else:
             if stream.writable():
                 stream.flush()
             raw = Output(stream.fileno(), "w", closefd=False)

@@ -4,9 +4,11 @@ The loss is the mean over predicted tokens, as in training. Intervals treat exam
 adapters are compared example by example, which resolves far smaller differences than their two intervals.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,7 +25,8 @@ from lowrank.files import lines, paths
 from lowrank.inference.model import Model, load
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.runs import workdir
-from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.runs.adapter import Adapter, read_adapter, refuse_step_of_none
+from lowrank.runs.console import counting
 from lowrank.training.step import make_losses_step
 from lowrank.weights.base import read_base
 
@@ -66,6 +69,7 @@ def evaluate(
     adapter=None,
     other=None,
     *,
+    step: int | str | None = None,
     config: Config | None = None,
     format: str | None = None,
     max_length: int | None = None,
@@ -73,17 +77,20 @@ def evaluate(
     packing: bool = True,
     batch_size: int = 16,
     dtype: str | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Evaluate a base with `adapter` (None: alone) on the file `data`; with `other`, a second adapter on the same examples.
 
     Examples are made as `format`, `max_length` and `train_on_prompt` say, else as `config` does, else as the adapters' runs
-    did. `config` also gives the mesh. `packing` and `batch_size` (rows computed at once) change the
-    speed only. `base`, the adapters and `dtype` are those of `lowrank.load`. Raises UserError.
+    did. `config` also gives the mesh. `packing` and `batch_size` (rows computed at once) change the speed only. `base`, the
+    adapters, `step` (of `adapter`) and `dtype` are those of `lowrank.load`. `progress`: show on stderr how many examples are
+    done. Raises UserError.
     """
     mesh = mesh_lib.make_mesh(config.mesh if config else mesh_lib.MeshConfig())
     source = read_base(base)
     names = (adapter, other) if other else (adapter,)
-    adapters = [read_adapter(name, base=source) if name else None for name in names]
+    refuse_step_of_none(step, adapter)
+    adapters = [read_adapter(name, at, source) if name else None for name, at in zip(names, (step, None), strict=False)]
     given = {"format": format, "max_length": max_length, "train_on_prompt": train_on_prompt}
     settings = _choose_settings(config, adapters, {name: value for name, value in given.items() if value is not None})
     if settings.max_length > source.config.max_length:
@@ -102,7 +109,8 @@ def evaluate(
         if len(fingerprints) > 1:
             raise UserError("the two adapters have different tokenizers, so their losses cannot be compared")
         shape = {"batch_size": batch_size, "max_length": settings.max_length, "packing": packing}
-        losses.append(_example_losses(model, examples, mesh, **shape))
+        with counting("examples", len(examples.examples)) if progress else contextlib.nullcontext() as show:
+            losses.append(_example_losses(model, examples, mesh, show, **shape))
         del model  # one at a time
     sums = np.stack(losses)
     columns = examples.examples
@@ -127,16 +135,21 @@ def _choose_settings(config: Config | None, adapters: list[Adapter | None], give
     return found[0]
 
 
-def _example_losses(model: Model, examples: Examples, mesh: Mesh, *, batch_size: int, **shape) -> np.ndarray:
+def _example_losses(
+    model: Model, examples: Examples, mesh: Mesh, show: Callable[[float], None] | None, *, batch_size: int, **shape
+) -> np.ndarray:
     """float64 [records]: the summed loss of each record's predicted tokens."""
     shards = mesh_lib.batch_shards(mesh)
     step, rows = make_losses_step(model.model), -(-batch_size // shards) * shards  # every device gets as many
     records = np.unique(examples.examples.record)
-    sums = np.zeros(len(records))
+    sums, done = np.zeros(len(records)), 0
     for batch, indices in loader.evaluation_batches(examples, batch_size=rows, **shape):
         with jax.set_mesh(mesh):
             losses = np.asarray(step(model.variables, to_devices(batch, mesh)), np.float64)
         np.add.at(sums, np.searchsorted(records, indices[batch.loss_mask]), losses[batch.loss_mask])
+        done += int(batch.segment_ids.max(axis=1).sum())
+        if show:
+            show(done)
     return sums
 
 

@@ -99,7 +99,7 @@ def _weights(repository: Repository) -> list[str]:
         if single in repository.files:
             return [*_config(repository), single]
         if index in repository.files:
-            content = fetch(repository, [index])[0].read_text(encoding="utf-8")
+            content = fetch(repository, [index])[0].read_bytes().decode(errors="replace")
             # Parsed, and checked, by the reader; it also names a shard that is missing.
             return _config(repository) + sorted({*re.findall(r':\s*"([^"]+)"', content)} & repository.files.keys())
     if META_CONFIG in repository.files:

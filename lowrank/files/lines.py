@@ -93,12 +93,18 @@ def flush_lines() -> None:
 
 
 def read_lines(file: paths.Path) -> list[dict]:
-    """The records of a JSON-lines file, without a last line that a kill cut short."""
+    """The records of a JSON-lines file, without a last line that a kill cut short. UserError for one that is damaged."""
     if isinstance(file, bucket.BucketPath) and file in bucket_lines:
         bucket_lines[file].flush()
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    records = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: not a line of JSON ({error}); remove that line") from None
+    return records
 
 
 def forget_after(file: paths.Path, step: int) -> None:

@@ -4,14 +4,23 @@ from collections.abc import Iterator, Sequence
 
 from lowrank.data import chat, examples, prompts
 from lowrank.data.tokenizer import Tokenizer
-from lowrank.errors import UserError
+from lowrank.errors import HALF_CHARACTER, UserError
 from lowrank.generation.decode import Sampling, generate_ids
 from lowrank.model.decoder import Decoder
 
 
 def encode_prompt(prompt: str, input: str, format: str, tokenizer: Tokenizer, system: str | None = None) -> list[int]:
     """A prompt (with `input` and a system message) -> the ids that generation starts from, as in training."""
+    refuse_half_characters(prompt, input, system or "")
     return examples.encode_prompt(prompts.format_prompt(format, prompt, input, tokenizer, system), format, tokenizer)
+
+
+def refuse_half_characters(*texts: str) -> None:
+    """UserError for half a character (a lone surrogate), as a file that is not UTF-8 or a cut JSON escape leaves."""
+    if halves := [match[0] for text in texts for match in HALF_CHARACTER.finditer(text)]:
+        raise UserError(
+            f"the prompt holds half a character ({halves[0]!a}), which no tokenizer knows; write it as UTF-8"
+        )
 
 
 def complete(

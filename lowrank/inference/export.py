@@ -154,8 +154,13 @@ def export(
 def write_ends(folder: pathlib.Path, architecture: ModelConfig, tokenizer: Tokenizer) -> None:
     """Write what ends a text into generation_config.json; what ends a turn of the chat template comes first."""
     file = folder / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"bos_token_id": architecture.bos_id}
-    ends = settings.get("eos_token_id", architecture.eos_ids)
+    try:
+        settings = json.loads(file.read_bytes()) if file.is_file() else {"bos_token_id": architecture.bos_id}
+        ends = settings.get("eos_token_id", architecture.eos_ids)
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"the base's {file.name} holds no JSON object ({error}); fetch it again, or remove it"
+        ) from None
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
     missing = [i for i in sorted(chat.end_ids(tokenizer), key=lambda i: i == tokenizer.eos_id) if i not in ends]
     settings["eos_token_id"] = [i for i in (*missing, *ends) if i is not None]

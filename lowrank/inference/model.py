@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -14,13 +15,13 @@ from lowrank.data import examples
 from lowrank.data.chat import format_chat
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.generation.decode import Sampling
-from lowrank.generation.text import encode_prompt, stream_text
+from lowrank.generation.text import encode_prompt, refuse_half_characters, stream_text
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.model.products import dot
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import lazy_jit
-from lowrank.runs.adapter import Adapter, read_adapter
+from lowrank.runs.adapter import Adapter, read_adapter, refuse_step_of_none
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.load import load_params
 
@@ -49,13 +50,15 @@ class Model:
         """
         if isinstance(prompt, str):
             return encode_prompt(prompt, input, format, self.tokenizer, system)
-        messages = [{"role": "system", "content": system}] if system else []
-        return examples.encode_prompt(format_chat([*messages, *prompt], self.tokenizer), "chat", self.tokenizer)
+        return self._encode_chat([*([{"role": "system", "content": system}] if system else []), *prompt])
+
+    def _encode_chat(self, messages: Sequence[dict], tools: list | None = None) -> list[int]:
+        refuse_half_characters(json.dumps([messages, tools], ensure_ascii=False, default=str))
+        return examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
 
     def chat(self, messages: Sequence[dict], tools: list | None = None, **options) -> str:
         """The assistant's next turn after `messages` ({"role", "content"}); `options`: those of `stream`."""
-        prompt = examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
-        return self.generate([prompt], **options)[0]
+        return self.generate([self._encode_chat(messages, tools)], **options)[0]
 
     def generate(self, prompts: str | Sequence[Prompt], **options) -> list[str]:
         """The continuation of each prompt; `options`: those of `stream`."""
@@ -94,6 +97,7 @@ def load(
     the checkpoint is stored (float16 becomes bfloat16, which has its range but three bits less). `param_dtype`: held in, if
     that differs. `mesh`: the devices to lie on; None: one. UserError if it fails.
     """
+    refuse_step_of_none(step, adapter)
     source = base if isinstance(base, Base) else read_base(base)
     if adapter is not None and not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter, step, source)

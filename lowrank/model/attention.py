@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank.adapters.lora import LayerScalars, LoraConfig
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.lora import LayerScalars
 from lowrank.families.config import ModelConfig
 from lowrank.model.cpu import from_bits, to_bits
 from lowrank.model.kernels import AttentionMask, attend

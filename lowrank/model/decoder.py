@@ -14,15 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank.adapters.lora import LayerScalars, LoraConfig
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.lora import LayerScalars, layer_scalars
 from lowrank.families.config import ModelConfig
 from lowrank.model.attention import Attention, Cache, CosSin, LayerInputs, RMSNorm, rotary_cos_sin
 from lowrank.model.kernels import AttentionMask, causal_mask, supports_length
 from lowrank.model.products import SAVED, embedding_lookup
 from lowrank.model.projection import Projection
 from lowrank.parallel.mesh import constrain
-
-REMAT = ("none", "dots", "full")
 
 
 class MLP(nn.Module):
@@ -78,7 +77,7 @@ def layer_inputs(
 ) -> LayerInputs:
     """The LayerInputs of all layers. `adapters` replace the scalars that `lora` stands for."""
     if adapters is None:
-        adapters = lora.layer_scalars(config.layers) if lora is not None and lora.uneven else {}
+        adapters = layer_scalars(lora, config.layers) if lora is not None and lora.uneven else {}
     return LayerInputs(
         adapters,
         window=jnp.asarray(config.windows, jnp.int32) if config.windows else None,

@@ -17,7 +17,7 @@ Tests compare with the traced step.
 
 import dataclasses
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.families.config import ModelConfig
 from lowrank.model.kernels import causal_blocks
 

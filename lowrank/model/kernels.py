@@ -22,7 +22,6 @@ from lowrank.model.cpu import transposed_copy
 from lowrank.model.products import SAVED, product, save_without_gradient
 from lowrank.parallel import mesh as mesh_lib
 
-BACKENDS = ("xla", "cudnn", "splash")
 MAX_BLOCKS = 8  # causal blocks that a row's queries are split into
 MIN_BLOCK = 64  # queries of a causal block
 LANES = 128  # splash needs rows of a multiple of this length
@@ -208,7 +207,7 @@ INTERPRETED = "splash, interpreted"  # without a TPU: slow, to see what it compu
 
 
 def choose_backend(wanted: str, platform: str, dtype: jnp.dtype, head_dim: int, length: int) -> str:
-    """The backend for rows of `length` tokens; `wanted` is "auto" or one of BACKENDS. UserError if that one cannot."""
+    """The backend for rows of `length` tokens; `wanted` is "auto", "xla", "cudnn" or "splash". UserError if that one cannot."""
     backend = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if wanted == AUTO else wanted
     fits = supports_length(backend, length)
     obstacles: dict[str, dict] = {

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank.adapters.lora import LayerScalars, LoraConfig, init_factor
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.lora import LayerScalars, init_factor
 from lowrank.families.config import ModelConfig
 from lowrank.model.products import dot, save_for_backward
 

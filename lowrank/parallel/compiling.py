@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from lowrank.parallel import distributed
+
 # XLA's CPU backend slices bfloat16 arrays as float32. It then hoists that conversion out of the scan over layers, as
 # loop-invariant: the kernels and saved activations of all layers at once, in twice their size (1.1B parameters, 256
 # tokens: temporaries of 5.2 GB instead of 0.8, a step of 11.6 CPU seconds instead of 8.0).
@@ -64,6 +66,11 @@ def compile_once(function, before_first_run: Callable[[], None] = lambda: None) 
         return program(*arguments)
 
     return call
+
+
+def compile_together(function) -> Callable:
+    """As `compile_once`, with a barrier between compiling and the first run, in which gloo would wait 30 seconds at most."""
+    return compile_once(function, lambda: distributed.barrier("compiled"))
 
 
 def _signature(arguments):

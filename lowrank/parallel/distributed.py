@@ -19,10 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-import jax
-
 from lowrank.errors import UserError
-from lowrank.parallel.compiling import compile_once
 from lowrank.parallel.launchers import Cluster, detect_cluster, tpu_hosts
 
 HEARTBEAT = 1.0  # seconds
@@ -118,6 +115,8 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
     Call it before anything asks for a device. Raises UserError; exits with LOST if the others do not come within
     `timeout` seconds, because they may come if all are started again.
     """
+    import jax  # takes a second; files ask this module only whether this is the first process
+
     global _processes
     cluster = detect_cluster(coordinator, processes, process, os.environ, tpu_hosts)
     if cluster is None or _processes is not None:
@@ -216,6 +215,8 @@ def finish():
     _processes.finished.set()
     _processes.thread.join()
     _processes = None
+    import jax
+
     jax.distributed.shutdown()
 
 
@@ -234,11 +235,6 @@ def barrier(name: str):
     if _processes is not None:
         with _interruptible():
             _processes.store.wait_at_barrier(f"lowrank/{name}/{next(_processes.calls)}", LONGEST_WAIT)
-
-
-def compile_together(function) -> Callable:
-    """As `compile_once`, with a barrier between compiling and the first run, in which gloo would wait 30 seconds at most."""
-    return compile_once(function, lambda: barrier("compiled"))
 
 
 def broadcast_from_first(value: Callable[[], T]) -> T:

@@ -5,7 +5,6 @@ axis without a rule, or an array whose axes claim one mesh axis twice, is an err
 replicated costs memory that nobody looks for.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -14,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank.errors import UserError
+from lowrank.parallel.config import MeshConfig
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -28,15 +28,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "rank": None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Number of devices along each mesh axis; one of them may be -1, which takes the rest."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lowrank.config import Config
+from lowrank.config import REMAT, Config
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import read_config
 from lowrank.files import hub, paths
 from lowrank.formatting import format_bytes
-from lowrank.model.decoder import REMAT
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import without_compile_cache
 from lowrank.parallel.mesh import MeshConfig

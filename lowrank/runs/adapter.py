@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import Config
 from lowrank.errors import UserError
 from lowrank.files import hub, paths
@@ -71,7 +71,12 @@ def read_adapter(folder, step: int | str | None = None, base: Base | None = None
 
 
 def split_step(folder, step: int | str | None = None) -> tuple[paths.Path, int | str | None]:
-    """DIR@best, DIR@last or DIR@NUMBER -> (DIR, which step); anything else, or a name on the hub -> (its folder, `step`)."""
+    """DIR@best, DIR@last or DIR@NUMBER -> (DIR, which step); anything else, or a name on the hub -> (its folder, `step`).
+
+    An opened adapter is the one in its folder.
+    """
+    if isinstance(folder, Adapter):
+        return folder.folder, folder.step if step is None else step
     name, _, wanted = str(folder).rpartition("@")
     is_step = bool(name) and (wanted in ("best", "last") or wanted.isdecimal()) and paths.path(name).exists()
     if not is_step or paths.path(folder).exists():
@@ -79,6 +84,12 @@ def split_step(folder, step: int | str | None = None) -> tuple[paths.Path, int |
     if step not in (None, wanted):
         raise UserError(f"{folder} says step {wanted}, and --step={step} another; leave one out")
     return paths.path(name), wanted
+
+
+def refuse_step_of_none(step: int | str | None, adapter) -> None:
+    """UserError for a step where there is no adapter."""
+    if step is not None and not adapter:
+        raise UserError(f"step {step} is asked for, which names a checkpoint, but there is no adapter; leave it out")
 
 
 def choose_step(workdir: paths.Path, step: int | str | None) -> int:

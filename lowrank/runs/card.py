@@ -6,7 +6,7 @@ Only what was recorded or measured is said. Of the data's path only the file's n
 import pathlib
 from collections.abc import Sequence
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.data.files import sources_of
 from lowrank.data.hub_data import NAME
 from lowrank.data.prompts import ALPACA, ALPACA_WITH_INPUT

@@ -9,6 +9,7 @@ be renamed, the object `commit_success.txt` marks a complete one.
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -25,6 +26,9 @@ from lowrank.training import partition
 from lowrank.training.step import State
 
 EVAL_LOSS = "eval/loss"
+# Orbax warns of each folder that is opened to be read: from Python, in a notebook, that would be shown.
+READ_ONLY_NOTES = ("CheckpointManagerOptions.read_only=True", "Given directory is read only")
+logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(READ_ONLY_NOTES))
 # Of a full or read-only disk, as texts: C++ libraries pass on nothing else.
 DISK_SIGNS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)]
 

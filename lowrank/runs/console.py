@@ -1,21 +1,29 @@
-"""What a run shows while it trains: a progress bar on a terminal, elsewhere a plain line for each line of metrics."""
+"""What a run shows while it trains, and what evaluating and generating show: a progress bar on a terminal, elsewhere plain lines.
+
+A notebook is no terminal: it gets the lines. Colours are rich's, which leaves them out where NO_COLOR is set.
+"""
 
 import contextlib
+import datetime
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
+import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowrank.formatting import format_number
 
 SHARES = ("mfu", "waiting")  # shown in percent
 BAR, TIME, GAPS = 20, 8, 3  # characters of a terminal's line beside the step and the values
+PAUSE = 60.0  # seconds between two plain lines on stderr
 
 
-def is_live() -> bool:
-    """Whether stdout is a terminal that can draw a line anew."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+def is_live(stream: TextIO | None = None) -> bool:
+    """Whether stdout, or `stream`, is a terminal that can draw a line anew."""
+    return (stream or sys.stdout).isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 @contextlib.contextmanager
@@ -42,5 +50,28 @@ def progress(steps: int, first: int) -> Iterator[Callable[[int, dict[str, float]
             bar.update(task, completed=step, description="  ".join(values[: fit[-1] + 1]) or None)
             if values and bar.disable:
                 print(f"step {step}/{steps}  {'  '.join(values)}", flush=True)
+
+        yield show
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Yield `show(done)`, to be called when so many of `total` are done. It goes to stderr, and on a terminal is gone at the end:
+    stdout, which may be a file, gets nothing of it."""
+    count = "{task.completed:,.0f}/{task.total:,.0f}"
+    columns = (TextColumn(f"{what} {count}"), BarColumn(BAR), TimeRemainingColumn())
+    on_stderr = rich.console.Console(stderr=True, force_jupyter=False, soft_wrap=True)
+    options = {"transient": True, "redirect_stdout": sys.stdout.isatty(), "speed_estimate_period": 600}
+    with Progress(*columns, console=on_stderr, disable=not is_live(sys.stderr), **options) as bar:
+        task, began = bar.add_task("", total=total), time.monotonic()
+        said = began
+
+        def show(done: float) -> None:
+            nonlocal said
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if bar.disable and now - said >= PAUSE:
+                said, left = now, datetime.timedelta(seconds=round((now - began) / done * (total - done)))
+                print(f"{what} {done:,.0f}/{total:,}  {left} left", file=sys.stderr, flush=True)
 
         yield show

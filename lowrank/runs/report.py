@@ -2,7 +2,8 @@
 
 import shlex
 
-from lowrank.adapters.lora import LoraConfig, padding_size
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.lora import padding_size
 from lowrank.config import Config
 from lowrank.data.examples import count_contained
 from lowrank.families.config import ModelConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import Config
 from lowrank.data.batch import Batch, abstract_batch
 from lowrank.families.config import ModelConfig

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import Config
 from lowrank.families.config import ModelConfig
 from lowrank.model.flops import step_flops

@@ -22,6 +22,7 @@ from lowrank.files.lines import flush_lines, forget_after, read_lines
 from lowrank.formatting import format_number
 from lowrank.parallel import distributed
 from lowrank.parallel import mesh as mesh_lib
+from lowrank.parallel.compiling import compile_together
 from lowrank.runs import inputs as inputs_lib
 from lowrank.runs import report
 from lowrank.runs import workdir as workdir_lib
@@ -224,8 +225,8 @@ def _loop(run: Run, checkpoints: Checkpoints, begun: Begun) -> tuple[int, int, s
     config, workdir, inputs, setup = run.config, run.workdir, run.inputs, run.setup
     first, state, frozen, batches, tokens = begun
     steps, model, samples_file = inputs.steps, setup.model, workdir / "samples.jsonl"
-    train_step = distributed.compile_together(setup.function)
-    eval_step = distributed.compile_together(make_eval_step(model))
+    train_step = compile_together(setup.function)
+    eval_step = compile_together(make_eval_step(model))
     eval_batches = inputs_lib.evaluation_batches(config, inputs.held_out)
     speed = make_speed(setup.mesh, model.dtype, config, [(inputs.architecture, config.adapter)])
     best = distributed.broadcast_from_first(lambda: best_evaluation(workdir)[0])

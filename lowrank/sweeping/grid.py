@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from lowrank import config as config_lib
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.cli import config_file
 from lowrank.config import Config, Unparsed
 from lowrank.errors import UserError

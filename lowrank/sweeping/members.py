@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lowrank.adapters.lora import LayerScalars, LoraConfig
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.lora import LayerScalars, layer_scalars
 from lowrank.config import Config
 from lowrank.data.batch import Batch
 from lowrank.model.decoder import Decoder
@@ -53,7 +54,7 @@ def hyperparams_of(configs: list[Config], steps: int, layers: int) -> MemberHype
     of_layers = []
     for lora in [config.lora for config in configs if config.adapter]:
         kept = jnp.full(layers, 1 - lora.dropout, jnp.float32)
-        of_layers.append({name: own._replace(keep_prob=kept) for name, own in lora.layer_scalars(layers).items()})
+        of_layers.append({name: own._replace(keep_prob=kept) for name, own in layer_scalars(lora, layers).items()})
     return MemberHyperparams(
         # Evaluated here and not in the step, so that schedules may differ in every way, in their kind too.
         rates=np.stack([np.broadcast_to(jax.vmap(schedule)(step), steps) for schedule in schedules]).astype(np.float32),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.errors import UserError
 from lowrank.families.tensor_names import group_layers
 from lowrank.files import paths

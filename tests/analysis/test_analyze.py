@@ -11,7 +11,7 @@ import pytest
 import running
 
 from lowrank import analysis
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.analysis.page import describe
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder

@@ -60,7 +60,7 @@ def test_while_python_hears_nothing_ctrl_c_is_answered_and_a_second_one_ends_the
         os.write(writer, b".")
 
     monkeypatch.setattr(signals, "PATIENCE", 0)
-    monkeypatch.setattr(signals, "in_command", True)
+    monkeypatch.setattr(signals.cli, "in_command", True)
     monkeypatch.setattr(signals.cli, "interrupted", ended.set)
     with stop_signals(3, 9) as stop:
         assert stop(4) is None

@@ -8,7 +8,9 @@ import pytest
 import running
 
 from lowrank import evaluation
+from lowrank.errors import UserError
 from lowrank.evaluation.loss import estimate_mean
+from lowrank.runs.adapter import read_adapter
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,10 @@ def test_the_function_gives_the_numbers_that_the_command_prints(base, trained, h
     assert result.losses.shape == (2, 10) and result.tokens.shape == (10,)
     assert result.settings.format == "completion" and len(result.examples.examples) == 10
     assert result.loss == result.other_loss and result.difference == (0.0, 0.0)
+    earlier = evaluation.evaluate(base, held_out, trained, read_adapter(trained, "last"), step=4)
+    assert earlier.other_loss == result.loss != earlier.loss
+    with pytest.raises(UserError, match=r"step best is asked for, .* there is no adapter"):
+        evaluation.evaluate(base, held_out, step="best")
     printed = run_evaluate(base, held_out, f"--adapter={trained}")
     assert loss_of(printed, trained) == pytest.approx(result.loss.mean, rel=2e-6)  # eight devices here, one there
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.config import TARGETS
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig, RopeScaling
 from lowrank.families.config_json import FAMILIES, hf_config, parse_config, read_config

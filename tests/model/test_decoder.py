@@ -11,7 +11,7 @@ import optax
 import pytest
 import running
 
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.families.config import ModelConfig, RopeScaling
 from lowrank.families.tensor_names import hf_tensors
 from lowrank.model import decoder

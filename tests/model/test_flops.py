@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig
 from lowrank.families.sizes import SIZES

@@ -15,7 +15,7 @@ import pytest
 import running
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.data.batch import Batch
 from lowrank.errors import UserError
 from lowrank.families.config import ModelConfig

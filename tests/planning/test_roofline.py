@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.config import Config, DataConfig, TrainConfig
 from lowrank.families.config import ModelConfig
 from lowrank.families.sizes import SIZES

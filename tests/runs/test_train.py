@@ -25,7 +25,7 @@ import running
 from running import TRAIN_KEYS, arrays, assert_same_run, largest_file, metrics, steps
 
 from lowrank import runs
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.cli import config_file
 from lowrank.config import Config, TrainConfig
 from lowrank.errors import UserError

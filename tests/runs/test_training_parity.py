@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import running
 
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.config import TARGETS
 from lowrank.model import decoder
 from lowrank.model.decoder import Decoder
 from lowrank.runs.adapter import read_adapter

@@ -11,7 +11,8 @@ import pytest
 import running
 from jax.sharding import PartitionSpec
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.lora import layer_scalars
 from lowrank.config import Config, TrainConfig
 from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig
@@ -234,7 +235,7 @@ def test_the_scale_folded_into_lora_b_is_the_member_in_the_wide_model(params):
     wide = members.padded(
         jax.device_get(trainable), partition.split(wide_shapes, partition.trainable_mask(wide_shapes, "lora"))[0]
     )
-    scales = {target: own.scale for target, own in config.lora.layer_scalars(TINY.layers).items()}
+    scales = {target: own.scale for target, own in layer_scalars(config.lora, TINY.layers).items()}
     _, frozen = partition.split({"params": params, "lora": shapes["lora"]}, mask)
     expected = loss_sum(model, trainable, frozen, batch_of(0))
     np.testing.assert_allclose(

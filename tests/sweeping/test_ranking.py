@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.config import TARGETS
 from lowrank.sweeping import picture, ranking
 from lowrank.sweeping import tables as tables_lib
 from lowrank.sweeping.picture import draw

@@ -15,7 +15,7 @@ import pytest
 import running
 from running import TRAIN_KEYS, arrays, kept_arrays, metrics, steps
 
-from lowrank.adapters.lora import TARGETS
+from lowrank.adapters.config import TARGETS
 from lowrank.sweeping import group, members, wave
 from lowrank.training.partition import named_leaves
 from lowrank.weights.load import load_params

@@ -9,7 +9,7 @@ import pytest
 import running
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank.adapters.lora import LoraConfig
+from lowrank.adapters.config import LoraConfig
 from lowrank.data.batch import Batch
 from lowrank.families.config import ModelConfig
 from lowrank.model import decoder

@@ -10,7 +10,7 @@ import pytest
 import torch_llama
 from torch_llama import torch
 
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.errors import UserError
 from lowrank.weights.base import read_base
 from lowrank.weights.merged import merge, verify_huggingface, write_huggingface

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from test_weights_merged import IDS, random_lora, read
 from torch_llama import torch
 
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.errors import UserError
 from lowrank.weights.peft import read_peft, verify_peft, write_peft
 

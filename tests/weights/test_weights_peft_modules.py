@@ -14,7 +14,7 @@ from test_weights_merged import IDS
 from torch_llama import torch
 
 import lowrank
-from lowrank.adapters.lora import TARGETS, LoraConfig
+from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.errors import UserError
 from lowrank.weights.base import read_base
 from lowrank.weights.peft import HARMLESS, SUPPORTED, UNDERSTOOD, read_peft, write_peft
