@@ -216,7 +216,7 @@ def _marked_segments(messages, answers, trained, tokenizer: Tokenizer, tools: li
     opened, closed = marks = _unused(2, messages, tools)
     text = _render(messages, tokenizer, tools, marks=marks)
     turn = f"({opened}.*?{closed}(?:{re.escape(tokenizer.eos_token)})?)"  # some templates leave the end token outside
-    marked, turns = text.count(opened), []
+    marked, turns = text.count(opened), list[int]()
     if len(trained) < len(
         answers
     ):  # a turn may have several tags: those that the text has more with it than without it
@@ -260,8 +260,8 @@ def _refuse_dropped(messages: list[Message], tokenizer: Tokenizer, tools: list |
     def is_shown(i: int, **other) -> bool:
         """Whether the text changes with these fields of message `i`. Some templates show them only in the last message (Qwen
         3's thoughts), or in a prompt (Mistral's system message)."""
-        changed = {name: value for name, value in (messages[i] | other).items() if value is not None}
-        changed = [*messages[:i], changed, *messages[i + 1 :]]
+        message = {name: value for name, value in (messages[i] | other).items() if value is not None}
+        changed = [*messages[:i], message, *messages[i + 1 :]]
         try:
             return any(
                 _render(messages[:end], tokenizer, tools) != _render(changed[:end], tokenizer, tools)

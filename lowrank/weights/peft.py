@@ -128,7 +128,9 @@ def read_peft(
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     fields = _mlx_fields(settings, folder / CONFIG) if mlx else _check_fields(settings, folder / CONFIG)
     if file is None:
-        lacks = f"has no {TENSORS_MLX}" if mlx else f"has neither {TENSORS} nor {TENSORS_BIN}"
+        lacks = (
+            f"is an adapter of mlx-lm without its {TENSORS_MLX}" if mlx else f"has neither {TENSORS} nor {TENSORS_BIN}"
+        )
         raise UserError(f"{folder}: {lacks}; fetch or export the adapter again")
     problems: list[str] = []
     tensors = open_file(file, problems)
@@ -176,10 +178,11 @@ def _saved_along(fields: dict[str, Any], tensors: dict[str, Tensor], base: Base 
         elif not _is_same(saved, leaf, is_kernel):
             problems.append(f"{key} is saved whole and is not the base's own: it was trained, which is not supported")
     trained = []
-    biases = {key: match for key in tensors if base and (match := BIAS_PATTERN.fullmatch(key))}
+    projections = base.params["layers"] if base else {}
+    biases = {key: match for key in tensors if (match := BIAS_PATTERN.fullmatch(key))}
     for key, match in biases.items():
         layer, block, target = match.groups()
-        leaf = base.params["layers"].get(block, {}).get(target, {}).get("bias")
+        leaf = projections.get(block, {}).get(target, {}).get("bias")
         is_known = leaf is not None and int(layer) < leaf.shape[0]
         if is_known and not _are_equal(tensors.pop(key).whole(), leaf[int(layer)]):
             trained.append(key)
