@@ -265,7 +265,7 @@ def _refuse_dropped(messages: list[Message], tokenizer: Tokenizer, tools: list |
         try:
             return any(
                 _render(messages[:end], tokenizer, tools) != _render(changed[:end], tokenizer, tools)
-                for end in (len(messages), i + 1, next((j for j in answers if j > i), i + 1))
+                for end in (next((j for j in answers if j > i), i + 1), len(messages), i + 1)
             )
         except UserError:  # it is missed
             return True
