@@ -47,6 +47,9 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # prompt that was trained, so the date is always the one those templates fall back to.
 TODAY = datetime.datetime(2024, 7, 26)
 
+# What a message's thoughts are called beside its content. Templates know one of these names.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
 Message = dict[str, Any]
 
 
@@ -77,8 +80,8 @@ def chat_segments(messages: list[Message], tokenizer: Tokenizer, tools: list | N
     if _marks_generation(_template(tokenizer)):
         return [_marked_segments(messages, answers, trained, tokenizer, tools)]
     text = _render(messages, tokenizer, tools)
-    befores = {i: _prompt_before(messages, i, tokenizer, tools) for i in answers}
     afters = {i: _render(messages[: i + 1], tokenizer, tools) for i in answers}
+    befores = {i: _prompt_before(messages, i, afters[i], tokenizer, tools) for i in answers}
     if all(
         text.startswith(afters[i]) and afters[i].startswith(befores[i]) and not _is_cut(messages[i], afters[i])
         for i in answers
@@ -86,6 +89,7 @@ def chat_segments(messages: list[Message], tokenizer: Tokenizer, tools: list | N
         found, at = [], 0
         for i in trained:
             turn = _until_end(afters[i][len(befores[i]) :], tokenizer)
+            turn += _next_start(text[len(befores[i]) + len(turn) :], tokenizer)
             found += [Segment(text[at : len(befores[i])], False), Segment(turn, True)]
             at = len(befores[i]) + len(turn)
         return [_stopped([*found, Segment(text[at:], False)], tokenizer)]
@@ -100,8 +104,8 @@ def message_is_trained(message: Message) -> bool:
 
 def turn_end(tokenizer: Tokenizer) -> str:
     """The token that ends the assistant's turns: EOS if the template writes it after an answer, else the first special token
-    that it writes there, else EOS."""
-    return _turn_end(_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token, tuple(tokenizer.markers))
+    that it writes there, else the one that begins the next message (as in GLM 4), else EOS."""
+    return _turn_end(tokenizer)[0]
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
@@ -110,32 +114,63 @@ def end_ids(tokenizer: Tokenizer) -> set[int]:
     return {i for i in (tokenizer.eos_id, end) if i is not None}
 
 
+def _turn_end(tokenizer: Tokenizer) -> tuple[str, bool]:
+    """The end of a turn, and whether the template writes it after the last turn, too."""
+    return _end_in(_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token, tuple(tokenizer.markers))
+
+
 @functools.lru_cache(maxsize=64)
-def _turn_end(template: str, bos_token: str, eos_token: str, markers: tuple[str, ...]) -> str:
-    answer = NONCHARACTERS[0]
-    variables = {"bos_token": bos_token, "eos_token": eos_token}
+def _end_in(template: str, bos_token: str, eos_token: str, markers: tuple[str, ...]) -> tuple[str, bool]:
+    contents = _, answer, _ = NONCHARACTERS[:3]
+    messages = [{"role": "user", "content": content} for content in contents]
+    messages[1]["role"] = "assistant"
+    messages = [_in_parts(message) for message in messages] if _takes_parts(template) else messages
+    variables = _OPTIONS | {"bos_token": bos_token, "eos_token": eos_token}
     try:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        messages = [_in_parts(message) for message in messages] if _takes_parts(template) else messages
-        after = _compile(template).render(messages=messages, **variables, **_OPTIONS).partition(answer)[2]
+        last, later = (_compile(template).render(messages=messages[:n], **variables) for n in (2, 3))
     except (jinja2.TemplateError, TypeError, ValueError):
-        return eos_token
+        return eos_token, True
+    after = last.partition(answer)[2]
     found = [marker for marker in markers if marker and marker in after]
-    return (
-        eos_token
-        if eos_token in found or not found
-        else min(found, key=lambda marker: (after.index(marker), -len(marker)))
-    )
+    if found:
+        first = min(found, key=lambda marker: (after.index(marker), -len(marker)))
+        return eos_token if eos_token in found else first, True
+    before, after = (later.partition(content)[2] for content in contents[:2])
+    starts = [marker for marker in markers if marker and after.startswith(marker) and not before.startswith(marker)]
+    return max(starts, key=len, default=eos_token), False
+
+
+def _next_start(rest: str, tokenizer: Tokenizer) -> str:
+    """The special token that begins the next message, where nothing else ends a turn."""
+    end, is_written = _turn_end(tokenizer)
+    if is_written or end == tokenizer.eos_token:
+        return ""
+    return max((marker for marker in tokenizer.markers if rest.startswith(marker)), key=len, default="")
 
 
 # ---- Finding turns -----------------------------------------------------------------------------------------------------
 
 
-def _prompt_before(messages: list[Message], i: int, tokenizer: Tokenizer, tools: list | None) -> str:
+def _prompt_before(messages: list[Message], i: int, after: str, tokenizer: Tokenizer, tools: list | None) -> str:
     """The prompt of generation that message `i` answers. Before a greeting it is what the template writes before it."""
-    if any(message["role"] not in ("system", "developer") for message in messages[:i]):
-        return _render(messages[:i], tokenizer, tools, prompt=True)
-    return _around(messages[: i + 1], tokenizer, tools)[0]
+    if all(message["role"] in ("system", "developer") for message in messages[:i]):
+        return _around(messages[: i + 1], tokenizer, tools)[0]
+    prompt = _render(messages[:i], tokenizer, tools, prompt=True)
+    header = _header(_template(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
+    # After a tool's answer Gemma 4 has no header in its prompts, but one in a conversation.
+    return prompt + header if not prompt.endswith(header) and after.startswith(prompt + header) else prompt
+
+
+@functools.lru_cache(maxsize=64)
+def _header(template: str, bos_token: str, eos_token: str) -> str:
+    """What a prompt of generation ends in, after a question."""
+    message = {"role": "user", "content": NONCHARACTERS[0]}
+    variables = _OPTIONS | {"messages": [_in_parts(message) if _takes_parts(template) else message]}
+    variables |= {"bos_token": bos_token, "eos_token": eos_token}
+    with contextlib.suppress(jinja2.TemplateError, TypeError, ValueError):
+        without, text = (_compile(template).render(variables | {"add_generation_prompt": on}) for on in (False, True))
+        return text.removeprefix(without)
+    return ""
 
 
 def _around(messages: list[Message], tokenizer: Tokenizer, tools: list | None) -> tuple[str, str]:
@@ -153,15 +188,16 @@ def _answer_alone(
     messages: list[Message], before: str, after: str, tokenizer: Tokenizer, tools: list | None
 ) -> list[Segment]:
     """An example of the last message alone, after the prompt that generation gives."""
-    start, end = _around(messages, tokenizer, tools)
-    if _is_cut(messages[-1], after):
+    is_cut = _is_cut(messages[-1], after)
+    start, end = ("", "") if after.startswith(before) and not is_cut else _around(messages, tokenizer, tools)
+    if is_cut:
         # The thoughts that a template cuts out are what is to be learnt. Mostly the prompt begins them: `<think>` is in both.
         content = messages[-1]["content"]
         shared = max((n for n in range(1, len(content) + 1) if before.endswith(content[:n])), default=0)
         answer = content[shared if content[:shared].strip() else 0 :] + end
     elif after.startswith(before):
         answer = after[len(before) :]
-    elif after.startswith(start):
+    elif after.startswith(start) and not any(messages[-1].get(name) for name in THOUGHTS):
         answer = after[len(start) :]
     else:
         shared = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
@@ -180,59 +216,73 @@ def _marked_segments(messages, answers, trained, tokenizer: Tokenizer, tools: li
     opened, closed = marks = _unused(2, messages, tools)
     text = _render(messages, tokenizer, tools, marks=marks)
     turn = f"({opened}.*?{closed}(?:{re.escape(tokenizer.eos_token)})?)"  # some templates leave the end token outside
-    parts, turns = [], iter(answers)
-    marked = sum(part.startswith(opened) for part in re.split(turn, text, flags=re.DOTALL))
-    if marked != len(answers) and len(trained) < len(answers):
-        raise UserError("the chat template's {% generation %} tags do not tell which turn is not to be trained")
+    marked, turns = text.count(opened), list[int]()
+    if len(trained) < len(
+        answers
+    ):  # a turn may have several tags: those that the text has more with it than without it
+        for i in answers:
+            count = _render(messages[: i + 1], tokenizer, tools, marks=marks).count(opened)
+            turns += [i] * (count - len(turns))
+        if len(turns) != marked:
+            raise UserError("the chat template's {% generation %} tags do not tell which turn is not to be trained")
+    parts, turn_of = [], iter(turns or [trained[0]] * marked)
     for part in filter(None, re.split(turn, text, flags=re.DOTALL)):
-        is_trained = part.startswith(opened) and (marked != len(answers) or next(turns) in trained)
+        is_trained = part.startswith(opened) and next(turn_of) in trained
         parts.append(Segment(part.replace(opened, "").replace(closed, ""), is_trained))
     return _stopped(parts, tokenizer)
 
 
 def _until_end(turn: str, tokenizer: Tokenizer) -> str:
     """A turn up to its end token: ChatML and others put a line break after it."""
-    end = turn_end(tokenizer)
-    if end and end in turn:
+    end, is_written = _turn_end(tokenizer)
+    if is_written and end in turn:  # not one that only stands in an answer
         return turn[: turn.rindex(end) + len(end)]
     return turn.rstrip() if _has_end(turn, tokenizer) else turn
 
 
 def _has_end(text: str, tokenizer: Tokenizer) -> bool:
     """Whether the text ends with a special token, which tells the model to stop."""
-    return text.rstrip().endswith(tuple(tokenizer.markers))
+    end, is_written = _turn_end(tokenizer)
+    return text.rstrip().endswith(tuple(tokenizer.markers) if is_written else (end, tokenizer.eos_token))
 
 
 def _stopped(parts: list[Segment], tokenizer: Tokenizer) -> list[Segment]:
-    """The segments, with EOS added where the template leaves the assistant's last turn without an end token."""
+    """The segments, with an end added where the template leaves the assistant's last turn without one."""
     last = max(i for i, part in enumerate(parts) if part.trained)
     if _has_end(parts[last].text, tokenizer) or any(part.text.strip() for part in parts[last + 1 :]):
         return parts
-    return [*parts[: last + 1], Segment(tokenizer.eos_token, True)]
+    return [*parts[: last + 1], Segment(turn_end(tokenizer), True)]
 
 
 def _refuse_dropped(messages: list[Message], tokenizer: Tokenizer, tools: list | None) -> None:
-    """Refuse what a template leaves out without a word: tools, calls of tools, and messages of rarer roles."""
+    """Refuse what a template leaves out without a word: tools, calls of tools, thoughts, and messages of rarer roles."""
 
-    def changes(changed: list[Message], other_tools: list | None = tools) -> bool:
-        return _render(messages, tokenizer, tools) != _render(changed, tokenizer, other_tools)
+    def is_shown(i: int, **other) -> bool:
+        """Whether the text changes with these fields of message `i`. Some templates show them only in the last message (Qwen
+        3's thoughts), or in a prompt (Mistral's system message)."""
+        message = {name: value for name, value in (messages[i] | other).items() if value is not None}
+        changed = [*messages[:i], message, *messages[i + 1 :]]
+        try:
+            return any(
+                _render(messages[:end], tokenizer, tools) != _render(changed[:end], tokenizer, tools)
+                for end in (next((j for j in answers if j > i), i + 1), len(messages), i + 1)
+            )
+        except UserError:  # it is missed
+            return True
 
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     dropped = []
-    if tools and not changes(messages, None):
+    if tools and _render(messages, tokenizer, tools) == _render(messages, tokenizer):
         dropped.append("'tools'")
     for i, message in enumerate(messages):
-        if message.get("tool_calls") and not changes(
-            [
-                *messages[:i],
-                {**message, "tool_calls": None, "content": message.get("content") or ""},
-                *messages[i + 1 :],
-            ]
-        ):
+        if message.get("tool_calls") and not is_shown(i, tool_calls=None, content=message.get("content") or ""):
             dropped.append(f"'messages[{i}].tool_calls'")
-        if message["role"] not in ("system", "user", "assistant") and message.get("content"):
-            (mark,) = _unused(1, messages, tools)
-            if not changes([*messages[:i], {**message, "content": mark}, *messages[i + 1 :]]):
-                dropped.append(f"'messages[{i}]' of the role {message['role']}")
+        thoughts = [name for name in THOUGHTS if message.get(name)]
+        if thoughts and not is_shown(i, **dict.fromkeys(thoughts)):
+            dropped.append(f"'messages[{i}].{thoughts[0]}'")
+        is_rare = message["role"] not in ("user", "assistant") and message.get("content")
+        if is_rare and not is_shown(i, content=_unused(1, messages, tools)[0]):
+            dropped.append(f"'messages[{i}]' of the role {message['role']}")
     if dropped:
         raise UserError(f"the chat template does not show {', '.join(dropped)}; remove them or use another template")
 
@@ -262,6 +312,7 @@ def _render(
 ) -> str:
     """`marks`: what stands before and after the text that a `{% generation %}` tag encloses."""
     template = _compile(_template(tokenizer))
+    messages = [_with_thoughts(message) for message in messages]
     if _takes_parts(_template(tokenizer)):
         messages = [_in_parts(message) for message in messages]
     variables = {"tools": tools or None, "add_generation_prompt": prompt, "opened": marks[0], "closed": marks[1]}
@@ -288,6 +339,12 @@ def _takes_parts(template: str) -> bool:
 
 def _in_parts(message: Message) -> Message:
     return message | {"content": [{"type": "text", "text": message["content"]}]} if message.get("content") else message
+
+
+def _with_thoughts(message: Message) -> Message:
+    """A message with its thoughts under each name that a template may read, as transformers gives them."""
+    thoughts = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 def _with_arguments_as_text(messages: Sequence[Message]) -> list[Message]:

@@ -100,7 +100,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILIES or (classes and classes != [FAMILIES[family]]):
         supported = ", ".join(f"{name} with {known}" for name, known in FAMILIES.items())
         said = f"model_type {json.dumps(family)} with architectures {json.dumps(classes)}"
-        raise UserError(f"{where}: {said} is not supported; supported: {supported}")
+        raise UserError(f"{where}: {said} is not supported; supported: {supported}; give a base of one of these")
     given = ABSENT[family] | fields
     take = _Fields(given)
     embed, heads = take.size("hidden_size"), take.size("num_attention_heads")
@@ -244,7 +244,9 @@ class _Fields:
                 continue
             if name == "quantization_config" and _is_left_over(value):
                 continue
-            if name not in FIXED:
+            if name in ("quantization", "quantization_config"):
+                problems.append(f"{name} = {_brief(value)} is not supported: give the base's weights in 16 or 32 bits")
+            elif name not in FIXED:
                 problems.append(f"{name} = {_brief(value)} is not supported")
             elif value != FIXED[name]:
                 problems.append(f"{name} = {_brief(value)} is not supported (only {json.dumps(FIXED[name])})")

@@ -59,9 +59,10 @@ def describe_data(config: Config, inputs: RunInputs) -> str:
     """The examples, and how many rows and tokens a step and an epoch have."""
     rows, steps, batch = inputs.rows, inputs.steps, config.train.batch_size
     packed = "packed" if config.data.packing else "one example each"
+    cut = "truncated to" if config.data.overflow == "truncate" else "in chunks of"
     lines = [
         f"{name:<10} {len(found.examples):,} examples ({inputs.format}), {found.tokens:,} tokens, {found.trained_tokens:,} trained on; "
-        f"{found.truncated:,} truncated to {config.data.max_length}, {found.dropped:,} dropped with nothing to train on"
+        f"{found.truncated:,} {cut} {config.data.max_length}, {found.dropped:,} dropped with nothing to train on"
         for name, found in (("data", inputs.train), ("held out", inputs.held_out))
         if found
     ]
@@ -83,7 +84,7 @@ def costly(config: Config, inputs: RunInputs) -> list[str]:
         if not found:
             continue
         kept, cut, dropped = len(found.examples), found.truncated, found.dropped
-        if cut > 0.1 * kept:
+        if cut > 0.1 * kept and config.data.overflow == "truncate":
             share = f"{100 * cut / kept:.0f} % of the {name} examples"
             notes.append(f"{share} are cut to {length} tokens and lose their ends: raise config.data.max_length")
         if dropped > 0.01 * (kept + dropped):

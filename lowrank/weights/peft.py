@@ -5,8 +5,8 @@ lora_b. Its settings choose modules, ranks and alphas by lists, regexes and patt
 evaluated for every module of the base, which gives one table of ranks and alphas; factors of a smaller rank than their
 target's largest are padded with zeros. mlx-lm's settings become PEFT's; its factors lie as ours do.
 
-Left out, and refused by name: DoRA, trained biases, adapters on embeddings and the head, modules saved whole (unless they
-are the base's own), and initial weights that were taken out of the base.
+Left out, and refused by name: DoRA, adapters on embeddings and the head, biases and modules saved whole (unless they are
+the base's own), and initial weights that were taken out of the base.
 """
 
 import json
@@ -32,6 +32,7 @@ TENSORS_MLX = "adapters.safetensors"
 KEY = "base_model.model.{module}.lora_{factor}.weight"
 KEY_MLX = "{module}.lora_{factor}"  # lora_a [in, rank], lora_b [rank, out]
 KEY_PATTERN = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d{1,3})\.")  # a longer number means a damaged key
+BIAS_PATTERN = re.compile(r"base_model\.model\.model\.layers\.(\d{1,3})\.(\w+)\.(\w+)\.(?:base_layer\.)?bias")
 # What PEFT saves along where the vocabulary was resized, or as modules_to_save, often unchanged.
 SAVED_ALONG = {
     "embed_tokens": "base_model.model.model.embed_tokens.weight",
@@ -43,7 +44,7 @@ BLOCKS = {target: "self_attn" if target in TARGETS[:4] else "mlp" for target in 
 SUPPORTED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
-    "bias": ("none", "all", "lora_only"),  # a bias that was trained is a tensor, and refused as one
+    "bias": ("none", "all", "lora_only"),  # the tensors tell whether one was trained
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # other ways may have changed the base
 }
 HARMLESS = (
@@ -127,7 +128,9 @@ def read_peft(
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     fields = _mlx_fields(settings, folder / CONFIG) if mlx else _check_fields(settings, folder / CONFIG)
     if file is None:
-        lacks = f"has no {TENSORS_MLX}" if mlx else f"has neither {TENSORS} nor {TENSORS_BIN}"
+        lacks = (
+            f"is an adapter of mlx-lm without its {TENSORS_MLX}" if mlx else f"has neither {TENSORS} nor {TENSORS_BIN}"
+        )
         raise UserError(f"{folder}: {lacks}; fetch or export the adapter again")
     problems: list[str] = []
     tensors = open_file(file, problems)
@@ -174,7 +177,16 @@ def _saved_along(fields: dict[str, Any], tensors: dict[str, Tensor], base: Base 
             problems.append(f"{key} is {list(saved.shape)} and the base's own {list(own)}: another vocabulary")
         elif not _is_same(saved, leaf, is_kernel):
             problems.append(f"{key} is saved whole and is not the base's own: it was trained, which is not supported")
-    return problems
+    trained = []
+    projections = base.params["layers"] if base else {}
+    biases = {key: match for key in tensors if (match := BIAS_PATTERN.fullmatch(key))}
+    for key, match in biases.items():
+        layer, block, target = match.groups()
+        leaf = projections.get(block, {}).get(target, {}).get("bias")
+        is_known = leaf is not None and int(layer) < leaf.shape[0]
+        if is_known and not _are_equal(tensors.pop(key).whole(), leaf[int(layer)]):
+            trained.append(key)
+    return problems + ([f"{group_layers(trained)} was trained, which is not supported"] if trained else [])
 
 
 def _is_same(tensor: Tensor, leaf: StoredLeaf, is_kernel: bool) -> bool:
@@ -184,9 +196,13 @@ def _is_same(tensor: Tensor, leaf: StoredLeaf, is_kernel: bool) -> bool:
         saved = tensor.read((band, slice(0, columns)))
         index = (slice(0, columns), band) if is_kernel else (band, slice(0, columns))
         own = leaf.read(index, leaf.dtype).T if is_kernel else leaf.read(index, leaf.dtype)
-        if not (np.array_equal(saved, own.astype(saved.dtype)) or np.array_equal(saved.astype(own.dtype), own)):
+        if not _are_equal(saved, own):
             return False
     return True
+
+
+def _are_equal(saved: np.ndarray, own: np.ndarray) -> bool:
+    return np.array_equal(saved, own.astype(saved.dtype)) or np.array_equal(saved.astype(own.dtype), own)
 
 
 # ---- mlx-lm: a free scale instead of an alpha, and the last layers instead of patterns
@@ -371,6 +387,9 @@ def _read_json(path: paths.Path) -> dict[str, Any]:
 
 def _check_fields(fields: dict[str, Any], path: paths.Path) -> dict[str, Any]:
     """PEFT's settings, each understood, harmless or off. UserError lists all that are not."""
+    if (kind := fields.get("peft_type")) not in (None, "LORA"):  # its other fields are another method's
+        said = f"{path}: peft_type = {json.dumps(kind)} is not supported, it is another method than LoRA"
+        raise UserError(f'{said}; give an adapter whose peft_type is "LORA"')
     problems = [
         f"{name} = {json.dumps(value)} is not supported"
         for name, value in fields.items()

@@ -151,16 +151,6 @@ def test_an_answer_follows_the_prompt_of_generation_although_the_template_cuts_t
         assert parts[0].text.endswith("assistant\n<think>\n")
 
 
-def test_nothing_in_a_message_moves_the_mask(char_tokenizer):
-    tricks = [{"role": "user", "content": "a\ufdd0b\ufdd1"}, {"role": "assistant", "content": "\ufdd1c\ufdd0"}]
-    parts = segments({"messages": tricks}, "chat", char_tokenizer(chat_template=GENERATION))
-    assert parts == [
-        Segment("<|im_start|>user\na\ufdd0b\ufdd1<|im_end|>\n<|im_start|>assistant\n", False),
-        Segment("\ufdd1c\ufdd0<|im_end|>", True),
-        Segment("\n", False),
-    ]
-
-
 @pytest.mark.parametrize("template", [CHATML, GENERATION])
 @pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}])
 def test_a_turn_that_says_so_is_not_trained(char_tokenizer, template, off):
@@ -179,6 +169,59 @@ def test_tools_are_shown_or_refused_by_name(char_tokenizer):
     calls = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(UserError, match=r"does not show 'tools', 'messages\[1\].tool_calls'; remove them"):
         segments({"messages": calls, "tools": tools}, "chat", char_tokenizer(chat_template=CHATML))
+
+
+def test_thoughts_are_read_under_any_name_or_refused(char_tokenizer):
+    thinks = CHATML.replace("m.content", "('(' + m.thinking + ')' if m.thinking and loop.last else '') + m.content")
+    messages = [CHAT[0], CHAT[1] | {"reasoning_content": "hm"}, CHAT[2], CHAT[3] | {"reasoning": "hem"}]
+    examples = examples_of({"messages": messages}, "chat", char_tokenizer(chat_template=thinks))
+    trained = [[part.text for part in parts if part.trained] for parts in examples]
+    assert trained == [["(hm)Ho<|im_end|>"], ["(hem)No<|im_end|>"]]
+    with pytest.raises(
+        UserError, match=r"not show 'messages\[1\].reasoning_content', 'messages\[3\].reasoning'; remove"
+    ):
+        segments({"messages": messages}, "chat", char_tokenizer(chat_template=CHATML))
+
+
+def test_a_system_message_is_shown_or_refused(char_tokenizer):
+    messages = [{"role": "system", "content": "Sys"}, *CHAT[:2]]
+    drops = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    with pytest.raises(UserError, match=r"does not show 'messages\[0\]' of the role system"):
+        segments({"messages": messages}, "chat", char_tokenizer(chat_template=drops))
+    # As Mistral's: it stands before the last question, so in a prompt and never before an answer.
+    prompts = drops.replace(
+        "m.content", "(messages[0].content + '|' if loop.last and m.role == 'user' else '') + m.content"
+    )
+    parts = segments({"messages": messages}, "chat", char_tokenizer(chat_template=prompts))
+    assert parts[0].text == "<|im_start|>user\nSys|Hi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_where_nothing_else_ends_a_turn_the_start_of_the_next_does(char_tokenizer):
+    # As GLM 4's.
+    starts = (
+        "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}{{ m.content }}{% endfor %}"
+    )
+    starts += "{% if add_generation_prompt %}<|im_end|>{% endif %}"
+    tokenizer = char_tokenizer(chat_template=starts)
+    parts = segments({"messages": CHAT}, "chat", tokenizer)
+    assert "".join(part.text for part in parts if part.trained) == "Ho<|im_start|>No<|im_start|>"
+    assert end_ids(tokenizer) == {2, 3}
+
+
+def test_a_header_that_only_a_conversation_has_is_not_trained(char_tokenizer):
+    # As Gemma 4's after a tool's answer.
+    template = CHATML.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1].role != 'tool'")
+    messages = [*CHAT[:2], {"role": "tool", "content": "42"}, CHAT[3]]
+    parts = segments({"messages": messages}, "chat", char_tokenizer(chat_template=template))
+    assert [part.text for part in parts if part.trained] == ["Ho<|im_end|>", "No<|im_end|>"]
+
+
+def test_of_a_turn_with_several_tags_each_is_left_out(char_tokenizer):
+    tag = "{% generation %}{{ m.content[:1] }}{% endgeneration %}{% generation %}{{ m.content[1:] }}<|im_end|>"
+    template = GENERATION.replace("{% generation %}{{ m.content }}<|im_end|>", tag)
+    messages = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
+    parts = segments({"messages": messages}, "chat", char_tokenizer(chat_template=template))
+    assert [part.text for part in parts if part.trained] == ["N", "o<|im_end|>"]
 
 
 def test_a_chat_may_begin_with_the_assistant(char_tokenizer):

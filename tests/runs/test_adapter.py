@@ -90,6 +90,10 @@ def test_what_a_run_wastes_is_said_before_it_begins():
         "config.train.epochs=1 is less than one batch of 8 rows, which repeats examples: lower config.train.batch_size, "
         "or set config.train.steps",
     ]
+    chunks = Config(data=DataConfig(max_length=32, overflow="chunk"), train=steps, eval=EvalConfig(every=5))
+    assert (
+        report.costly(chunks, types.SimpleNamespace(train=found(9, 9, 0), held_out=None, rows=9)) == []
+    )  # nothing is lost
 
 
 @pytest.mark.slow

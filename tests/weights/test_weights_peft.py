@@ -160,6 +160,13 @@ def test_settings_that_are_not_understood_are_refused_by_name(written):
     )
 
 
+def test_another_method_than_lora_is_named_alone(written):
+    path = written[0] / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "VERA", "r": 256, "d_initial": 0.1}))
+    said = "is not supported, it is another method than LoRA"
+    assert refusal(written[0]) == f'{path}: peft_type = "VERA" {said}; give an adapter whose peft_type is "LORA"'
+
+
 def test_keys_that_match_nothing_are_refused_with_all_names(written):
     """The commonest complaint about the peers: a wrong prefix that loads as a silent no-op."""
     path = written[0] / "adapter_model.safetensors"

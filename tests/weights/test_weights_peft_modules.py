@@ -270,6 +270,24 @@ def test_tables_and_biases_that_were_trained_are_refused_by_name(base, tmp_path)
     ) in str(error.value)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_saved_along_are_the_bases_own_or_refused_by_name(tmp_path, bias):
+    model = torch_llama.make(attention_bias=True)
+    opened = read_base(torch_llama.saved(model, tmp_path / "base"))
+    model = adapted({"target_modules": ["q_proj"], "bias": bias}, base=model)
+    model.save_pretrained(tmp_path / "own")
+    assert any(name.endswith(".bias") for name in load_file(tmp_path / "own" / "adapter_model.safetensors"))
+    assert read_peft(tmp_path / "own", base=opened)[1].targets == ("q_proj",)
+    with torch.no_grad():
+        for layer in model.get_base_model().model.layers[1:]:
+            layer.self_attn.q_proj.base_layer.bias += 1
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(
+        UserError, match=r": base_model\.\S+\.layers\.\{1,2\}\.\S+\.q_proj\.\S+\.bias was trained, which is not"
+    ):
+        read_peft(tmp_path / "trained", base=opened)
+
+
 @pytest.fixture
 def mlx(tmp_path):
     """An adapter as mlx-lm saves it, on the last two of three layers: y = x W + scale · (x lora_a) lora_b."""
