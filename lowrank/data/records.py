@@ -105,6 +105,9 @@ def find_format(path: paths.Path, row: files.Row, columns: Columns | None = None
     if not isinstance(fields, dict):
         raise UserError(f"{path}, {row.where}: a record is a JSON object, this is {_kind(fields)}")
     found = _recognized(fields, columns)
+    asked = {NOT_SUPPORTED[name]: name for name in fields if name in NOT_SUPPORTED}
+    if found is None and asked:
+        raise UserError(f"{path} has {' and '.join(asked)} (field {', '.join(asked.values())}), which is not supported")
     if found is None:
         having = "; ".join(f"{name}: {', '.join(FIELDS[name][0])}" for name in FORMATS)
         raise UserError(
@@ -133,6 +136,11 @@ def _names(field: str, columns: Columns | None) -> tuple[str, ...]:
 def _checked_rows(path, rows, first, format: str, columns: Columns | None, system: str | None) -> Iterator[Record]:
     if files.is_text(path) and format != "text":
         raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
+    is_other = isinstance(first.fields, dict) and not _has_all(first.fields, format, columns)
+    if is_other and (other := _recognized(first.fields, columns)) not in (None, format):
+        raise UserError(
+            f"{path} has the fields {', '.join(first.fields)}: those of data.format={other!r}, not of {format!r}; say that, or 'auto'"
+        )
     problems, ignored = [], dict[str, None]()
     names = {field: _names(field, columns) for field in sum(FIELDS[format], ())}
     for row in rows:
@@ -141,10 +149,6 @@ def _checked_rows(path, rows, first, format: str, columns: Columns | None, syste
         problems += [(row.where, problem) for problem in found]
         if not problems:
             yield Record(fields, row.where, format)
-    other = _recognized(first.fields, columns) if problems and isinstance(first.fields, dict) else None
-    if other not in (None, format):
-        where, problem = problems[0]
-        problems[0] = (where, f"{problem} (the fields are those of data.format={other!r}: say that, or 'auto')")
     refuse(path, problems)
     if ignored:
         warnings.warn(f"{path}: ignored: {', '.join(ignored)}", stacklevel=2)

@@ -240,13 +240,17 @@ def test_the_system_message_of_the_config_is_that_of_records_without_one(tmp_pat
 @pytest.mark.parametrize(
     ("record", "format", "message"),
     [
-        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "auto", "fields prompt, chosen, rejected.*of no format"),
+        (
+            {"prompt": "Q", "chosen": "A", "rejected": "B"},
+            "auto",
+            r"has preference data \(field rejected\), which is not supported",
+        ),
         ({"prompt": "Q", "completion": "A", "rejected": "B"}, "auto", "'rejected' is not supported: preference data"),
         ({"messages": [QUESTION], "chosen": "A"}, "auto", "'chosen' is not supported"),
         (
             {"messages": [QUESTION, ANSWER]},
             "alpaca",
-            r"'instruction' is missing \(found: messages\).*those of data.format='chat'",
+            "has the fields messages: those of data.format='chat', not of 'alpaca'",
         ),
         ({"text": "a", "tools": [1]}, "auto", "field 'tools' has no meaning in the text format"),
         (
