@@ -30,7 +30,13 @@ flags.DEFINE_integer("search_most", 12, "With --search: compile no more than so 
 flags.DEFINE_float("tokens", None, "Also say what training on so many tokens takes.", lower_bound=1)
 flags.DEFINE_float("price_per_chip_hour", None, "Dollars, in place of the list price.", lower_bound=0)
 flags.DEFINE_string("json", None, "Also write the plan's numbers into this file.")
-flags.DEFINE_float("efficiency", None, "The share of the roofline that is taken to be reached; default: 0.5.", 0.01, 1)
+flags.DEFINE_float(
+    "efficiency",
+    None,
+    "The share of the roofline that is taken to be reached; default: as the compiler's cycles say, else 0.5.",
+    0.01,
+    1,
+)
 FLAGS = flags.FLAGS
 
 

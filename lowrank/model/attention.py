@@ -120,7 +120,8 @@ class Attention(nn.Module):
             q = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.norm_eps, self.param_dtype, "head_dim", name="k_norm")(k)
         scale = 1 / math.sqrt(c.head_dim)
-        q, k = rotate(q, *(part * scale for part in rotary)), rotate(k, *rotary)
+        with jax.named_scope("rotary"):  # the names are read by planning/cycles.py
+            q, k = rotate(q, *(part * scale for part in rotary)), rotate(k, *rotary)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             at = (layer.cache_index, 0, 0, slot, 0)
@@ -133,7 +134,8 @@ class Attention(nn.Module):
                 from_bits(jax.lax.dynamic_index_in_dim(held, layer.cache_index, keepdims=False), self.dtype)
                 for held in cache
             )
-        y = attend(self.backend, q, k, v, mask, slot, layer.window, c.windows)
+        with jax.named_scope("attend"):
+            y = attend(self.backend, q, k, v, mask, slot, layer.window, c.windows)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         gain = 1 / math.sqrt(2 * c.layers)  # so that the sum of all blocks starts with a variance of about 1
         return Projection(*parts, ("heads", "embed"), gain, name="o_proj")(y, layer.adapters, deterministic), cache

@@ -20,6 +20,7 @@ class Chip(NamedTuple):
     bandwidth: float
     link: float
     topologies: tuple[str, ...]  # the slices that exist, smallest first
+    clock: float | None = None  # Hz, of the compiler's cycles; None: not known
     devices: int = 1  # as which JAX sees one chip; the other numbers are those of all of them together
     full_torus: int = 4  # a slice's dimensions are rings if all of them are multiples of this
 
@@ -31,11 +32,11 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # https://cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 819 GB/s, 400 GB/s in both directions over 4 ports.
-        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 400e9 / 8, _2D, full_torus=16),
+        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 400e9 / 8, _2D, 1.503e9, full_torus=16),
         # https://cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 1600 GB/s (1640 in older versions), 800 GB/s over 4 ports.
-        Chip("v6e", 918e12, int(31.25 * GIB), 1600e9, 800e9 / 8, _2D, full_torus=16),
+        Chip("v6e", 918e12, int(31.25 * GIB), 1600e9, 800e9 / 8, _2D, 1.751e9, full_torus=16),
         # https://cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 2765 GB/s, 1200 GB/s over 6 ports.
-        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 1200e9 / 12, _3D),
+        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 1200e9 / 12, _3D, 1.751e9),
         # https://cloud.google.com/tpu/docs/tpu7x: 2307 TFLOP/s, 7380 GB/s, 1200 GB/s over 6 ports; two devices a chip.
         Chip("tpu7x", 2307e12, int(2 * 94.75 * GIB), 7380e9, 1200e9 / 12, _3D, devices=2),
     )

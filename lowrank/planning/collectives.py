@@ -1,7 +1,6 @@
 """A compiled program's text -> its collectives: kind, shapes, who takes part, how often, and the bytes over a chip's links.
 
-The text is XLA's optimized HLO (`jit(f).lower(…).compile().as_text()`), of CPUs and TPUs alike. It has the body of a scan
-once, so the program is walked from its entry and every loop's trips are multiplied. Of a conditional, the branch with the
+The program (planning/hlo.py) is walked from its entry, and every loop's trips are multiplied. Of a conditional, the branch with the
 most bytes counts, which makes the result an upper bound. What the text repeats counts once: a TPU spreads one asynchronous
 gather over several fusions with the same channel, and a `-start` has its `-done`.
 
@@ -9,12 +8,13 @@ Bytes are those of ring algorithms, whatever the machine uses; what overlaps wit
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
 
 import numpy as np
+
+from lowrank.planning.hlo import Instruction, Program
 
 # kind -> bytes that a chip of a ring of n sends, over the bytes of its result
 SENT_SHARE = {
@@ -27,11 +27,7 @@ SENT_SHARE = {
     "collective-broadcast": lambda n: n > 1,
 }
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) (([a-z][\w\-]*)\(.*)$")
 _ARRAY = re.compile(r"\b([a-z]\d*[a-z]*\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +54,8 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of one run of the program, in the order of the walk. ValueError for text that cannot be parsed."""
-    program = _Program(text)
-    return program.walk(program.entry)
+    program = Program(text)
+    return _walk(program, program.entry, {})
 
 
 def totals(found: list[Collective]) -> dict[str, tuple[int, float]]:
@@ -76,116 +72,54 @@ def dtype_bytes(dtype: str) -> float:
     return 1 if dtype == "pred" else _numbers(dtype)[0] / 8
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    result: str  # its type, as text
-    rest: str  # opcode, operands and attributes, as text
-    opcode: str
-
-    def attribute(self, pattern: str) -> str:
-        """The first group of the pattern; empty where it does not match."""
-        match = re.search(pattern, self.rest)
-        return match[1] if match else ""
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
-
-    @property
-    def called(self) -> dict[str, str]:
-        """The computations that it calls, by the attribute that names them."""
-        return dict(_CALLED.findall(self.rest))
-
-
-class _Program:
-    """The text, cut into computations; `walk` follows what calls what."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, list[_Instruction]] = {}
-        self.entry = ""
-        current: list[_Instruction] = []
-        for line in text.splitlines():
-            if header := _COMPUTATION.match(line):
-                current = self.computations[header[2]] = []
-                self.entry = header[2] if header[1] else self.entry
-            elif found := _INSTRUCTION.match(line):
-                current.append(_Instruction(*found.groups()))
-        if not self.entry:
-            raise ValueError("this is no HLO text: it has no ENTRY computation")
-
-    @functools.cache  # noqa: B019 (a program lives as long as its walk)
-    def walk(self, computation: str) -> list[Collective]:
-        """The collectives of one run of the computation."""
-        own: dict[str, Collective] = {}
-        inner: list[Collective] = []
-        for instruction in self._unfused(computation):
-            kind, called = instruction.opcode.removesuffix("-start"), instruction.called
-            if kind in SENT_SHARE:
-                one = _collective(kind, instruction)
-                own.setdefault(one.channel, one)
-            elif kind == "while":
-                if body := self.walk(called["body"]):
-                    trips = self._trips(instruction, computation)
-                    inner += [dataclasses.replace(one, times=one.times * trips) for one in body]
-            elif kind in ("call", "async"):
-                inner += self.walk(called.get("to_apply") or called["calls"])
-            elif kind == "conditional":
-                names = _BRANCHES.search(instruction.rest)
-                branches = re.findall(r"[\w.\-]+", names[1]) if names else called.values()
-                inner += max(map(self.walk, branches), key=lambda walk: sum(one.link_bytes for one in walk))
-        # An asynchronous gather that begins here may continue inside a loop of this computation: it is still one.
-        return [*own.values(), *(one for one in inner if one.channel not in own)]
-
-    def _unfused(self, computation: str) -> Iterator[_Instruction]:
-        """The computation's instructions, fusions replaced by what they fuse."""
-        for instruction in self.computations[computation]:
-            if instruction.opcode != "fusion":
-                yield instruction
-                continue
-            fused = instruction.called["calls"]
-            for inner in self._unfused(fused):
-                if fused.startswith("all-reduce-scatter") and inner.opcode == "all-reduce":  # a TPU's reduce-scatter
-                    inner = dataclasses.replace(inner, opcode="reduce-scatter", result=instruction.result)
-                yield inner
-
-    def _trips(self, loop: _Instruction, caller: str) -> int:
-        """As XLA says, or from the counter's start, its limit (the condition is `counter < limit`) and its step."""
-        if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
-            return int(known)
-        condition, body = loop.called["condition"], loop.called["body"]
-        try:
-            compare = self.computations[condition][-1]
-            if compare.opcode != "compare" or "direction=LT" not in compare.rest:
-                raise LookupError
-            counter, limit = (self._source(condition, operand) for operand in compare.operands)
-            place = int(counter.attribute(r"index=(\d+)"))
-            start = self._source(caller, self._source(caller, loop.operands[0]).operands[place])
-            addition = self._source(body, self.computations[body][-1].operands[place])
-            (step,) = [i for i in (self._source(body, o) for o in addition.operands) if i.opcode == "constant"]
-            first, end, stride = (int(i.attribute(r"constant\((\d+)\)")) for i in (start, limit, step))
-        except (LookupError, ValueError):
-            raise ValueError(f"how often does the loop {loop.name} run? Its counter is not understood") from None
-        return -(-(end - first) // stride)
-
-    def _source(self, computation: str, name: str) -> _Instruction:
-        """What makes the value `name`, behind copies."""
-        by_name = {instruction.name: instruction for instruction in self.computations[computation]}
-        while by_name[name].opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-            name = by_name[name].operands[0]
-        return by_name[name]
+def _walk(program: Program, computation: str, known: dict[str, list[Collective]]) -> list[Collective]:
+    """The collectives of one run of the computation; `known` has those of computations that were walked before."""
+    if computation in known:
+        return known[computation]
+    own: dict[str, Collective] = {}
+    inner: list[Collective] = []
+    for instruction in _unfused(program, computation):
+        kind, called = instruction.opcode.removesuffix("-start"), instruction.called
+        if kind in SENT_SHARE:
+            one = as_collective(kind, instruction)
+            own.setdefault(one.channel, one)
+        elif kind == "while":
+            if body := _walk(program, called["body"], known):
+                trips = program.trips(instruction, computation)
+                inner += [dataclasses.replace(one, times=one.times * trips) for one in body]
+        elif kind in ("call", "async"):
+            inner += _walk(program, called.get("to_apply") or called["calls"], known)
+        elif kind == "conditional":
+            walks = [_walk(program, branch, known) for branch in instruction.branches]
+            inner += max(walks, key=lambda walk: sum(one.link_bytes for one in walk))
+    # An asynchronous gather that begins here may continue inside a loop of this computation: it is still one.
+    known[computation] = [*own.values(), *(one for one in inner if one.channel not in own)]
+    return known[computation]
 
 
-def _collective(kind: str, instruction: _Instruction) -> Collective:
+def _unfused(program: Program, computation: str) -> Iterator[Instruction]:
+    """The computation's instructions, fusions replaced by what they fuse."""
+    for instruction in program.computations[computation].values():
+        if instruction.opcode != "fusion":
+            yield instruction
+            continue
+        fused = instruction.called["calls"]
+        for inner in _unfused(program, fused):
+            if fused.startswith("all-reduce-scatter") and inner.opcode == "all-reduce":  # a TPU's reduce-scatter
+                inner = dataclasses.replace(inner, opcode="reduce-scatter", result=instruction.result)
+            yield inner
+
+
+def as_collective(kind: str, instruction: Instruction) -> Collective:
     shapes = [(dtype, tuple(_numbers(sizes))) for dtype, sizes in _ARRAY.findall(instruction.result)]
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (arguments, results, counters of the hardware)
         shapes = [shape for shape in shapes if shape != ("u32", ())]
         shapes = shapes[len(shapes) // 2 :]
-    op_name, channel = instruction.attribute(r'op_name="([^"]*)"'), instruction.attribute(r"channel_id=(\d+)")
+    op_name, channel = instruction.op_name, instruction.attribute(r"channel_id=(\d+)")
     return Collective(kind, tuple(shapes), _group(kind, instruction), 1, op_name, channel or instruction.name)
 
 
-def _group(kind: str, instruction: _Instruction) -> tuple[int, ...]:
+def _group(kind: str, instruction: Instruction) -> tuple[int, ...]:
     """The first group of devices that take part together; of a permute, the first pair of two different ones."""
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(.*?\})\}"))

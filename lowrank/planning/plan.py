@@ -17,11 +17,13 @@ from lowrank.families.config import ModelConfig
 from lowrank.families.config_json import read_config
 from lowrank.files import hub, paths
 from lowrank.formatting import format_bytes
+from lowrank.model.flops import step_flops
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.parallel.compiling import without_compile_cache
 from lowrank.parallel.mesh import MeshConfig
 from lowrank.planning import prices, roofline
 from lowrank.planning.collectives import Collective, collectives
+from lowrank.planning.cycles import StepTime, step_time
 from lowrank.planning.memory import Memory, step_memory
 from lowrank.planning.roofline import EFFICIENCY, Roofline, Share
 from lowrank.planning.topology import Slice, open_local, open_slice, parse_exhausted
@@ -44,6 +46,7 @@ class Plan:
     excess: float  # bytes above what a device has; 0 or less: it fits
     collectives: list[Collective]
     roofline: Roofline
+    time: StepTime | None  # by the compiler's cycles; None without a program, and for devices whose compiler says none
     program: jax.stages.Compiled | None
 
     @property
@@ -63,7 +66,9 @@ class Result:
     plans: list[Plan]  # best first: those that fit by time, then the others by their excess
     candidates: int | None  # how many a search ranked; None: there was no search
     workloads: list[Workload]
-    efficiency: float  # share of the roofline that a real step is taken to reach
+    efficiency: (
+        float | None
+    )  # share of the roofline that a real step is taken to reach; None: as the compiler's cycles say
     price: float | None  # dollars per chip and hour; None: none is known
     is_list_price: bool
 
@@ -71,10 +76,21 @@ class Result:
     def best(self) -> Plan:
         return self.plans[0]
 
-    def bill(self, workload: Workload, efficiency: float | None = None) -> Bill:
-        """What the workload takes with the best plan, at this share of the roofline (None: the result's)."""
-        seconds = self.best.roofline.seconds / (efficiency or self.efficiency)
-        return workload.bill(self.best.slots, seconds, self.best.slice.chips, self.price)
+    @property
+    def seconds(self) -> float:
+        """Of a step with the best plan, as estimated."""
+        return seconds_of(self.best, self.efficiency)
+
+    def bill(self, workload: Workload, seconds: float | None = None) -> Bill:
+        """What the workload takes with the best plan, at so many seconds a step (None: the estimate)."""
+        return workload.bill(self.best.slots, seconds or self.seconds, self.best.slice.chips, self.price)
+
+
+def seconds_of(plan: Plan, efficiency: float | None) -> float:
+    """Of a step: by the compiler's cycles, or at this share of the roofline, or at `EFFICIENCY` of it where there are no cycles."""
+    if plan.time and efficiency is None:
+        return plan.time.seconds
+    return plan.roofline.seconds / (efficiency or EFFICIENCY)
 
 
 def plan(
@@ -86,7 +102,7 @@ def plan(
     search_most: int = 12,
     tokens: float | None = None,
     price_per_chip_hour: float | None = None,
-    efficiency: float = EFFICIENCY,
+    efficiency: float | None = None,
     progress: bool = False,
 ) -> Result:
     """Compile the config's training step for `topology`, a slice as "v5e:2x4", or "local": this machine's devices.
@@ -119,7 +135,7 @@ def plan(
             plans.append(compiled)
             if progress:
                 print(f"compiled {len(plans)} of {candidates} candidates", file=sys.stderr, flush=True)
-        plans.sort(key=lambda plan: (not plan.fits, plan.roofline.seconds if plan.fits else plan.excess))
+        plans.sort(key=lambda plan: (not plan.fits, seconds_of(plan, efficiency) if plan.fits else plan.excess))
     else:
         plans = [make_plan(config, architecture, slice)]
     is_list_price = price_per_chip_hour is None
@@ -145,14 +161,16 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:
     # The number of steps shapes the learning rate's schedule alone, which no cost depends on.
     step = abstract_step(config, architecture, mesh, config.train.steps or 1000)
     share = Share(config, architecture, *mesh.devices.shape)
-    memory, found, interconnect, program = step_memory(step), [], None, None
+    memory, found, interconnect, time, program = step_memory(step), [], None, None, None
     excess: float = memory.total - slice.memory
     if excess <= 0:
         try:
             # What the cache holds for a TPU cannot be loaded where there is none.
             with contextlib.nullcontext() if slice.name == "local" else without_compile_cache():
                 program = compile_step(step)
-            memory, found = step_memory(step, program), collectives(program.as_text())
+            text = program.as_text()
+            memory, found = step_memory(step, program), collectives(text)
+            time = compiled_time(text, share, slice, mesh)
             interconnect, excess = collective_seconds(found, slice, mesh), memory.total - slice.memory
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -162,7 +180,18 @@ def make_plan(config: Config, architecture: ModelConfig, slice: Slice) -> Plan:
                 raise UserError(f"{slice.name}: the step does not fit, {str(error).splitlines()[0]}") from None
             excess = sizes[0] - sizes[1]
     times = step_roofline(share, slice, interconnect)
-    return Plan(config, architecture, slice, step, memory, excess, found, times, program)
+    return Plan(config, architecture, slice, step, memory, excess, found, times, time, program)
+
+
+def compiled_time(text: str, share: Share, slice: Slice, mesh: Mesh) -> StepTime | None:
+    """By the compiler's cycles; None for devices without them."""
+    if slice.chip.clock is None:
+        return None
+    flops = step_flops(
+        share.architecture, share.config.adapter, share.config.train.batch_size, share.config.data.max_length
+    )
+    attention = flops.attention / (share.data * share.fsdp * share.tensor)
+    return step_time(text, slice.chip, lambda one: collective_seconds([one], slice, mesh), attention)
 
 
 def step_roofline(share: Share, slice: Slice, interconnect: float | None) -> Roofline:

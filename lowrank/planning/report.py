@@ -4,13 +4,18 @@ from lowrank.formatting import format_bytes
 from lowrank.model.flops import step_flops
 from lowrank.planning import prices
 from lowrank.planning.collectives import totals
-from lowrank.planning.plan import Plan, Result
+from lowrank.planning.plan import Plan, Result, seconds_of
+from lowrank.planning.roofline import EFFICIENCY
 
 
 def describe(result: Result) -> str:
     """The ranked table of a search, then the best plan: its memory, collectives, FLOPs, and the estimated time and cost."""
     parts = [] if result.candidates is None else [_search(result)]
-    parts += [describe_part(result.best) for describe_part in (_heading, _memory, _collectives, _flops)]
+    parts += [
+        describe_part(result.best)
+        for describe_part in (_heading, _memory, _collectives, _flops, _time)
+        if describe_part(result.best)
+    ]
     return "\n\n".join([*parts, _estimate(result)])
 
 
@@ -26,7 +31,7 @@ def _search(result: Result) -> str:
         memory = format_bytes(plan.memory.total) if plan.fits else f"+{format_bytes(plan.excess)}"
         lines.append(
             f"  {head:<9}{data:>5}{fsdp:>6}{tensor:>8}{plan.config.remat:>7}{plan.config.train.microbatches:>7}"
-            f"{plan.roofline.seconds:>10.4g}{plan.roofline.bound:>14}{memory:>13}"
+            f"{seconds_of(plan, result.efficiency):>10.4g}{plan.roofline.bound:>14}{memory:>13}"
         )
     return "\n".join(lines)
 
@@ -95,20 +100,46 @@ def _flops(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _time(plan: Plan) -> str:
+    """The step by the compiler's cycles, part by part."""
+    if not (time := plan.time):
+        return ""
+    whole = time.together
+    lines = [
+        f"time of a step on one device by the compiler's cycles, at {(plan.slice.chip.clock or 0) / 1e9:.4g} GHz; floor: the same "
+        "operations at the chip's published peaks",
+        f"  {'':<28}{'seconds':>10}{'share':>8}{'corrected':>11}{'floor':>9}{'TFLOP':>9}{'GB':>9}",
+    ]
+    lines += [
+        f"  {part.name:<28}{part.seconds:>10.4f}{part.seconds / whole.seconds:>8.1%}{part.corrected:>11.4f}{part.floor:>9.4f}"
+        f"{part.flops / 1e12:>9.3g}{part.bytes / 1e9:>9.3g}"
+        for part in (*time.parts, whole)
+    ]
+    lines.append(
+        f"  collectives: {time.hidden:.4g} seconds while something is computed, {time.exposed:.4g} that nothing hides"
+    )
+    if time.unknown:
+        names = ", ".join(f"{name} ({times:,} times)" for name, times in time.unknown.items())
+        lines.append(f"  unknown, and in none of these: {names}")
+    return "\n".join(lines)
+
+
 def _estimate(result: Result) -> str:
-    """Time and cost at the roofline, and at the share of it that a real step is taken to reach."""
-    plan, r, share = result.best, result.best.roofline, result.efficiency
+    """Time and cost at the roofline, and as a real step is taken to be: by the compiler's cycles, or at a share of the roofline."""
+    plan, r = result.best, result.best.roofline
+    by_cycles = plan.time is not None and result.efficiency is None
+    how = "by its cycles" if by_cycles else f"at {result.efficiency or EFFICIENCY:.0%} of it"
     numbers = "what a device here did just now" if plan.slice.name == "local" else "the chip's published numbers"
     lines = [
         f"ESTIMATE, not a measurement: a roofline of {numbers}",
         f"  seconds a step: compute {r.compute:.4g}, memory {r.memory:.4g}, interconnect {r.interconnect:.4g}"
         f"{'' if plan.program else ' (by hand)'}; bound by {r.bound}",
-        f"  {'':<44}{'roofline':>14}{f'at {share:.0%} of it':>14}",
-        f"  {'seconds a step':<44}{r.seconds:>14.4g}{r.seconds / share:>14.4g}",
-        f"  {'token slots a second':<44}{plan.slots / r.seconds:>14,.0f}{plan.slots * share / r.seconds:>14,.0f}",
+        f"  {'':<44}{'roofline':>14}{how:>14}",
+        f"  {'seconds a step':<44}{r.seconds:>14.4g}{result.seconds:>14.4g}",
+        f"  {'token slots a second':<44}{plan.slots / r.seconds:>14,.0f}{plan.slots / result.seconds:>14,.0f}",
     ]
     for workload in result.workloads:
-        best, likely = result.bill(workload, 1.0), result.bill(workload)
+        best, likely = result.bill(workload, r.seconds), result.bill(workload)
         lines.append(f"  {workload.name}: {workload.tokens / 1e6:,.4g}M tokens, {best.steps:,} steps")
         lines.append(f"  {'  hours':<44}{best.hours:>14.4g}{likely.hours:>14.4g}")
         if best.dollars is not None and likely.dollars is not None:
@@ -143,8 +174,17 @@ def record(result: Result) -> dict:
         "bytes": plan.memory._asdict() | {"together": plan.memory.total, "available": plan.slice.memory},
         "excess": plan.excess,
         "collectives": {kind: {"times": n, "sent": sent} for kind, (n, sent) in totals(plan.collectives).items()},
-        "seconds": r._asdict() | {"roofline": r.seconds},
-        "efficiency": result.efficiency,
+        "seconds": r._asdict() | {"roofline": r.seconds, "estimate": result.seconds},
+        "cycles": _time_record(plan),
         "price_per_chip_hour": result.price,
+        "efficiency": result.efficiency,
         "at_efficiency": {workload.name: result.bill(workload)._asdict() for workload in result.workloads},
     }
+
+
+def _time_record(plan: Plan) -> dict | None:
+    if not (time := plan.time):
+        return None
+    rows = {part.name: {name: value for name, value in part._asdict().items() if name != "name"} for part in time.parts}
+    sums = {"seconds": time.seconds, "corrected": time.corrected, "hidden": time.hidden, "exposed": time.exposed}
+    return sums | {"parts": rows, "unknown": time.unknown}

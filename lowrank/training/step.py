@@ -84,7 +84,8 @@ def loss_sum(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         adapters=adapters,
     )
-    return cross_entropy_sum(hidden, head, batch.targets, batch.loss_mask)
+    with jax.named_scope("loss"):
+        return cross_entropy_sum(hidden, head, batch.targets, batch.loss_mask)
 
 
 def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, state: State):

@@ -101,7 +101,7 @@ def test_dollars_are_hours_times_chips_times_the_price(for_v5e):
     assert numbers["price_per_chip_hour"] == 2
     for bill in numbers["at_efficiency"].values():
         assert bill["dollars"] == pytest.approx(bill["hours"] * 4 * 2)
-        seconds = numbers["seconds"]["roofline"] / numbers["efficiency"]
+        seconds = numbers["seconds"]["estimate"]
         assert bill["hours"] == pytest.approx(bill["steps"] * seconds / 3600)
 
 
@@ -148,7 +148,10 @@ def test_from_python_a_plan_is_a_value(capsys):
     assert capsys.readouterr() == ("", "")
     assert (result.best.fits, result.candidates, result.price) == (False, None, 2.0)
     assert result.best.excess == result.best.memory.total - 15.75 * 2**30
-    assert result.bill(result.workloads[-1]).hours == 2 * result.bill(result.workloads[-1], efficiency=1.0).hours
+    assert (
+        result.bill(result.workloads[-1]).hours
+        == 2 * result.bill(result.workloads[-1], result.best.roofline.seconds).hours
+    )
     assert "does NOT FIT: 20.2 GB more" in planning.describe(result)
     assert planning.record(result)["bytes"]["together"] == result.best.memory.total
     with pytest.raises(UserError, match="a plan for v5e:2x2 cannot run here"):
