@@ -11,6 +11,7 @@ import running
 import lowrank
 from lowrank import inference
 from lowrank.config import Config, DataConfig, EvalConfig, TrainConfig
+from lowrank.data.examples import Columns, Examples
 from lowrank.errors import UserError
 from lowrank.runs import report
 from lowrank.runs.adapter import read_adapter
@@ -74,18 +75,20 @@ def test_the_end_of_a_run_and_its_export_name_a_better_step(worse, demo_base, tm
 
 
 def test_what_a_run_wastes_is_said_before_it_begins():
-    found = lambda kept, cut, dropped: types.SimpleNamespace(  # noqa: E731
-        examples=range(kept), truncated=cut, dropped=dropped
-    )
-    fine = types.SimpleNamespace(train=found(100, 10, 1), held_out=found(8, 0, 0), rows=64)
+    def found(kept, cut, dropped, first=0):
+        examples = [([1, first + i, 2], [False, True, True], i, i < cut) for i in range(kept)]
+        return Examples(Columns.of(examples), dropped)
+
+    fine = types.SimpleNamespace(train=found(100, 10, 1), held_out=found(8, 0, 0, first=100), rows=64)
     steps = TrainConfig(steps=10)
     assert report.costly(Config(train=steps, eval=EvalConfig(every=5)), fine) == []
-    wasteful = types.SimpleNamespace(train=found(100, 11, 2), held_out=found(8, 8, 0), rows=7)
+    wasteful = types.SimpleNamespace(train=found(100, 11, 2), held_out=found(8, 8, 0, first=98), rows=7)
     config = Config(data=DataConfig(max_length=32), train=TrainConfig(epochs=1.0, batch_size=8))
     assert report.costly(config, wasteful) == [
         "11 % of the training examples are cut to 32 tokens and lose their ends: raise config.data.max_length",
         "2 % of the training examples are dropped: their responses are empty, or their prompts fill config.data.max_length",
         "100 % of the held-out examples are cut to 32 tokens and lose their ends: raise config.data.max_length",
+        "2 of the 8 held-out examples are training examples, too: eval/loss says little about new ones",
         "8 examples are held out and never evaluated: set config.eval.every",
         "config.train.epochs=1 is less than one batch of 8 rows, which repeats examples: lower config.train.batch_size, "
         "or set config.train.steps",
