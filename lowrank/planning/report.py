@@ -108,11 +108,11 @@ def _time(plan: Plan) -> str:
     lines = [
         f"time of a step on one device by the compiler's cycles, at {(plan.slice.chip.clock or 0) / 1e9:.4g} GHz; floor: the same "
         "operations at the chip's published peaks",
-        f"  {'':<28}{'seconds':>10}{'share':>8}{'corrected':>11}{'floor':>9}{'TFLOP':>9}{'GB':>9}",
+        f"  {'':<28}{'seconds':>10}{'share':>8}{'corrected':>11}{'floor':>11}{'TFLOP':>9}{'GB':>10}",
     ]
     lines += [
-        f"  {part.name:<28}{part.seconds:>10.4f}{part.seconds / whole.seconds:>8.1%}{part.corrected:>11.4f}{part.floor:>9.4f}"
-        f"{part.flops / 1e12:>9.3g}{part.bytes / 1e9:>9.3g}"
+        f"  {part.name:<28}{part.seconds:>10.4g}{part.seconds / whole.seconds:>8.1%}{part.corrected:>11.4g}{part.floor:>11.4g}"
+        f"{part.flops / 1e12:>9.3g}{part.bytes / 1e9:>10.3g}"
         for part in (*time.parts, whole)
     ]
     lines.append(

@@ -9,9 +9,11 @@ import pytest
 import running
 
 from lowrank import planning
+from lowrank.adapters.config import LoraConfig
 from lowrank.cli import config_file
 from lowrank.errors import UserError
 from lowrank.families.sizes import SIZES
+from lowrank.model.flops import step_flops
 from lowrank.parallel import compiling
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.planning import topology
@@ -94,6 +96,23 @@ def test_fsdp_gathers_and_tensor_sums(for_v5e):
     assert found["all-gather"]["times"] >= 2 * 4 * 7 * 2
     assert found["all-reduce"]["times"] >= 2 * 4 * 2 * 2
     assert "all-gather" in out and "all-reduce" in out
+
+
+def test_the_time_by_part_has_the_flops_of_the_formulas(for_v5e):
+    out, numbers = for_v5e
+    cycles, flops = numbers["cycles"], step_flops(SIZES["demo"], LoraConfig(rank=4, alpha=8.0), 8, 15, "full")
+    found = {name: 4 * part["flops"] for name, part in cycles["parts"].items()}  # of four chips
+    assert found["base products, forward"] == flops.base_forward
+    assert found["base products, backward"] == flops.base_backward
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in SIZES["demo"].projections().items()}
+    again = 1 - sizes["down_proj"] / sum(sizes.values())  # the last product of a block is not needed again
+    assert found["base products, again"] == pytest.approx(again * flops.base_forward)
+    assert cycles["unknown"] == {}
+    total = sum(part["seconds"] for part in cycles["parts"].values())
+    assert numbers["seconds"]["estimate"] == cycles["seconds"] == pytest.approx(total + cycles["exposed"])
+    assert all(part["corrected"] >= part["floor"] for part in cycles["parts"].values() if part["flops"])
+    assert cycles["exposed"] > 0  # four chips, and next to nothing to compute
+    assert "time of a step on one device by the compiler's cycles, at 1.503 GHz" in out
 
 
 def test_dollars_are_hours_times_chips_times_the_price(for_v5e):
