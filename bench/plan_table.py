@@ -76,7 +76,7 @@ def tables(found: dict[tuple[str, str], list[dict]]) -> str:
     ]
     for r in fits.values():
         seconds = r["seconds"]
-        likely = seconds["roofline"] / r["efficiency"]
+        likely = seconds["estimate"]
         cells = [r["model"], r["slice"], *(f"{seconds[part]:.2f}" for part in ("compute", "memory", "interconnect"))]
         cells += [f"{likely:.2f}", f"{r['batch_size'] * r['max_length'] / likely:,.0f}"]
         for bill in (bill_of(r, "Alpaca"), bill_of(r, "100M")):

@@ -20,7 +20,7 @@ from lowrank.adapters.lora import LayerScalars, layer_scalars
 from lowrank.config import Config
 from lowrank.data.batch import Batch
 from lowrank.model.decoder import Decoder
-from lowrank.parallel.compiling import jit, platform_of
+from lowrank.parallel.compiling import device_of, jit
 from lowrank.training.optimizer import learning_rate_schedule, make_optimizer
 from lowrank.training.step import State, loss_sum, make_update
 
@@ -120,7 +120,7 @@ def make_members_step(model: Decoder, config: Config, mask: dict, layout: State,
         return _mapped(lambda state, own: one(state, own, frozen, batch, step), at_once, state, hyperparams)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    return jit(members_step, platform_of(layout), donate_argnums=0, out_shardings=(shardings, None))
+    return jit(members_step, device_of(layout), donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_members_eval_step(model: Decoder, at_once: int):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lowrank.data.batch import Batch
 from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
-from lowrank.parallel.compiling import jit, platform_of
+from lowrank.parallel.compiling import device_of, jit
 from lowrank.parallel.mesh import constrain
 from lowrank.training import partition
 from lowrank.training.objectives.cross_entropy import cross_entropy_sum, token_losses
@@ -95,7 +95,7 @@ def make_train_step(model: Decoder, optimizer, schedule, microbatches: int, stat
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = make_update(model, optimizer, schedule, microbatches)
-    return jit(train_step, platform_of(state), donate_argnums=0, out_shardings=(layout, None))
+    return jit(train_step, device_of(state), donate_argnums=0, out_shardings=(layout, None))
 
 
 def make_update(model: Decoder, optimizer, schedule, microbatches: int, adapters: dict | None = None):
