@@ -68,7 +68,7 @@ def _remedy(path: paths.Path) -> str:
     parts = str(path).split(",")
     if len(parts) > 1 and all(paths.path(part.strip()).exists() for part in parts):
         return f'several files are written as --config.data.train="({",".join(repr(part.strip()) for part in parts)})"'
-    beside = path.parent.iterdir() if isinstance(path, pathlib.Path) and path.parent.is_dir() else ()
+    beside = path.parent.glob("*") if isinstance(path, pathlib.Path) else ()
     return f"name a file of data, or a folder{meant(path.name, (file.name for file in beside))}"
 
 
@@ -218,7 +218,7 @@ def _table_rows(path: paths.Path, file: io.BufferedReader, kind: str) -> Iterato
 
 def _separated_rows(path: paths.Path, text: Iterator[str], separator: str) -> Iterator[Row]:
     header = next(text, "")
-    separator = next((other for other in (separator, ";", "\t") if other in header), separator)
+    separator = next((other for other in (separator, ";", "\t", ",") if other in header), separator)
     lines = csv.reader(itertools.chain([header], text), delimiter=separator, strict=True)
     try:
         names = next(lines, [])

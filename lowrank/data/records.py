@@ -143,9 +143,9 @@ def _remedy(path: paths.Path, fields: dict, columns: Columns) -> str:
             return f"if '{name}' is a chat, say --config.data.columns=\"{{'messages': '{name}'}}\""
     absent = {name for field, name in columns.items() if field in OF_RECORDS and name not in fields}
     hints = [f"data.columns has '{name}', which is none of them{meant(name, fields)}" for name in sorted(absent)]
-    hints += [f"'{name}'{close}" for name in fields if name not in KNOWN and (close := meant(name, KNOWN))]
+    hints = hints or [f"'{name}'{close}" for name in fields if name not in KNOWN and (close := meant(name, KNOWN))]
     if not hints and files.suffix(path) in files.SEPARATORS:
-        hints = ["is the first line of the file its header?"]
+        hints = ["the first line of the file must be its header"]
     hints += ["name them by --config.data.columns, such as \"{'instruction': 'question'}\""]
     return "; ".join(hints)
 
@@ -176,6 +176,8 @@ def _checked_rows(path, rows, first, format: str, columns: Columns, system: str 
         raise UserError(
             f"{path} has the fields {', '.join(first.fields)}: those of data.format={other!r}, not of {format!r}; say that, or 'auto'"
         )
+    if is_other and "chosen" in first.fields:
+        find_format(path, first, columns)  # which refuses it
     problems, ignored = [], dict[str, None]()
     names = {field: _names(field, columns) for field in sum(FIELDS[format], ())}
     unseen = {field: own for field, own in names.items() if field in columns}

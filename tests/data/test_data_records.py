@@ -158,6 +158,7 @@ def arrow(kind):
         ("a.csv", lambda: 'instruction,input,output\r\nAdd.,1 2,3\r\n"Say hi",,Hi.\r\n'),
         ("a.csv", lambda: "instruction;input;output\nAdd.;1 2;3\nSay hi;;Hi.\n"),
         ("a.csv", lambda: "instruction\tinput\toutput\nAdd.\t1 2\t3\nSay hi\t\tHi.\n"),
+        ("a.tsv", lambda: "instruction,input,output\nAdd.,1 2,3\nSay hi,,Hi.\n"),
         ("a.tsv.gz", lambda: gzip.compress(b"instruction\tinput\toutput\nAdd.\t1 2\t3\nSay hi\t\tHi.\n")),
         ("a.parquet", lambda: arrow("parquet")),
         ("a.arrow", lambda: arrow("file")),
@@ -187,7 +188,7 @@ def test_a_folder_and_a_pattern_are_their_files_by_name(tmp_path):
         ("a.csv", 'a,b\n"1,2\n', "not valid CSV"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be unpacked"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
-        ("a.csv", "What is it?,It is a.\nWho?,Me.\n", "no format .*; is the first line of the file its header?"),
+        ("a.csv", "What is it?,It is a.\nWho?,Me.\n", "no format .*; the first line of the file must be its header"),
         (
             "a.xlsx",
             b"PK\x03\x04\x14",
@@ -275,8 +276,10 @@ def test_columns_name_fields_and_roles(tmp_path):
     assert read(tmp_path, {"messages": [QUESTION, ANSWER]}, columns=columns) == {"messages": [QUESTION, ANSWER]}
     swapped = {"instruction": "output", "output": "instruction"}
     assert read(tmp_path, {"instruction": "A", "output": "Q"}, columns=swapped) == {"instruction": "Q", "output": "A"}
-    with pytest.warns(UserWarning, match=r"no record has 'ctxt' of data.columns \(did you mean ctx\?\)$"):
+    said = r"ignored: ctx$|no record has 'ctxt' of data.columns \(did you mean ctx\?\)$"
+    with pytest.warns(UserWarning, match=said) as warned:
         read(tmp_path, {"question": "Q", "answer": "A", "ctx": "C"}, columns={"input": "ctxt"})
+    assert len(warned) == 2
 
 
 CHOSEN = {"prompt": "Q", "chosen": "A", "rejected": "B"}
@@ -298,7 +301,7 @@ CHOSEN = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 )
 def test_the_chosen_answers_of_preference_data_are_trained_as_its_refusal_says(tmp_path, record, field, fields):
     with pytest.raises(UserError, match=rf"preference data .*, say --config.data.columns=\"{{'{field}': 'chosen'}}\"$"):
-        read(tmp_path, record)
+        read(tmp_path, record, "auto" if "prompt" in record else "text")
     with pytest.warns(UserWarning, match="ignored: .*rejected"):
         assert read(tmp_path, record, columns={field: "chosen"}) == fields
 
