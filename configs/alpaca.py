@@ -30,7 +30,7 @@ def get_config():
     config.data.train = None  # the file of instructions
     config.data.eval = None
     config.data.eval_examples = 500
-    config.data.format = "alpaca"
+    config.data.format = "auto"  # as the fields say
     config.data.max_length = 512
     config.data.packing = True
     config.data.shuffle = True

@@ -27,7 +27,9 @@ flags.DEFINE_string(
 flags.DEFINE_string("data", None, "Files of examples, or a data set on the hub.")
 flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT: take the data's settings and the mesh from this config.")
 flags.DEFINE_string("to", None, "Write the loss of every example to this file, as JSON lines.")
-flags.DEFINE_enum("format", None, FORMATS, "What a record is; default: as the adapter's run or --config has it.")
+flags.DEFINE_enum(
+    "format", None, ("auto", *FORMATS), "What a record is; default: as the adapter's run or --config has it."
+)
 flags.DEFINE_integer("max_length", None, "Tokens of an example at most; default: likewise.", lower_bound=2)
 flags.DEFINE_bool("train_on_prompt", None, "Count the prompt's tokens, too; default: likewise.")
 flags.DEFINE_bool("packing", True, "Several examples to a row. Changes the speed only.")
@@ -35,7 +37,10 @@ flags.DEFINE_integer("batch_size", 16, "Rows computed at once. Changes the speed
 flags.DEFINE_enum("dtype", None, DTYPES, "Held and computed in; default: as the checkpoint says.")
 FLAGS = flags.FLAGS
 
-USED = ("config.data.format", "config.data.max_length", "config.data.train_on_prompt", "config.mesh")
+USED = (
+    *(f"config.data.{name}" for name in ("format", "columns", "system", "max_length", "overflow", "train_on_prompt")),
+    "config.mesh",
+)
 PASSED = ("format", "max_length", "train_on_prompt", "packing", "batch_size", "dtype")  # flags, as `evaluate` has them
 
 

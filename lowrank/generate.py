@@ -67,6 +67,8 @@ def main(arguments: list[str]):
             prompts = [(sys.stdin.read() if prompt == "-" else prompt, FLAGS.input) for prompt in FLAGS.prompt or ()]
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt=-: what stdin holds is not {error.encoding} text ({error.reason})") from None
+        if "-" in (FLAGS.prompt or ()) and not all(prompt for prompt, _ in prompts):
+            raise UserError("--prompt=-: stdin holds nothing; pipe the prompt into the command")
     names = ("max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed")
     options = {name: FLAGS[name].value for name in names}
     check_options(FLAGS.max_new_tokens, FLAGS.stop)

@@ -21,21 +21,25 @@ import tempfile
 import time
 import uuid
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from lowrank.data import examples as examples_lib
 from lowrank.data import files
 from lowrank.data.examples import Columns, Examples, encode_blocks, of_records, one_format
 from lowrank.data.records import Record, iterate_records
 from lowrank.data.tokenizer import COMPANIONS, Tokenizer
 from lowrank.errors import UserError
 from lowrank.files import paths
+from lowrank.files.bucket_lock import is_gone, this_process
 from lowrank.formatting import format_bytes
 from lowrank.parallel import distributed
 
 META = "meta.json"  # written last
+WRITER = "writer.json"  # the process that writes an entry
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 EACH = {"record": np.int32, "truncated": bool, "targets": np.int32}  # one for each example, as `Columns` has them
 ARRAYS = ("ids", "trained", "lengths", *EACH)
@@ -57,17 +61,25 @@ class Data(NamedTuple):
         return ", ".join(self.sources)
 
 
-def read_examples(data: Data, tokenizer: Tokenizer, cache: paths.Path | None) -> tuple[str, Examples]:
+Counting = Callable[[str], contextlib.AbstractContextManager[Callable[[float], None]]]
+
+
+def read_examples(
+    data: Data, tokenizer: Tokenizer, cache: paths.Path | None, counting: Counting | None = None
+) -> tuple[str, Examples]:
     """-> the records' format, and the examples: from the folder `cache`, where they are written the first time; without one
-    they are encoded in memory."""
+    they are encoded in memory. `counting("records")`: shows how many are encoded."""
     if cache is None:
         records = _Records(data)
         examples = Columns.joined(_encode(data, records, tokenizer))
         return records.format, of_records(examples, records.counts, data.name, data.max_length)
     entry = cache / _entry_name(data, tokenizer)
     with _explained(cache):
-        if not distributed.broadcast_from_first((entry / META).exists):
-            _write(entry, data, tokenizer)
+        if distributed.broadcast_from_first((entry / META).exists):
+            print(f"tokens     those of {data.name} are in {entry}", flush=True)
+        else:
+            with counting("records") if counting else contextlib.nullcontext() as show:
+                _write(entry, data, tokenizer, show)
         return _open(entry if isinstance(entry, pathlib.Path) else _joined_here(entry), data)
 
 
@@ -104,9 +116,11 @@ def _encode(data: Data, records: _Records, tokenizer: Tokenizer, share: tuple[in
 # ---- Writing an entry --------------------------------------------------------------------------------------------------
 
 
-def _write(entry: paths.Path, data: Data, tokenizer: Tokenizer) -> None:
+def _write(entry: paths.Path, data: Data, tokenizer: Tokenizer, show: Callable[[float], None] | None = None) -> None:
     process, processes = distributed.place()
     entry.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(entry, pathlib.Path):
+        _remove_left_over(entry.parent)
     size = format_bytes(files.total_size(data.sources))
     print(f"encoding   {data.name} ({size}), once: the tokens go to {entry}", flush=True)
     with warnings.catch_warnings(record=True) as warned:
@@ -118,7 +132,7 @@ def _write(entry: paths.Path, data: Data, tokenizer: Tokenizer) -> None:
             narrow = tokenizer.vocab <= 1 << 16
             return {"format": records.format, "notes": notes, "counts": records.counts, "narrow": narrow, **more}
 
-        blocks = _encode(data, records, tokenizer, (process, processes))
+        blocks = _shown(_encode(data, records, tokenizer, (process, processes)), show)
         if isinstance(entry, pathlib.Path) and processes == 1:
             _write_arrays(entry, blocks, meta)
             return
@@ -142,6 +156,7 @@ def _write_arrays(entry: pathlib.Path, blocks: Iterable[Columns], meta: Callable
     """Append block after block to the arrays of an entry, which gets its name when it is whole."""
     part = entry.parent / f"{entry.name}.{uuid.uuid4().hex[:8]}"
     part.mkdir()
+    (part / WRITER).write_text(json.dumps(this_process()), encoding="utf-8")
     try:
         with contextlib.ExitStack() as stack:
             out = {name: stack.enter_context(open(part / name, "wb")) for name in ARRAYS}
@@ -150,11 +165,36 @@ def _write_arrays(entry: pathlib.Path, blocks: Iterable[Columns], meta: Callable
                 np.diff(block.bounds).astype(np.int32).tofile(out["lengths"])
                 for name in ("trained", *EACH):
                     getattr(block, name).tofile(out[name])
-        (part / META).write_text(json.dumps(meta()), encoding="utf-8")
+        checksums = {name: _checksum(part / name) for name in ARRAYS}
+        (part / META).write_text(json.dumps(meta() | {"checksums": checksums}), encoding="utf-8")
+        (part / WRITER).unlink()
         with contextlib.suppress(OSError):  # another run was faster
             part.rename(entry)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _shown(blocks: Iterable[Columns], show: Callable[[float], None] | None) -> Iterator[Columns]:
+    for number, block in enumerate(blocks, 1):
+        if show:
+            show(number * examples_lib.BLOCK)
+        yield block
+
+
+def _remove_left_over(cache: pathlib.Path) -> None:
+    """What writers that were killed have left."""
+    for file in cache.glob(f"*.*/{WRITER}"):
+        with contextlib.suppress(OSError, ValueError):
+            if is_gone(json.loads(file.read_text(encoding="utf-8"))):
+                shutil.rmtree(file.parent, ignore_errors=True)
+
+
+def _checksum(file: pathlib.Path) -> int:
+    checksum = 0
+    with open(file, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def _id_type(meta: dict) -> type:
@@ -179,16 +219,22 @@ def _read_parts(parts: paths.Path, count: int) -> Iterator[Columns]:
 
 def _open(entry: pathlib.Path, data: Data) -> tuple[str, Examples]:
     _wait_for(entry / META)
-    meta = json.loads((entry / META).read_text(encoding="utf-8"))
+    try:
+        meta = json.loads((entry / META).read_text(encoding="utf-8"))
+        damaged = [name for name in ARRAYS if _checksum(entry / name) != meta["checksums"][name]]
+    except (FileNotFoundError, ValueError, KeyError):
+        damaged = [META]
+    if damaged:
+        raise UserError(
+            f"the tokens in {entry} are damaged ({', '.join(damaged)}): remove that folder, they are encoded anew"
+        )
     for note in meta["notes"]:  # what was said when the data was read is said again
         warnings.warn(note, stacklevel=2)
     bounds = np.append(0, np.cumsum(np.fromfile(entry / "lengths", np.int32), dtype=np.int64))
-    mapped = []
-    for name, dtype in (("ids", np.dtype(_id_type(meta))), ("trained", np.dtype(bool))):
-        if (entry / name).stat().st_size != bounds[-1] * dtype.itemsize:
-            raise UserError(f"the tokens in {entry} are incomplete: remove that folder, they are encoded anew")
-        mapped.append(np.asarray(np.memmap(entry / name, dtype, "r")) if bounds[-1] else np.zeros(0, dtype))
-    ids, trained = mapped
+    ids, trained = (
+        np.asarray(np.memmap(entry / name, dtype, "r")) if bounds[-1] else np.zeros(0, dtype)
+        for name, dtype in (("ids", _id_type(meta)), ("trained", bool))
+    )
     columns = Columns(ids, trained, bounds, **{name: np.fromfile(entry / name, dtype) for name, dtype in EACH.items()})
     return meta["format"], of_records(columns, meta["counts"], data.name, data.max_length)
 

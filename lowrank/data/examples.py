@@ -210,7 +210,9 @@ def split(examples: Examples, n: int) -> tuple[Examples, Examples]:
     """Training data, and the last `n` examples as evaluation data (more, where one record has given several)."""
     columns, count = examples.examples, len(examples.examples)
     if not 0 < n < count:
-        raise UserError(f"data.eval_examples={n} leaves nothing to train on or evaluate: choose 1 to {count - 1}")
+        raise UserError(
+            f"data.eval_examples={n} leaves nothing to train on: the data has {count} examples; choose fewer (0: none is held out)"
+        )
     kept = int(np.searchsorted(columns.record, columns.record[-n]))
     if not kept:
         raise UserError(f"data.eval_examples={n} leaves nothing to train on: the data is a single record")

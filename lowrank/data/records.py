@@ -409,3 +409,14 @@ _CHECKS = {
     "text": _check_texts,
     "tokens": _check_tokens,
 }
+
+
+def check_messages(messages: Any, tools: list | None = None) -> list[dict]:
+    """A chat to be answered, with OpenAI's names of fields and roles; UserError for all that is wrong with it."""
+    fields, problems = {"messages": messages, "tools": tools}, list[str]()
+    _check_chat(fields, {}, problems)
+    if not problems and fields["messages"][-1]["role"] == "assistant":
+        problems.append("the last message is the assistant's: there is nothing to answer")
+    if problems:
+        raise UserError("; ".join(problems))
+    return fields["messages"]

@@ -14,7 +14,7 @@ def describe_examples(result: Evaluation, data: str) -> str:
         f"format {settings.format}, {settings.max_length} tokens at most, {predicted} predicted (--format, --max_length "
         f"and --train_on_prompt change that)\n"
         f"{data}: {len(examples.examples):,} examples, {examples.trained_tokens:,} tokens to predict; "
-        f"{examples.truncated:,} truncated, {examples.dropped:,} dropped with nothing to predict"
+        f"{examples.truncated:,} {'are chunks' if settings.overflow == 'chunk' else 'truncated'}, {examples.dropped:,} dropped with nothing to predict"
     )
 
 

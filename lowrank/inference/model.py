@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from lowrank.data import examples
 from lowrank.data.chat import format_chat
+from lowrank.data.records import check_messages
 from lowrank.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from lowrank.generation.decode import Sampling
 from lowrank.generation.text import encode_prompt, refuse_half_characters, stream_text
@@ -53,6 +54,7 @@ class Model:
         return self._encode_chat([*([{"role": "system", "content": system}] if system else []), *prompt])
 
     def _encode_chat(self, messages: Sequence[dict], tools: list | None = None) -> list[int]:
+        messages = check_messages(messages, tools)
         refuse_half_characters(json.dumps([messages, tools], ensure_ascii=False, default=str))
         return examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lowrank.formatting import format_number
 
@@ -55,11 +55,11 @@ def progress(steps: int, first: int) -> Iterator[Callable[[int, dict[str, float]
 
 
 @contextlib.contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Yield `show(done)`, to be called when so many of `total` are done. It goes to stderr, and on a terminal is gone at the end:
+def counting(what: str, total: int | None = None) -> Iterator[Callable[[float], None]]:
+    """Yield `show(done)`, to be called when so many of `total` (None: not known) are done. It goes to stderr, and on a terminal is gone at the end:
     stdout, which may be a file, gets nothing of it."""
-    count = "{task.completed:,.0f}/{task.total:,.0f}"
-    columns = (TextColumn(f"{what} {count}"), BarColumn(BAR), TimeRemainingColumn())
+    count = "{task.completed:,.0f}" + ("/{task.total:,.0f}" if total else "")
+    columns = (TextColumn(f"{what} {count}"), BarColumn(BAR), TimeRemainingColumn() if total else TimeElapsedColumn())
     on_stderr = rich.console.Console(stderr=True, force_jupyter=False, soft_wrap=True)
     options = {"transient": True, "redirect_stdout": sys.stdout.isatty(), "speed_estimate_period": 600}
     with Progress(*columns, console=on_stderr, disable=not is_live(sys.stderr), **options) as bar:
@@ -71,7 +71,10 @@ def counting(what: str, total: int) -> Iterator[Callable[[float], None]]:
             bar.update(task, completed=done)
             now = time.monotonic()
             if bar.disable and now - said >= PAUSE:
-                said, left = now, datetime.timedelta(seconds=round((now - began) / done * (total - done)))
-                print(f"{what} {done:,.0f}/{total:,}  {left} left", file=sys.stderr, flush=True)
+                said, line = now, f"{what} {done:,.0f}"
+                if total:
+                    left = datetime.timedelta(seconds=round((now - began) / done * (total - done)))
+                    line += f"/{total:,}  {left} left"
+                print(line, file=sys.stderr, flush=True)
 
         yield show

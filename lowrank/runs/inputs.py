@@ -29,6 +29,7 @@ from lowrank.model.decoder import Decoder
 from lowrank.parallel import mesh as mesh_lib
 from lowrank.runs import workdir as workdir_lib
 from lowrank.runs.adapter import Adapter, refuse_other_layers
+from lowrank.runs.console import counting
 from lowrank.weights.base import Base, read_base
 from lowrank.weights.load import load_params
 
@@ -144,7 +145,9 @@ def read_data(
     def read(where, format):
         sources = files.sources_of(where)
         making = (dict(data.columns), data.system, data.max_length, data.train_on_prompt, data.overflow)
-        return read_examples(Data(sources, format, *making), tokenizer, _cache_folder(config, sources, workdir))
+        return read_examples(
+            Data(sources, format, *making), tokenizer, _cache_folder(config, sources, workdir), counting
+        )
 
     format, train = read(data.train, data.format)
     if config.eval.answers and (format == "text" or data.train_on_prompt):

@@ -5,7 +5,8 @@ import shlex
 from lowrank.adapters.config import LoraConfig
 from lowrank.adapters.lora import padding_size
 from lowrank.config import Config
-from lowrank.data.examples import count_contained
+from lowrank.data.examples import Examples, count_contained
+from lowrank.data.files import sources_of
 from lowrank.families.config import ModelConfig
 from lowrank.files import paths
 from lowrank.files.lines import read_lines
@@ -66,6 +67,7 @@ def describe_data(config: Config, inputs: RunInputs) -> str:
         for name, found in (("data", inputs.train), ("held out", inputs.held_out))
         if found
     ]
+    lines += _describe_sources(config, inputs.train)
     lines += [
         f"rows       {rows:,} an epoch, {packed}, {100 * inputs.fill:.1f} % filled; a shuffled epoch differs by a few",
         f"steps      {steps:,}, each {batch} rows in {config.train.microbatches} micro-batches = "
@@ -75,6 +77,16 @@ def describe_data(config: Config, inputs: RunInputs) -> str:
     if warmup >= steps:
         lines.append(f"note       the warm-up of {warmup} steps does not end within these {steps}")
     return "\n".join(lines + [f"note       {note}" for note in costly(config, inputs)])
+
+
+def _describe_sources(config: Config, train: Examples) -> list[str]:
+    """Of several sources: how many examples each has, and how often a mixture draws them."""
+    names, weights = sources_of(config.data.train), config.data.mixture
+    lines, count = [], len(train.examples)
+    for i, (name, own) in enumerate(zip(names, train.sources, strict=False)):
+        drawn = f", read {weights[i] / sum(weights) * count / own:.2f} times an epoch" if weights and own else ""
+        lines.append(f"source     {own:,} examples of {name}{drawn}")
+    return lines if len(names) > 1 else []
 
 
 def costly(config: Config, inputs: RunInputs) -> list[str]:

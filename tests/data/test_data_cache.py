@@ -1,6 +1,8 @@
 """Tokens that are written once: the same examples as those encoded in memory, from a disk or a bucket, by one process or several."""
 
+import contextlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from lowrank.data.cache import Data, read_examples
 from lowrank.data.examples import count_contained, split
 from lowrank.data.loader import TrainLoader, epoch_lengths
 from lowrank.errors import UserError
-from lowrank.files import paths
+from lowrank.files import bucket_lock, paths
 from lowrank.parallel import distributed
 
 ARRAYS = ("ids", "trained", "bounds", "record", "truncated", "targets")
@@ -54,11 +56,14 @@ def test_tokens_are_encoded_once(tmp_path, char_tokenizer, monkeypatch, blocks_o
     assert_same(again, expected)
     assert again.examples.ids.dtype == np.uint16  # of a small vocabulary
     assert again.examples[1].ids.dtype == np.int32
-    with pytest.raises(UserError, match="remove that folder"):
-        (entry,) = (tmp_path / "tokens").iterdir()
-        (entry / "ids").write_bytes(b"")
-        with pytest.warns(UserWarning, match="ignored: id"):
+    (entry,) = (tmp_path / "tokens").iterdir()
+    whole = (entry / "ids").read_bytes()
+    for name, damaged in (("ids", b""), ("ids", bytes([whole[0] ^ 1]) + whole[1:]), ("meta.json", b"{")):
+        before = (entry / name).read_bytes()
+        (entry / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"are damaged \({name}\): remove that folder"):
             read_examples(both, tokenizer, tmp_path / "tokens")
+        (entry / name).write_bytes(before)
 
 
 def test_an_entry_is_for_this_data_this_tokenizer_and_these_settings(tmp_path, char_tokenizer):
@@ -107,6 +112,17 @@ def test_what_is_broken_is_found_before_anything_is_kept(tmp_path, char_tokenize
     with pytest.raises(UserError, match=r"line 7: .*; line 8: "):
         read_examples(data(file), char_tokenizer(), tmp_path / "tokens")
     assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, char_tokenizer):
+    for name, process in (("a.dead", "999999999"), ("a.alive", str(os.getpid()))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "writer.json").write_text(json.dumps(bucket_lock.this_process() | {"process": process}))
+    shown = []
+    counting = lambda what: contextlib.nullcontext(lambda done: shown.append((what, done)))  # noqa: E731
+    read_examples(data(write(tmp_path, "a.jsonl", "abc")), char_tokenizer(), tmp_path, counting)
+    assert shown == [("records", 2000)]
+    assert not (tmp_path / "a.dead").exists() and (tmp_path / "a.alive").exists()
 
 
 def test_sources_of_two_formats_are_refused(tmp_path, char_tokenizer):

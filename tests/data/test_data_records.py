@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lowrank.data.records import read_records
+from lowrank.data.records import check_messages, read_records
 from lowrank.errors import UserError
 
 
@@ -373,3 +373,18 @@ def test_a_column_that_no_format_knows_is_named_once(tmp_path):
     path = write(tmp_path, "a.jsonl", json.dumps({"question": "x", "answer": "y", "category": "z"}) + "\n")
     with pytest.warns(UserWarning, match="a.jsonl: ignored: category$"):
         read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "must be a list of messages, not text"),
+        ([{"role": "usr", "content": "x"}, {"role": "user"}], r"not 'usr'; field 'messages\[1\].content' is missing"),
+        ([], "not empty"),
+        ([QUESTION, {"role": "assistant", "content": "x"}], "the last message is the assistant's"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_is_refused(messages, message):
+    with pytest.raises(UserError, match=message):
+        check_messages(messages)
+    assert check_messages([{"from": "human", "value": "x"}]) == [{"role": "user", "content": "x"}]
