@@ -300,7 +300,14 @@ def _check_tokens(fields: dict, columns: Columns, problems: list[str]) -> None:
         problems.append("field 'attention_mask' masks ids; leave padding out of 'input_ids'")
 
 
-def _check_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
+def _check_answered_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
+    _check_chat(fields, columns, problems)
+    if not problems and not any(message["role"] == "assistant" for message in fields["messages"]):
+        problems.append("field 'messages' has no turn of the assistant, so nothing to learn")
+
+
+def _check_chat(fields: dict, columns: Columns | None, problems: list[str]) -> None:
+    """`columns` is None for a chat that is not in a file of data."""
     messages = _parsed(fields["messages"])
     if not isinstance(messages, list) or not messages:
         problems.append(f"field 'messages' must be a list of messages, not {_kind(messages) if messages else 'empty'}")
@@ -311,14 +318,12 @@ def _check_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
         if fields["messages"][0].get("role") == "system":
             problems.append("field 'system' and the first of 'messages' are both the system's message; remove one")
         fields["messages"].insert(0, {"role": "system", "content": system})
-    if not problems and not any(message["role"] == "assistant" for message in fields["messages"]):
-        problems.append("field 'messages' has no turn of the assistant, so nothing to learn")
     fields["tools"] = tools = _parsed(fields.get("tools"))
     if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         problems.append(f"field 'tools' must be a list of objects, not {_kind(tools)}")
 
 
-def _message(message: Any, place: str, columns: Columns, problems: list[str]) -> dict:
+def _message(message: Any, place: str, columns: Columns | None, problems: list[str]) -> dict:
     """A message with OpenAI's names of fields and roles, its content as text and its calls' arguments as objects."""
     if not isinstance(message, dict):
         problems.append(f"field '{place}' must be an object with role and content, not {_kind(message)}")
@@ -330,16 +335,19 @@ def _message(message: Any, place: str, columns: Columns, problems: list[str]) ->
     message = {
         renamed.get(name, name): value for name, value in message.items() if value is not None or name in renamed
     }
-    roles = ROLES | {columns[role]: role for role in set(ROLES.values()) if role in columns}
+    roles = ROLES | {columns[role]: role for role in set(ROLES.values()) if columns and role in columns}
+    known = found if columns is None else renamed
     said, role = message.get("role"), None
     if "role" not in message:
-        problems.append(_missing("role", "role", found, renamed, f"{place}."))
+        problems.append(_missing("role", "role", found, known, f"{place}."))
     elif not isinstance(said, str):
         problems += _text_problems(said, f"{place}.role")
     elif (role := roles.get(said)) is None:
-        remedy = f"say which it is, such as --config.data.columns=\"{{'user': {said!r}}}\""
+        remedy = f"; say which it is, such as --config.data.columns=\"{{'user': {said!r}}}\""
         choices = ", ".join(sorted(set(roles.values())))
-        problems.append(f"field '{place}.role' must be one of {choices}, not {said!r}; {remedy}")
+        problems.append(
+            f"field '{place}.role' must be one of {choices}, not {said!r}{remedy if columns is not None else ''}"
+        )
     message["role"] = role
     if said == "function_call":
         message["tool_calls"], message["content"] = [_parsed(message.get("content"))], ""
@@ -353,7 +361,7 @@ def _message(message: Any, place: str, columns: Columns, problems: list[str]) ->
     if calls and message.get("content") is None:
         message["content"] = ""
     elif "content" not in message:
-        problems.append(_missing("content", "content", found, renamed, f"{place}."))
+        problems.append(_missing("content", "content", found, known, f"{place}."))
     else:
         problems += _text_problems(message["content"], f"{place}.content")
     return message
@@ -404,7 +412,7 @@ def _kind(value: object) -> str:
 
 _CHECKS = {
     "alpaca": _check_alpaca,
-    "chat": _check_chat,
+    "chat": _check_answered_chat,
     "completion": _check_texts,
     "text": _check_texts,
     "tokens": _check_tokens,
@@ -414,7 +422,7 @@ _CHECKS = {
 def check_messages(messages: Any, tools: list | None = None) -> list[dict]:
     """A chat to be answered, with OpenAI's names of fields and roles; UserError for all that is wrong with it."""
     fields, problems = {"messages": messages, "tools": tools}, list[str]()
-    _check_chat(fields, {}, problems)
+    _check_chat(fields, None, problems)
     if not problems and fields["messages"][-1]["role"] == "assistant":
         problems.append("the last message is the assistant's: there is nothing to answer")
     if problems:

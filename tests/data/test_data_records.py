@@ -379,7 +379,10 @@ def test_a_column_that_no_format_knows_is_named_once(tmp_path):
     ("messages", "message"),
     [
         ("hello", "must be a list of messages, not text"),
-        ([{"role": "usr", "content": "x"}, {"role": "user"}], r"not 'usr'; field 'messages\[1\].content' is missing"),
+        (
+            [{"role": "usr", "content": "x"}, {"role": "user"}],
+            r"not 'usr'; field 'messages\[1\].content' is missing \(found: role\)",
+        ),
         ([], "not empty"),
         ([QUESTION, {"role": "assistant", "content": "x"}], "the last message is the assistant's"),
     ],
