@@ -48,7 +48,7 @@ def room_files() -> dict[str, list[pathlib.Path]]:
     files: dict[str, list[pathlib.Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if first == "__init__":
+        if first.startswith("__"):
             continue
         is_command = path.parent == PACKAGE and first not in FILES_AS_ROOMS
         files.setdefault("commands" if is_command else first, []).append(path)

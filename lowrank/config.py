@@ -12,14 +12,14 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import ml_collections
 
 from lowrank.adapters.config import TARGETS, LoraConfig
 from lowrank.data.records import FORMATS, NAMES
-from lowrank.errors import UserError
+from lowrank.errors import UserError, meant
 from lowrank.families.config import ATTENTION, MLP
 from lowrank.files.nested import set_path
 from lowrank.parallel.config import MeshConfig
@@ -42,13 +42,11 @@ def at_least(least: int, note: str = "") -> Check:
     return must_be(f"at least {least}{note}", lambda value: value >= least)
 
 
-def one_of(choices: Sequence[str]) -> Check:
-    return lambda value: None if value in choices else f"one of {', '.join(choices)}{_meant(value, choices)}"
-
-
-def _meant(text: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(text, list(choices), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def one_of(choices: Sequence[str], notes: Mapping[str, str] = types.MappingProxyType({})) -> Check:
+    """`notes`: what to say of some wrong values."""
+    return lambda value: (
+        None if value in choices else f"one of {', '.join(choices)}{notes.get(value) or meant(value, choices)}"
+    )
 
 
 POSITIVE = must_be("more than 0", lambda value: value > 0)
@@ -80,7 +78,13 @@ def _check_ranks(table: tuple[tuple[str, tuple[int, ...]], ...]) -> str | None:
 
 def _check_columns(columns: tuple[tuple[str, str], ...]) -> str | None:
     unknown = [name for name, _ in columns if name not in NAMES]
-    return f"names of {', '.join(NAMES)} ({', '.join(unknown)} is none)" if unknown else None
+    return f"names of {', '.join(NAMES)} ({', '.join(unknown)} is none){meant(unknown[0], NAMES)}" if unknown else None
+
+
+FORMAT_NOTES = {
+    **dict.fromkeys("sharegpt openai messages chatml conversation conversations".split(), " (did you mean chat?)"),
+    **dict.fromkeys("json jsonl csv tsv parquet arrow".split(), " (kinds of files are recognized: say auto)"),
+}
 
 
 # ---- The config ------------------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ class DataConfig:
     train: str | tuple[str, ...] | None = None
     eval: str | tuple[str, ...] | None = None
     eval_examples: Annotated[int, NOT_NEGATIVE] = 0
-    format: Annotated[str, one_of(("auto", *FORMATS))] = "auto"
+    format: Annotated[str, one_of(("auto", *FORMATS), FORMAT_NOTES)] = "auto"
     columns: Annotated[tuple[tuple[str, str], ...], _check_columns] = ()
     system: str | None = None
     overflow: Annotated[str, one_of(("truncate", "chunk"))] = "truncate"
@@ -261,7 +265,7 @@ def _contradictions(c: Config) -> list[str]:
     for key, table in (("lora.ranks", c.lora.ranks), ("lora.alphas", c.lora.alphas)):
         stray = [target for target, _ in table if target not in c.lora.targets]
         if stray:
-            others = f"config.lora.targets does not{_meant(stray[0], c.lora.targets)}"
+            others = f"config.lora.targets does not{meant(stray[0], c.lora.targets)}"
             errors.append(f"config.{key} names {', '.join(stray)}, which {others}; leave it out")
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         errors.append("only one of config.mesh.data, config.mesh.fsdp and config.mesh.tensor can be -1 (the rest)")
@@ -354,7 +358,7 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
             value = tuple(part.strip() for part in value.split(",") if part) if commas else (str(value),) * bool(value)
         if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise ValueError("a list of strings such as ('q_proj','v_proj')")
+        raise ValueError("a list of strings such as ('one','two')")
     if isinstance(value, Unparsed):
         value = {"true": True, "false": False}.get(value.lower()) if kind is bool else literal(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
@@ -362,6 +366,14 @@ def _convert(value: Any, hint: Any, commas: bool) -> Any:
     if type(value) is kind and kind is not float:
         return value
     raise ValueError({int: "a whole number", float: "a number", bool: "True or False"}[kind])
+
+
+def _wanted(hint: Any) -> str:
+    """What a value of the type must be."""
+    try:
+        return _convert(0, hint, commas=False)
+    except ValueError as error:
+        return str(error)
 
 
 COLUMNS = tuple[tuple[str, str], ...]  # the annotation of `data.columns`
@@ -423,6 +435,7 @@ def describe_keys(beginnings: tuple[str, ...] = ("",)) -> str:
 
     def add(section: Any, prefix: str, checks: Mapping[str, Any]) -> None:
         hints = typing.get_type_hints(type(section), include_extras=True)
+        plain_hints = typing.get_type_hints(type(section))
         notes = {name: getattr(hint, "__metadata__", (checks.get(name),))[0] for name, hint in hints.items()}
         nested = {name: getattr(section, name) for name in hints if dataclasses.is_dataclass(getattr(section, name))}
         shown = [name for name in hints if name not in nested and f"{prefix}{name}".startswith(beginnings)]
@@ -435,6 +448,9 @@ def describe_keys(beginnings: tuple[str, ...] = ("",)) -> str:
             wrong: Any = "" if isinstance(default, str) else () if isinstance(default, tuple) else -math.inf
             must = (check and check(wrong)) or ""
             value = ",".join(default) if isinstance(default, tuple) else default
+            if default == ():
+                value = "{}" if plain_hints[name] in (COLUMNS, *PER_TARGET) else "()"
+                must = must or _wanted(plain_hints[name])
             entry = f"{f'{prefix}{name}={value}':<32}  {must}"
             lines.extend(textwrap.wrap(entry, 80, initial_indent="  ", subsequent_indent=" " * 36))
         for name, below in nested.items():
@@ -448,7 +464,7 @@ def describe_keys(beginnings: tuple[str, ...] = ("",)) -> str:
 OTHERS_WORDS = {
     "base": "model model_name model_name_or_path base_model",
     "init_adapter": "lora_model_dir resume_adapter_file adapter_name_or_path",
-    "data.train": "dataset datasets dataset_name train_file train_data",
+    "data.train": "dataset datasets dataset_name train_file train_data path data_path",
     "data.eval": "validation_file eval_file eval_dataset test_datasets",
     "data.eval_examples": "val_set_size",
     "data.max_length": "max_seq_length max_seq_len sequence_len seq_len seq_length cutoff_len",

@@ -390,7 +390,7 @@ def prompts_empty(given):
     return words_of(given, f"--prompts={given.folder / 'p.txt'}")
 
 
-@case("p.jsonl has broken records", "line 2", command="generate")
+@case("p.jsonl has broken records", "line 2", "(found: colour)", command="generate")
 def prompts_broken(given):
     (given.folder / "p.jsonl").write_text('{"prompt": "x"}\n{"colour": "x"}\n')
     return words_of(given, f"--prompts={given.folder / 'p.jsonl'}")

@@ -246,6 +246,7 @@ def test_all_bad_values_are_named_at_once(write):
         ("num_train_epochs", "config.train.epochs"),
         ("model_name_or_path", "config.base"),
         ("warmup_ratio", "config.optim.warmup_ratio"),
+        ("data.path", "config.data.train"),
     ],
 )
 def test_an_unknown_key_says_what_was_meant(write, key, meant):
@@ -275,6 +276,10 @@ def test_an_unknown_choice_says_what_was_meant(write):
     assert "config.optim.schedule=cosin must be one of constant, linear, cosine (did you mean cosine?)" in text
     assert "(qproj matches nothing)" in text
     assert "config.remat=some must be one of" in text
+    assert "(did you mean chat?)" in refusal(write(), "--config.data.format=sharegpt")
+    assert "(kinds of files are recognized: say auto)" in refusal(write(), "--config.data.format=jsonl")
+    columns = "--config.data.columns={'instructoin': 'q'}"
+    assert "(instructoin is none) (did you mean instruction?)" in refusal(write(), columns)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +403,8 @@ def test_help_lists_every_key_with_its_default_and_what_a_value_must_be():
     assert max(map(len, lines)) <= 80
     assert f"  {'lora.rank=16':<30}    at least 1" in lines
     assert f"  {'lora.scaling=standard':<30}    one of standard, rslora" in lines
+    assert f"  {'data.mixture=()':<30}    a list of numbers such as (0.7,0.3)" in lines
+    assert f"  {'lora.ranks={}':<30}    ranks of targets such as {{'down_proj': 32," in lines
     few = config_lib.describe_keys(("data.max_length", "mesh")).splitlines()
     assert [line.split("=")[0] for line in few if "=" in line[3:] and line.startswith("  ")] == [
         f"  {key}" for key in ("data.max_length", "mesh.data", "mesh.fsdp", "mesh.tensor")

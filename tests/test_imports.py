@@ -35,7 +35,7 @@ def own_room(file: pathlib.Path) -> str:
     return room_of(".".join(file.relative_to(PACKAGE).with_suffix("").parts))
 
 
-COMMANDS = {own_room(file) for file in FILES if file.parent == PACKAGE} - PLACE.keys() - {"__init__"}
+COMMANDS = {own_room(file) for file in FILES if file.parent == PACKAGE} - PLACE.keys() - {"__init__", "__main__"}
 
 
 def imports(file: pathlib.Path):

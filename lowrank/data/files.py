@@ -12,18 +12,24 @@ import importlib
 import io
 import itertools
 import json
+import pathlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from lowrank.data.hub_data import data_files
-from lowrank.errors import UserError
+from lowrank.errors import UserError, meant
 from lowrank.files import paths
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
 PACKED = (".gz", ".zst")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+NO_DATA = {  # what begins so
+    b"PK\x03\x04": "an archive (.zip, .xlsx, .docx, ...)",
+    b"%PDF": "a PDF",
+    b"\xd0\xcf\x11\xe0": "an Office document (.xls, .doc)",
+}
 CHUNK = 1 << 20  # characters of a JSON list that are read at once
 ROWS = 1000  # of a Parquet file
 DECODER, END = json.JSONDecoder(), object()
@@ -44,7 +50,7 @@ def find_files(where: str) -> Sequence[paths.Path]:
     if (of_hub := data_files(where)) is not None:
         return of_hub
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES)
+        found = sorted(file for file in path.iterdir() if suffix(file) in SUFFIXES)
         if not found:
             raise UserError(f"data folder {path} holds no file of data ({', '.join(SUFFIXES)}); name a file")
         return found
@@ -54,10 +60,16 @@ def find_files(where: str) -> Sequence[paths.Path]:
             raise UserError(f"no data file matches {where}; name a file, a folder or another pattern")
         return found
     if not path.exists():
-        raise UserError(
-            f"data file {path} cannot be read (No such file or directory): name a file of data, or a folder"
-        )
+        raise UserError(f"data file {path} cannot be read (No such file or directory): {_remedy(path)}")
     return [path]
+
+
+def _remedy(path: paths.Path) -> str:
+    parts = str(path).split(",")
+    if len(parts) > 1 and all(paths.path(part.strip()).exists() for part in parts):
+        return f'several files are written as --config.data.train="({",".join(repr(part.strip()) for part in parts)})"'
+    beside = path.parent.glob("*") if isinstance(path, pathlib.Path) else ()
+    return f"name a file of data, or a folder{meant(path.name, (file.name for file in beside))}"
 
 
 def total_size(sources: Iterable[str]) -> int:
@@ -79,7 +91,7 @@ def content_hash(where: str | Sequence[str] | None) -> str | None:
 
 
 def is_text(path: paths.Path) -> bool:
-    return _suffix(path) == ".txt"
+    return suffix(path) == ".txt"
 
 
 def read_rows(path: paths.Path, lines: bool = False) -> Iterator[Row]:
@@ -106,6 +118,8 @@ def read_rows(path: paths.Path, lines: bool = False) -> Iterator[Row]:
 
 def _rows(path: paths.Path, file: io.BufferedReader, lines: bool) -> Iterator[Row]:
     begin = file.peek(6)[:6]
+    if begin[:4] in NO_DATA:
+        raise UserError(f"{path} is {NO_DATA[begin[:4]]}: save what it holds as CSV or JSON lines")
     if begin[:4] == b"PAR1":
         yield from _table_rows(path, file, "parquet")
         return
@@ -118,8 +132,8 @@ def _rows(path: paths.Path, file: io.BufferedReader, lines: bool) -> Iterator[Ro
             yield from (Row({"text": line.rstrip("\n")}, f"line {i}") for i, line in numbered if line.strip())
         elif is_text(path):
             yield from _documents(numbered)
-        elif _suffix(path) in SEPARATORS:
-            yield from _separated_rows(path, (line for _, line in numbered), SEPARATORS[_suffix(path)])
+        elif suffix(path) in SEPARATORS:
+            yield from _separated_rows(path, (line for _, line in numbered), SEPARATORS[suffix(path)])
         else:
             first = next((pair for pair in numbered if pair[1].strip()), (1, ""))
             is_list = first[1].lstrip().startswith("[")
@@ -129,14 +143,22 @@ def _rows(path: paths.Path, file: io.BufferedReader, lines: bool) -> Iterator[Ro
 
 
 def refuse(path: paths.PathLike, problems: list[tuple[str, str]]) -> None:
-    """One UserError for the first ten of the problems (where, what) and the number of the others, if there are any."""
-    if problems:
-        shown = "; ".join(f"{where}: {what}" for where, what in problems[:10])
-        rest = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{path} has broken records, correct or remove them: {shown}{rest}")
+    """One UserError for the problems (where, what), if there are any: each kind once, with its places. What differs only in
+    its numbers is of one kind; of kinds and of places no more than ten are shown."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for where, what in problems:
+        kinds.setdefault(re.sub(r"\d+", "0", what), []).append((where, what))
+    if kinds:
+        shown = []
+        for (first, what), *others in list(kinds.values())[:10]:
+            places = list(dict.fromkeys([first, *(where for where, _ in others)]))
+            where = ", ".join(places) if len(places) <= 10 else f"{first} (and {len(places) - 1} more)"
+            shown.append(f"{where}: {what}")
+        rest = f"; and {len(kinds) - 10} more" if len(kinds) > 10 else ""
+        raise UserError(f"{path} has broken records, correct or remove them: {'; '.join(shown)}{rest}")
 
 
-def _suffix(path: paths.Path) -> str:
+def suffix(path: paths.Path) -> str:
     """The suffix that says what a file holds, without that of its packing."""
     name = path.name.lower()
     for packing in PACKED:
@@ -195,7 +217,9 @@ def _table_rows(path: paths.Path, file: io.BufferedReader, kind: str) -> Iterato
 
 
 def _separated_rows(path: paths.Path, text: Iterator[str], separator: str) -> Iterator[Row]:
-    lines = csv.reader(text, delimiter=separator, strict=True)
+    header = next(text, "")
+    separator = next((other for other in (separator, ";", "\t", ",") if other in header), separator)
+    lines = csv.reader(itertools.chain([header], text), delimiter=separator, strict=True)
     try:
         names = next(lines, [])
         for values in lines:
@@ -267,8 +291,9 @@ def _json_lines(path: paths.Path, lines: Iterable[tuple[int, str]]) -> Iterator[
             if not broken:
                 yield row
     if broken and not found:
+        inside = "; where its records are a list inside an object, write that list alone" if begins[0] == "{" else ""
         raise UserError(
             f"{path} is neither a JSON list nor JSON lines ({': '.join(broken[0])}; it begins {begins!r}): write one record per "
-            f"line, or give it the ending of what it is ({', '.join(SUFFIXES)})"
+            f"line, or give it the ending of what it is ({', '.join(SUFFIXES)}){inside}"
         )
     refuse(path, broken)

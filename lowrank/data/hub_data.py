@@ -51,6 +51,12 @@ def data_files(where: paths.PathLike | None) -> list[pathlib.Path] | None:
         return hub.fetch(repository, _choose(str(where), table, default, config, split))
 
 
+def shown_name(path: paths.Path) -> str:
+    """How messages name a file: one of a data set on the hub by its name there, not by its place in the cache."""
+    found = re.search(r"/datasets--([^/]+)--([^/]+)/snapshots/[^/]+/(.+)", str(path))
+    return f"{found[1]}/{found[2]} ({found[3]})" if found else str(path)
+
+
 def _declared(repository: hub.Repository) -> tuple[Table, str | None]:
     """The files that the card's `configs` name, and the config that it calls the default."""
     import huggingface_hub

@@ -88,7 +88,8 @@ def read_prompts(where: paths.PathLike, input: str = "") -> list[tuple[str | lis
         if found and (is_chat or isinstance(found[0], str)) and isinstance(own, str):
             prompts.append((found[0], own or input))
         else:
-            problems.append((row.where, "no text, and no object with messages, a `prompt` or an `instruction`"))
+            named = f" (found: {', '.join(row.fields)})" if isinstance(row.fields, dict) else ""
+            problems.append((row.where, f"no text, and no object with messages, a `prompt` or an `instruction`{named}"))
     refuse(path, problems)
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one a line")

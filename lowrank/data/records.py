@@ -13,16 +13,18 @@ format knows is named once.
 `ALIASES` are other people's names for these fields; `columns` gives more of them ({"instruction": "question"}).
 """
 
+import difflib
 import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lowrank.data import files
 from lowrank.data.files import refuse
-from lowrank.errors import UserError
+from lowrank.data.hub_data import shown_name
+from lowrank.errors import UserError, meant
 from lowrank.files import paths
 
 FORMATS = ("alpaca", "chat", "completion", "text", "tokens")
@@ -45,8 +47,9 @@ ALIASES = {
     "role": ("from",),
     "content": ("value",),
 }
+PREFERENCE = "preference data"
 NOT_SUPPORTED = {  # what a column of this name asks for, which no format here has
-    **dict.fromkeys(("chosen", "rejected", "kto_tag"), "preference data"),
+    **dict.fromkeys(("chosen", "rejected", "kto_tag"), PREFERENCE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "images, video and sound"),
     "chat_template_kwargs": "arguments of the chat template",
 }
@@ -62,10 +65,10 @@ NAMES = tuple(
         [*(field for names in FIELDS.values() for field in names[0] + names[1]), *FIELDS_OF_MESSAGES, *ROLES.values()]
     )
 )
+OF_RECORDS = {field for names in FIELDS.values() for field in names[0] + names[1]}
+KNOWN = {name for field in OF_RECORDS for name in (field, *ALIASES.get(field, ()))}
 # Alpaca has its whole prompt in `text`, too, and chats often have theirs in `prompt`: those two are ignored.
-MEANING = {
-    name for names in FIELDS.values() for field in names[0] + names[1] for name in (field, *ALIASES.get(field, ()))
-} - {"text", "prompt"}
+MEANING = KNOWN - {"text", "prompt"}
 Columns = Mapping[str, str]
 
 
@@ -92,11 +95,14 @@ def iterate_records(
 ) -> Iterator[Record]:
     """`read_records`, one at a time. UserError for a file's broken records comes at that file's end."""
     for path in files.find_files(str(where)):
-        rows = files.read_rows(path)
-        if (first := next(rows, None)) is None:
-            raise UserError(f"{path} holds no records: give it at least one")
-        own = find_format(path, first, columns) if format == "auto" else format
-        yield from _checked_rows(path, itertools.chain([first], rows), first, own, columns, system)
+        try:
+            rows = files.read_rows(path)
+            if (first := next(rows, None)) is None:
+                raise UserError(f"{path} holds no records: give it at least one")
+            own = find_format(path, first, columns) if format == "auto" else format
+            yield from _checked_rows(path, itertools.chain([first], rows), first, own, columns or {}, system)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), shown_name(path))) from None
 
 
 def find_format(path: paths.Path, row: files.Row, columns: Columns | None = None) -> str:
@@ -107,18 +113,45 @@ def find_format(path: paths.Path, row: files.Row, columns: Columns | None = None
     found = _recognized(fields, columns)
     asked = {NOT_SUPPORTED[name]: name for name in fields if name in NOT_SUPPORTED}
     if found is None and asked:
-        raise UserError(f"{path} has {' and '.join(asked)} (field {', '.join(asked.values())}), which is not supported")
+        what = f"{' and '.join(asked)} (field {', '.join(asked.values())}), which is not supported"
+        raise UserError(f"{path} has {what}{_with_chosen(fields)}")
     if found is None:
         having = "; ".join(f"{name}: {', '.join(FIELDS[name][0])}" for name in FORMATS)
-        raise UserError(
-            f"{path} has the fields {', '.join(fields) or '(none)'}, which are those of no format ({having}); name them by "
-            "--config.data.columns, such as \"{'instruction': 'question'}\""
-        )
+        found_here = f"{path} has the fields {', '.join(fields) or '(none)'}, which are those of no format ({having})"
+        raise UserError(f"{found_here}; {_remedy(path, fields, columns or {})}")
     return found
 
 
+def _with_chosen(fields: dict) -> str:
+    """What to do with preference data of these fields."""
+    chosen, prompt = fields.get("chosen"), fields.get("prompt")
+    if "chosen" not in fields:
+        return "; remove it"
+    if isinstance(chosen, list) and not isinstance(prompt, list):
+        field = "messages"
+    else:
+        field = "completion" if prompt else "output" if {"question", "instruction"} & fields.keys() else "text"
+    return f"; to train on the chosen answers, say --config.data.columns=\"{{'{field}': 'chosen'}}\""
+
+
+def _remedy(path: paths.Path, fields: dict, columns: Columns) -> str:
+    """What to do about a file whose fields are those of no format."""
+    for name, value in fields.items():
+        if name not in KNOWN and isinstance(value, list) and value and isinstance(value[0], dict):
+            if _recognized(value[0], columns):
+                return f"its records are the list in '{name}': write that list alone"
+            return f"if '{name}' is a chat, say --config.data.columns=\"{{'messages': '{name}'}}\""
+    absent = {name for field, name in columns.items() if field in OF_RECORDS and name not in fields}
+    hints = [f"data.columns has '{name}', which is none of them{meant(name, fields)}" for name in sorted(absent)]
+    hints = hints or [f"'{name}'{close}" for name in fields if name not in KNOWN and (close := meant(name, KNOWN))]
+    if not hints and files.suffix(path) in files.SEPARATORS:
+        hints = ["the first line of the file must be its header"]
+    hints += ["name them by --config.data.columns, such as \"{'instruction': 'question'}\""]
+    return "; ".join(hints)
+
+
 def _recognized(fields: dict, columns: Columns | None) -> str | None:
-    if "prompt" in fields and isinstance(fields["prompt"], list):
+    if isinstance(fields.get("prompt"), list) and fields.keys() & {*_names("completion", columns)}:
         return "chat"
     having = [name for name in ("chat", "tokens", "alpaca", "completion", "text") if _has_all(fields, name, columns)]
     return having[0] if having else None
@@ -129,11 +162,13 @@ def _has_all(fields: dict, format: str, columns: Columns | None) -> bool:
 
 
 def _names(field: str, columns: Columns | None) -> tuple[str, ...]:
-    """What a field may be called."""
-    return (columns[field],) if columns and field in columns else (field, *ALIASES.get(field, ()))
+    """What a field may be called: as `columns` has it, or by a name of its own that `columns` gives no other."""
+    given = {field: columns[field]} if columns and field in columns else {}
+    taken = columns.values() if columns else ()
+    return (*given.values(), *(name for name in (field, *ALIASES.get(field, ())) if name not in taken))
 
 
-def _checked_rows(path, rows, first, format: str, columns: Columns | None, system: str | None) -> Iterator[Record]:
+def _checked_rows(path, rows, first, format: str, columns: Columns, system: str | None) -> Iterator[Record]:
     if files.is_text(path) and format != "text":
         raise UserError(f"{path} is plain text, not JSON for data.format={format!r}: use data.format='text'")
     is_other = isinstance(first.fields, dict) and not _has_all(first.fields, format, columns)
@@ -141,17 +176,25 @@ def _checked_rows(path, rows, first, format: str, columns: Columns | None, syste
         raise UserError(
             f"{path} has the fields {', '.join(first.fields)}: those of data.format={other!r}, not of {format!r}; say that, or 'auto'"
         )
+    if is_other and "chosen" in first.fields:
+        find_format(path, first, columns)  # which refuses it
     problems, ignored = [], dict[str, None]()
     names = {field: _names(field, columns) for field in sum(FIELDS[format], ())}
+    unseen = {field: own for field, own in names.items() if field in columns}
     for row in rows:
         found: list[str] = []
+        if unseen and isinstance(row.fields, dict):
+            unseen = {field: own for field, own in unseen.items() if not row.fields.keys() & {*own}}
         fields = _checked(row.fields, format, names, columns, system, found, ignored)
         problems += [(row.where, problem) for problem in found]
         if not problems:
             yield Record(fields, row.where, format)
     refuse(path, problems)
     if ignored:
-        warnings.warn(f"{path}: ignored: {', '.join(ignored)}", stacklevel=2)
+        warnings.warn(f"{shown_name(path)}: ignored: {', '.join(ignored)}", stacklevel=2)
+    for own in unseen.values():
+        what = f"no record has '{own[0]}' of data.columns{meant(own[0], ignored)}"
+        warnings.warn(f"{shown_name(path)}: {what}", stacklevel=2)
 
 
 # ---- One record --------------------------------------------------------------------------------------------------------
@@ -163,11 +206,11 @@ def _checked(row: Any, format: str, names, columns, system, problems: list[str],
     if not isinstance(row, dict):
         problems.append(f"a record is a JSON object, this is {_kind(row)}")
         return {}
-    if format == "chat" and isinstance(row.get("prompt"), list):
-        row = _joined(row, problems)
+    if format == "chat" and isinstance(row.get("prompt"), list) and not row.keys() & {*names["messages"]}:
+        row = _joined(row, _names("completion", columns), problems)
     fields, used = {}, set()
     for field, own in names.items():
-        known = [name for name in own if name in row]
+        known = [name for name in own if name in row][: 1 if field in columns else None]
         present = [name for name in known if row[name] not in (None, "", [])] if len(known) > 1 else known
         if len(present) > 1:
             problems.append(f"fields {' and '.join(map(repr, present))} both mean {field}; remove one")
@@ -175,10 +218,12 @@ def _checked(row: Any, format: str, names, columns, system, problems: list[str],
         if known:
             fields[field] = row[(present or known)[0]]
         elif field in FIELDS[format][0]:
-            problems.append(f"field '{own[0]}' is missing (found: {', '.join(row)})")
+            problems.append(_missing(own[0], field, row, sum(names.values(), ())))
     rest = {name: value for name, value in row.items() if name not in used and value not in (None, "", [], {})}
     for name in rest:
-        if name in NOT_SUPPORTED:
+        if NOT_SUPPORTED.get(name) == PREFERENCE and "chosen" in columns.values():
+            ignored[name] = None
+        elif name in NOT_SUPPORTED:
             problems.append(f"field '{name}' is not supported: {NOT_SUPPORTED[name]}; remove it")
         elif name in MEANING:
             problems.append(
@@ -187,20 +232,31 @@ def _checked(row: Any, format: str, names, columns, system, problems: list[str],
         else:
             ignored[name] = None
     if not problems:
-        _CHECKS[format](fields, columns or {}, problems)
+        _CHECKS[format](fields, columns, problems)
     if not problems and system:
         _add_system(fields, format, system)
     return fields
 
 
-def _joined(row: dict, problems: list[str]) -> dict:
-    """TRL's prompt and completion of messages as one chat, of which the completion is trained."""
-    completion = row.get("completion")
+def _missing(name: str, field: str, row: dict, known: Iterable[str], place: str = "") -> str:
+    """That a field is missing; where the row has names that are not known, how to say that one of them is the field."""
+    others = [other for other in row if other not in known]
+    close = difflib.get_close_matches(name, others, n=1) or ["NAME"]
+    remedy = (
+        f"; if it goes by another name, say --config.data.columns=\"{{'{field}': '{close[0]}'}}\"" if others else ""
+    )
+    return f"field '{place}{name}' is missing (found: {', '.join(row) or '(none)'}){remedy}"
+
+
+def _joined(row: dict, names: tuple[str, ...], problems: list[str]) -> dict:
+    """TRL's prompt and completion (`names`) of messages as one chat, of which the completion is trained."""
+    own = next((name for name in names if name in row), "completion")
+    completion = row.get(own)
     if not isinstance(completion, list):
         problems.append(f"field 'completion' must be a list of messages as 'prompt' is, not {_kind(completion)}")
         return row
     before = [message | {"train": False} if isinstance(message, dict) else message for message in row["prompt"]]
-    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    rest = {name: value for name, value in row.items() if name not in ("prompt", own)}
     return {"messages": before + completion, **rest}
 
 
@@ -244,7 +300,14 @@ def _check_tokens(fields: dict, columns: Columns, problems: list[str]) -> None:
         problems.append("field 'attention_mask' masks ids; leave padding out of 'input_ids'")
 
 
-def _check_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
+def _check_answered_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
+    _check_chat(fields, columns, problems)
+    if not problems and not any(message["role"] == "assistant" for message in fields["messages"]):
+        problems.append("field 'messages' has no turn of the assistant, so nothing to learn")
+
+
+def _check_chat(fields: dict, columns: Columns | None, problems: list[str]) -> None:
+    """`columns` is None for a chat that is not in a file of data."""
     messages = _parsed(fields["messages"])
     if not isinstance(messages, list) or not messages:
         problems.append(f"field 'messages' must be a list of messages, not {_kind(messages) if messages else 'empty'}")
@@ -260,21 +323,31 @@ def _check_chat(fields: dict, columns: Columns, problems: list[str]) -> None:
         problems.append(f"field 'tools' must be a list of objects, not {_kind(tools)}")
 
 
-def _message(message: Any, place: str, columns: Columns, problems: list[str]) -> dict:
+def _message(message: Any, place: str, columns: Columns | None, problems: list[str]) -> dict:
     """A message with OpenAI's names of fields and roles, its content as text and its calls' arguments as objects."""
     if not isinstance(message, dict):
         problems.append(f"field '{place}' must be an object with role and content, not {_kind(message)}")
         return {}
-    renamed = {name: field for field in FIELDS_OF_MESSAGES for name in _names(field, columns)}
+    renamed = {
+        next((name for name in _names(field, columns) if name in message), field): field for field in FIELDS_OF_MESSAGES
+    }
+    found = message
     message = {
         renamed.get(name, name): value for name, value in message.items() if value is not None or name in renamed
     }
-    roles = ROLES | {columns[role]: role for role in set(ROLES.values()) if role in columns}
+    roles = ROLES | {columns[role]: role for role in set(ROLES.values()) if columns and role in columns}
+    known = found if columns is None else renamed
     said, role = message.get("role"), None
     if "role" not in message:
-        problems.append(f"field '{place}.role' is missing")
-    elif not isinstance(said, str) or (role := roles.get(said)) is None:
-        problems.append(f"field '{place}.role' must be one of {', '.join(sorted(set(roles.values())))}, not {said!r}")
+        problems.append(_missing("role", "role", found, known, f"{place}."))
+    elif not isinstance(said, str):
+        problems += _text_problems(said, f"{place}.role")
+    elif (role := roles.get(said)) is None:
+        remedy = f"; say which it is, such as --config.data.columns=\"{{'user': {said!r}}}\""
+        choices = ", ".join(sorted(set(roles.values())))
+        problems.append(
+            f"field '{place}.role' must be one of {choices}, not {said!r}{remedy if columns is not None else ''}"
+        )
     message["role"] = role
     if said == "function_call":
         message["tool_calls"], message["content"] = [_parsed(message.get("content"))], ""
@@ -288,7 +361,7 @@ def _message(message: Any, place: str, columns: Columns, problems: list[str]) ->
     if calls and message.get("content") is None:
         message["content"] = ""
     elif "content" not in message:
-        problems.append(f"field '{place}.content' is missing")
+        problems.append(_missing("content", "content", found, known, f"{place}."))
     else:
         problems += _text_problems(message["content"], f"{place}.content")
     return message
@@ -339,7 +412,7 @@ def _kind(value: object) -> str:
 
 _CHECKS = {
     "alpaca": _check_alpaca,
-    "chat": _check_chat,
+    "chat": _check_answered_chat,
     "completion": _check_texts,
     "text": _check_texts,
     "tokens": _check_tokens,
@@ -349,7 +422,7 @@ _CHECKS = {
 def check_messages(messages: Any, tools: list | None = None) -> list[dict]:
     """A chat to be answered, with OpenAI's names of fields and roles; UserError for all that is wrong with it."""
     fields, problems = {"messages": messages, "tools": tools}, list[str]()
-    _check_chat(fields, {}, problems)
+    _check_chat(fields, None, problems)
     if not problems and fields["messages"][-1]["role"] == "assistant":
         problems.append("the last message is the assistant's: there is nothing to answer")
     if problems:

@@ -30,6 +30,8 @@ def path(where: PathLike) -> Path:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket):
             raise UserError(f"{text}: {bucket!r} is no name of a bucket; say {SCHEME}BUCKET/PATH")
         return BucketPath("/".join([bucket, *(part for part in name.split("/") if part)]))
+    if on_hub := re.match(r"(?:https?://(?:www\.)?(?:huggingface|hf)\.co|hf:/)/(?:datasets/)?([\w.-]+/[\w.-]+)", text):
+        raise UserError(f"{text}: what is on the hub goes by its name; say {on_hub[1]}")
     if scheme := re.match(r"gs:/|[a-z0-9]+://", text):
         raise UserError(f"{text}: {scheme[0]} paths are not supported; give {SCHEME}BUCKET/PATH or a local path")
     expanded = os.path.expanduser(text)

@@ -54,8 +54,8 @@ class Model:
         return self._encode_chat([*([{"role": "system", "content": system}] if system else []), *prompt])
 
     def _encode_chat(self, messages: Sequence[dict], tools: list | None = None) -> list[int]:
-        messages = check_messages(messages, tools)
         refuse_half_characters(json.dumps([messages, tools], ensure_ascii=False, default=str))
+        messages = check_messages(messages, tools)
         return examples.encode_prompt(format_chat(messages, self.tokenizer, tools), "chat", self.tokenizer)
 
     def chat(self, messages: Sequence[dict], tools: list | None = None, **options) -> str:

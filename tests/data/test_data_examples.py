@@ -173,7 +173,7 @@ def test_mistakes_are_named_before_anything_is_computed(char_tokenizer):
     tokenizer = char_tokenizer(chat_template="{{ raise_exception('no system') }}")
     with pytest.raises(UserError, match=r"data.max_length=1 leaves no room"):
         encode_examples(records({"text": "a"}), "text", tokenizer, 1)
-    with pytest.raises(UserError, match=r"f.jsonl has broken records.*line 1: .*no system; line 2: .*no system$"):
+    with pytest.raises(UserError, match=r"f.jsonl has broken records.*line 1, line 2: .*no system$"):
         encode_examples(records({"messages": CHAT}, {"messages": CHAT}), "chat", tokenizer, 9, path="f.jsonl")
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode_examples(records({"text": "a"}), "text", char_tokenizer(eos_token=None), 9)

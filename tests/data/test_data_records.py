@@ -63,7 +63,27 @@ def test_the_corpora_are_read_whole(shared_data):
         ("chat", '{"messages": "hi"}', "field 'messages' must be a list of messages, not text"),
         ("chat", '{"messages": [3]}', r"field 'messages\[0\]' must be an object with role and content, not a number"),
         ("chat", '{"messages": [{"role": "user"}]}', r"field 'messages\[0\].content' is missing"),
-        ("chat", '{"messages": [{"role": "robot", "content": ""}]}', "must be one of assistant, .*, user, not 'robot'"),
+        (
+            "chat",
+            '{"messages": [{"role": "robot", "content": ""}]}',
+            "must be one of assistant, .*, user, not 'robot'; say .*\"{'user': 'robot'}\"$",
+        ),
+        ("chat", '{"messages": [{"rol": "user", "content": ""}]}', r"\(found: rol, content\); .*\"{'role': 'rol'}\"$"),
+        (
+            "chat",
+            '{"messages": [{"role": "user", "content": "Q"}]}',
+            "'messages' has no turn of the assistant, so nothing",
+        ),
+        (
+            "alpaca",
+            '{"instructon": "a", "output": "b"}',
+            "'instruction' is missing .*\"{'instruction': 'instructon'}\"$",
+        ),
+        (
+            "alpaca",
+            '{"instruction": "a", "x": "b"}',
+            r"'output' is missing \(found: instruction, x\); .*{'output': 'NAME'}",
+        ),
         ("text", '{"text": "a"}\n{"text"', r"line 2: not valid JSON \(Expecting ':' delimiter"),
         ("text", '{\n"data": []\n}', r"neither a JSON list nor JSON lines \(line 1: not valid"),
         ("text", "[" * 100_000, "a.json: not valid JSON"),
@@ -81,11 +101,14 @@ def test_a_broken_record_is_named(tmp_path, format, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_all_broken_records_are_counted_and_ten_are_shown(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"text": 1}\n' * 12)
-    with pytest.raises(UserError, match=r"line 1: .*; line 10: .*; and 2 more$") as error:
-        read_records(path, "text")
-    assert "line 11" not in str(error.value)
+def test_each_kind_of_mistake_is_shown_once_with_its_places(tmp_path):
+    with pytest.raises(UserError, match=r": line 1 \(and 11 more\): field 'text' must be text, not a number$"):
+        read_records(write(tmp_path, "a.jsonl", '{"text": 1}\n' * 12), "text")
+    lines = '{"text": 1}\n{"text": []}\n{"text": 2}\n' + "".join(f'{{"text": "", "chosen": {i}}}\n' for i in range(12))
+    with pytest.raises(
+        UserError, match=r"line 1, line 3: .* number; line 2: .* list; line 4 \(and 11 more\): field 'ch"
+    ):
+        read_records(write(tmp_path, "a.jsonl", lines), "text")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -95,6 +118,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_records(tmp_path, "text")
     with pytest.raises(UserError, match="is plain text"):
         read_records(write(tmp_path, "a.txt", "a"), "alpaca")
+    write(tmp_path, "sg.json", LINES)
+    with pytest.raises(UserError, match=r"\(did you mean sg.json\?\)$"):
+        read_records(tmp_path / "sgg.json")
+    with pytest.raises(
+        UserError, match=r"""several files are written as --config.data.train="\('.*/sg.json','.*/a.txt'\)"$"""
+    ):
+        read_records(f"{tmp_path / 'sg.json'},{tmp_path / 'a.txt'}")
+    for address in ("https://huggingface.co/datasets/org/chats", "https://hf.co/org/chats/tree/main"):
+        with pytest.raises(UserError, match=r"goes by its name; say org/chats$"):
+            read_records(address)
 
 
 # ---- What people have: the files ---------------------------------------------------------------------------------------
@@ -123,6 +156,9 @@ def arrow(kind):
         ("a.jsonl.gz", lambda: gzip.compress(LINES.encode())),
         ("a.json", lambda: gzip.compress(json.dumps(ROWS).encode())),  # the content decides
         ("a.csv", lambda: 'instruction,input,output\r\nAdd.,1 2,3\r\n"Say hi",,Hi.\r\n'),
+        ("a.csv", lambda: "instruction;input;output\nAdd.;1 2;3\nSay hi;;Hi.\n"),
+        ("a.csv", lambda: "instruction\tinput\toutput\nAdd.\t1 2\t3\nSay hi\t\tHi.\n"),
+        ("a.tsv", lambda: "instruction,input,output\nAdd.,1 2,3\nSay hi,,Hi.\n"),
         ("a.tsv.gz", lambda: gzip.compress(b"instruction\tinput\toutput\nAdd.\t1 2\t3\nSay hi\t\tHi.\n")),
         ("a.parquet", lambda: arrow("parquet")),
         ("a.arrow", lambda: arrow("file")),
@@ -152,6 +188,19 @@ def test_a_folder_and_a_pattern_are_their_files_by_name(tmp_path):
         ("a.csv", 'a,b\n"1,2\n', "not valid CSV"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be unpacked"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+        ("a.csv", "What is it?,It is a.\nWho?,Me.\n", "no format .*; the first line of the file must be its header"),
+        (
+            "a.xlsx",
+            b"PK\x03\x04\x14",
+            r"a.xlsx is an archive \(.*.xlsx, .*\): save what it holds as CSV or JSON lines$",
+        ),
+        ("a.pdf", b"%PDF-1.7", "a.pdf is a PDF: save what it holds"),
+        (
+            "a.json",
+            json.dumps({"version": 1, "data": ROWS}),
+            "its records are the list in 'data': write that list alone$",
+        ),
+        ("a.json", json.dumps({"data": ROWS}, indent=1), "a list inside an object, write that list alone$"),
         (
             "a.json",
             "instruction,output\nAdd,3\n",
@@ -224,6 +273,37 @@ def test_columns_name_fields_and_roles(tmp_path):
     record = {"dialog": [{"who": "U", "says": "Q"}, {"who": "B", "says": "A"}]}
     columns = {"messages": "dialog", "role": "who", "content": "says", "user": "U", "assistant": "B"}
     assert read(tmp_path, record, columns=columns) == {"messages": [QUESTION, ANSWER]}
+    assert read(tmp_path, {"messages": [QUESTION, ANSWER]}, columns=columns) == {"messages": [QUESTION, ANSWER]}
+    swapped = {"instruction": "output", "output": "instruction"}
+    assert read(tmp_path, {"instruction": "A", "output": "Q"}, columns=swapped) == {"instruction": "Q", "output": "A"}
+    said = r"ignored: ctx$|no record has 'ctxt' of data.columns \(did you mean ctx\?\)$"
+    with pytest.warns(UserWarning, match=said) as warned:
+        read(tmp_path, {"question": "Q", "answer": "A", "ctx": "C"}, columns={"input": "ctxt"})
+    assert len(warned) == 2
+
+
+CHOSEN = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "fields"),
+    [
+        (CHOSEN, "completion", {"prompt": "Q", "completion": "A"}),
+        ({"question": "Q", "chosen": "A", "rejected": "B"}, "output", {"instruction": "Q", "output": "A"}),
+        ({"chosen": "Q: A", "rejected": "B"}, "text", {"text": "Q: A"}),
+        (CHOSEN | {"chosen": [QUESTION, ANSWER]}, "messages", {"messages": [QUESTION, ANSWER]}),
+        (
+            {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]},
+            "completion",
+            {"messages": [QUESTION | {"train": False}, ANSWER]},
+        ),
+    ],
+)
+def test_the_chosen_answers_of_preference_data_are_trained_as_its_refusal_says(tmp_path, record, field, fields):
+    with pytest.raises(UserError, match=rf"preference data .*, say --config.data.columns=\"{{'{field}': 'chosen'}}\"$"):
+        read(tmp_path, record, "auto" if "prompt" in record else "text")
+    with pytest.warns(UserWarning, match="ignored: .*rejected"):
+        assert read(tmp_path, record, columns={field: "chosen"}) == fields
 
 
 def test_the_system_message_of_the_config_is_that_of_records_without_one(tmp_path):
@@ -265,12 +345,28 @@ def test_the_system_message_of_the_config_is_that_of_records_without_one(tmp_pat
             r"content\[0\]' is image_url: only parts",
         ),
         ({"a": 1}, "auto", "has the fields a, which are those of no format"),
+        ({"instructon": "Q", "output": "A"}, "auto", r"; 'instructon' \(did you mean instruction\?\); name them"),
+        ({"dialog": [{"who": "U"}]}, "auto", "if 'dialog' is a chat, say .*{'messages': 'dialog'}"),
     ],
 )
 def test_what_a_format_has_no_meaning_for_is_refused_by_name(tmp_path, record, format, message):
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path, record, format)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_in_columns_that_the_file_has_not_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=r"data.columns has 'antwrt', which is none of them \(did you mean antwort\?\);"
+    ):
+        read(tmp_path, {"frage": "Q", "antwort": "A"}, columns={"instruction": "frage", "output": "antwrt"})
+
+
+def test_a_file_of_the_hub_is_named_by_its_data_set(tmp_path):
+    folder = tmp_path / "datasets--org--chats" / "snapshots" / "307a" / "data"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^org/chats \(data/a.json\) has the fields a,"):
+        read_records(write(folder, "a.json", '{"a": 1}'))
 
 
 def test_a_column_that_no_format_knows_is_named_once(tmp_path):
@@ -283,7 +379,10 @@ def test_a_column_that_no_format_knows_is_named_once(tmp_path):
     ("messages", "message"),
     [
         ("hello", "must be a list of messages, not text"),
-        ([{"role": "usr", "content": "x"}, {"role": "user"}], r"not 'usr'; field 'messages\[1\].content' is missing"),
+        (
+            [{"role": "usr", "content": "x"}, {"role": "user"}],
+            r"not 'usr'; field 'messages\[1\].content' is missing \(found: role\)",
+        ),
         ([], "not empty"),
         ([QUESTION, {"role": "assistant", "content": "x"}], "the last message is the assistant's"),
     ],
