@@ -1,6 +1,6 @@
 """What `lowrank.plan` prints and writes of its result."""
 
-from lowrank.formatting import format_bytes
+from lowrank.formatting import format_bytes, format_number
 from lowrank.model.flops import step_flops
 from lowrank.planning import prices
 from lowrank.planning.collectives import totals
@@ -112,7 +112,7 @@ def _time(plan: Plan) -> str:
     ]
     lines += [
         f"  {part.name:<28}{part.seconds:>10.4g}{part.seconds / whole.seconds:>8.1%}{part.corrected:>11.4g}{part.floor:>11.4g}"
-        f"{part.flops / 1e12:>9.3g}{part.bytes / 1e9:>10.3g}"
+        f"{format_number(part.flops / 1e12):>9}{format_number(part.bytes / 1e9):>10}"
         for part in (*time.parts, whole)
     ]
     lines.append(
