@@ -70,6 +70,7 @@ KNOWN = {name for field in OF_RECORDS for name in (field, *ALIASES.get(field, ()
 # Alpaca has its whole prompt in `text`, too, and chats often have theirs in `prompt`: those two are ignored.
 MEANING = KNOWN - {"text", "prompt"}
 Columns = Mapping[str, str]
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class Record(NamedTuple):
@@ -398,11 +399,12 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _text_problems(value: Any, place: str) -> Iterator[str]:
+def _text_problems(value: Any, place: str) -> list[str]:
     if not isinstance(value, str):
-        yield f"field '{place}' must be text, not {_kind(value)}"
-    elif re.search("[\ud800-\udfff]", value):
-        yield f"field '{place}' holds half a character (a lone surrogate such as \\ud83d)"
+        return [f"field '{place}' must be text, not {_kind(value)}"]
+    if not value.isascii() and HALF_CHARACTER.search(value):
+        return [f"field '{place}' holds half a character (a lone surrogate such as \\ud83d)"]
+    return []
 
 
 def _kind(value: object) -> str:
