@@ -112,7 +112,8 @@ def _unfused(program: Program, computation: str) -> Iterator[Instruction]:
 
 def as_collective(kind: str, instruction: Instruction) -> Collective:
     shapes = [(dtype, tuple(_numbers(sizes))) for dtype, sizes in _ARRAY.findall(instruction.result)]
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (arguments, results, counters of the hardware)
+    # (arguments, results, counters of the hardware); a sum's arguments stand there since jax 0.12, in brackets of their own
+    if instruction.opcode.endswith("-start") and (kind != "all-reduce" or instruction.result.startswith("((")):
         shapes = [shape for shape in shapes if shape != ("u32", ())]
         shapes = shapes[len(shapes) // 2 :]
     op_name, channel = instruction.op_name, instruction.attribute(r"channel_id=(\d+)")

@@ -196,3 +196,13 @@ def test_a_loop_without_collectives_may_run_as_often_as_it_likes():
 )
 def test_bytes_of_an_element(dtype, size):
     assert dtype_bytes(dtype) == size
+
+
+@pytest.mark.parametrize("result", ["f32[16]{0}", "((f32[16]{0}), f32[16]{0})"])
+def test_a_sum_that_begins_counts_once_in_either_spelling(result):
+    text = (
+        "ENTRY %main (p: f32[16]) -> f32[16] {\n  %p = f32[16]{0} parameter(0)\n"
+        f"  %s = {result} all-reduce-start(%p), channel_id=1, replica_groups={{{{0,1}}}}, to_apply=%add\n"
+        "  ROOT %d = f32[16]{0} all-reduce-done(%s)\n}"
+    )
+    assert [one.result_bytes for one in collectives(text)] == [64]
