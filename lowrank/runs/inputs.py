@@ -6,6 +6,7 @@ Whatever a user can get wrong with these is refused here, before anything heavy 
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -171,7 +172,8 @@ def _cache_folder(config: Config, sources: Sequence[str], workdir: paths.Path | 
         return paths.path(config.data.cache)
     if workdir is None or files.total_size(sources) < CACHED:
         return None
-    return workdir.parent / ".tokens"
+    is_mount = isinstance(workdir, pathlib.Path) and workdir.is_mount()  # what lies beside it is on another disk
+    return (workdir if is_mount else workdir.parent) / workdir_lib.TOKENS
 
 
 def with_format(config: Config, format: str) -> Config:

@@ -24,6 +24,7 @@ from lowrank.files.lines import replace
 from lowrank.parallel import distributed
 
 HELD = ".lock.held"  # a file that exists while a workdir is in use, where the file system has no flock
+TOKENS = ".tokens"  # the folder of the tokens of large data, beside the workdirs that use it
 NFS_SECONDS = 60  # how long NFS may show a host what a folder held before another host wrote to it
 PATHS = ("base", "tokenizer", "data.train", "data.eval", "data.cache", "init_adapter")
 # What a resumed run may change: where files lie (their content is compared, but of evaluation data), how long it is, what and how
@@ -101,7 +102,7 @@ def lock_workdir(workdir: paths.Path, file: paths.Path, whose: str) -> Iterator[
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Checked before the lock is made, so that nothing is left in somebody else's folder.
-        ours = (".lock", HELD, file.with_suffix(".tmp").name)
+        ours = (".lock", HELD, TOKENS, file.with_suffix(".tmp").name)
         if not file.exists() and any(path.name not in ours for path in workdir.iterdir()):
             raise UserError(
                 f"workdir {workdir} is not empty and is no {whose}'s (no {file.name}); choose another --workdir"

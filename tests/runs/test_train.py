@@ -17,6 +17,7 @@ import shutil
 import signal
 import threading
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from lowrank.config import Config, TrainConfig
 from lowrank.errors import UserError
 from lowrank.inference import model as model_lib
 from lowrank.parallel import mesh
+from lowrank.runs import inputs
 from lowrank.runs.adapter import Adapter, check_init_adapter
 from lowrank.training.partition import named_leaves
 from lowrank.training.step import make_eval_step
@@ -319,6 +321,21 @@ def test_dry_run_prints_what_would_be_trained_and_writes_nothing(tiny, tmp_path)
         r"params/layers/mlp/down_proj/kernel +\(4, 384, 128\) +float32 +frozen +\(-, tensor, fsdp\)",
     ):
         assert re.search(pattern, finished.out), pattern
+
+
+def test_the_tokens_of_large_data_are_written_beside_the_workdir_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "CACHED", 1)  # bytes of large data
+    flags = (f"--workdir={tmp_path / 'run'}", "--dry_run")
+    first, second = running.run("train", tiny, *flags), running.run("train", tiny, *flags)
+    (entry,) = (tmp_path / ".tokens").iterdir()
+    assert list(tmp_path.iterdir()) == [tmp_path / ".tokens"]
+    assert f", once: the tokens go to {entry}" in first.out and f"are in {entry}" in second.out
+    assert first.out.splitlines()[1:] == second.out.splitlines()[1:]
+    mounted = mock.patch.object(pathlib.Path, "is_mount", lambda path: True)
+    with mounted:  # what lies beside it is on another disk
+        third = running.run("train", tiny, *flags)
+    assert f"go to {tmp_path / 'run' / '.tokens'}" in third.out
+    assert running.run("train", tiny, flags[0], "--config.train.steps=1").code == 0  # its workdir may hold the tokens
 
 
 def test_steps_come_from_epochs_where_no_steps_are_given(tiny):
