@@ -14,6 +14,14 @@ from lowrank.cli.signals import stop_signals
 NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """A hangup is not ignored, even where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_noted_and_the_handlers_are_restored(number):
     before = [signal.getsignal(number) for number in NUMBERS]
