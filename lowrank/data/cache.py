@@ -74,6 +74,8 @@ def read_examples(
         examples = Columns.joined(_encode(data, records, tokenizer))
         return records.format, of_records(examples, records.counts, data.name, data.max_length)
     entry = cache / _entry_name(data, tokenizer)
+    same = {"data and tokenizer, by content": entry.name}
+    distributed.refuse_differences(same, "give all of them the same command, code and files")
     with _explained(cache):
         if distributed.broadcast_from_first((entry / META).exists):
             print(f"tokens     those of {data.name} are in {entry}", flush=True)
